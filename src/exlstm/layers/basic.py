@@ -1,0 +1,219 @@
+"""What every block is made of: norms, feed-forwards, the short convolution, and the mask of lengths."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from exlstm.ops.conv import causal_conv
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), in float32, returned in x's dtype."""
+
+    def __init__(self, d: int, eps: float = 1e-6, *, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Ones: the norm starts as the bare norm."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, weight = _wide(x), _wide(self.weight)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _RMSNorm.apply(wide, weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The same on a CPU, where PyTorch fuses only the LayerNorm: a quarter of the time of F.rms_norm."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        # The LayerNorm's gradient with mean 0, less the part that came of subtracting the mean.
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False]
+        )
+        return dx.add_((dy @ weight).unsqueeze(-1).mul_(scale).div_(x.shape[-1])), dweight, None
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with weight and, if asked for, bias, in float32, returned in x's dtype."""
+
+    def __init__(self, d: int, eps: float = 1e-5, bias: bool = False, *, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(d, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Weight 1 and bias 0: the norm starts as the bare norm."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else _wide(self.bias)
+        return F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps).to(x.dtype)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm of every head by itself: (..., H, D) -> (..., H·D), in float32, returned in x's dtype."""
+
+    def __init__(self, n_heads: int, d_head: int, eps: float = 1e-6, *, device=None, dtype=None):
+        super().__init__()
+        self.n_heads, self.d_head, self.eps = n_heads, d_head, eps
+        self.weight = nn.Parameter(torch.empty(n_heads * d_head, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Ones: the norm starts as the bare norm."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(_wide(x), (self.d_head,), eps=self.eps).flatten(-2)  # (..., H·D)
+        return (y * self.weight).to(x.dtype)
+
+    def extra_repr(self):
+        return f"{self.n_heads}, {self.d_head}, eps={self.eps}"
+
+
+def _wide(x):
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def init_linear(weight: Tensor):
+    """Normal with std sqrt(2 / (5 · inputs)) (Nguyen and Salazar, arXiv 1910.05895), the start of every linear map.
+
+    Inputs come from a norm with unit variance, so outputs start with std 0.63: no gate and no softmax saturates.
+    """
+    nn.init.normal_(weight, std=(2 / (5 * weight.shape[-1])) ** 0.5)
+
+
+def width(ratio: float, d_model: int, multiple: int = 64) -> int:
+    """ratio · d_model, rounded up to a multiple (of what matrix units like)."""
+    # Rounded first, so that 8/3 · 96 = 256.00000000000006 does not become 320.
+    return math.ceil(round(ratio * d_model / multiple, 6)) * multiple
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate(x)) · up(x)) (arXiv 2002.05202): (..., d_model) -> (..., d_model)."""
+
+    def __init__(self, d_model: int, d_hidden: int, *, device=None, dtype=None):
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_hidden, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(d_model, d_hidden, bias=False, device=device, dtype=dtype)
+        self.out = nn.Linear(d_hidden, d_model, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """As `init_linear` says."""
+        for linear in (self.gate, self.up, self.out):
+            init_linear(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.gate(x)) * self.up(x))
+
+
+class GatedGELU(nn.Module):
+    """out(gelu(gate(x)) · up(x)) (arXiv 2002.05202): (..., d_model) -> (..., d_model)."""
+
+    def __init__(self, d_model: int, d_hidden: int, *, device=None, dtype=None):
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_hidden, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(d_model, d_hidden, bias=False, device=device, dtype=dtype)
+        self.out = nn.Linear(d_hidden, d_model, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """As `init_linear` says."""
+        for linear in (self.gate, self.up, self.out):
+            init_linear(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.gate(x)) * self.up(x))
+
+
+class CausalConv(nn.Module):
+    """Each channel's causal convolution over its last `width` tokens, see `exlstm.ops.conv.causal_conv`."""
+
+    def __init__(self, d: int, width: int = 4, *, device=None, dtype=None):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"the convolution's width is {width}, wanted at least 1 token")
+        self.weight = nn.Parameter(torch.empty(d, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Uniform in ±sqrt(1 / width), as nn.Conv1d: each channel mixes its tokens in its own way. Bias 0."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), state (B, width-1, D) or None -> y (B, T, D) and the next state."""
+        return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}"
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap): x where it is small, never beyond ±cap; a cap of 0 leaves x as it is."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+def check_input(x: Tensor, d_model: int):
+    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token."""
+    if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, {d_model}) with no axis empty")
+
+
+def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> Tensor | None:
+    """The mask (B, T) of the valid tokens, from `lengths` (B,) of right-padded rows, a mask, both or neither.
+
+    Raises:
+        ValueError: lengths that are not B whole numbers from 0 to T (their range is read on a CPU only: an accelerator
+            would have to wait for it), or a mask that is not bool of (B, T) on `device`.
+    """
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, time) or mask.device != device):
+        raise ValueError(
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, "
+            f"wanted bool of (B, T) = {(batch, time)} on {device}"
+        )
+    if lengths is None:
+        return mask
+    lengths = torch.as_tensor(lengths)
+    if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}, wanted whole numbers of (B,) = ({batch},)"
+        )
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = lengths.min().item(), lengths.max().item()
+        if low < 0 or high > time:
+            raise ValueError(f"lengths go from {low} to {high}, wanted 0 to T = {time}")
+    valid = torch.arange(time, device=device) < lengths.to(device)[:, None]  # (B, T)
+    return valid if mask is None else valid & mask

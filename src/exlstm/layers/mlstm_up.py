@@ -1,0 +1,107 @@
+"""mLSTM layer in the form of the first xLSTM paper (arXiv 2405.04517, figure 11): the memory works in a wider space.
+
+u, z = W_up x      c = SiLU(conv(u))      q, k = W_q c, W_k c      v = W_v u      (W_q, W_k, W_v block-diagonal)
+ĩ, f̃ = W [q, k, v] + b      y = W_down ((norm_head(mlstm(q, k, v, ĩ, logsigmoid f̃)) + skip ⊙ c) ⊙ SiLU(z))
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, valid_mask, width
+from exlstm.ops.mlstm import mlstm
+
+
+class BlockLinear(nn.Module):
+    """A linear map of small square blocks on the diagonal: (..., d) -> (..., d)."""
+
+    def __init__(self, d: int, block: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d // block, block, block, device=device, dtype=dtype))  # (blocks, out, in)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init_linear(self.weight)
+
+    def forward(self, x):
+        groups = x.reshape(-1, *self.weight.shape[:2]).transpose(0, 1)  # (blocks, B·T, in)
+        return torch.bmm(groups, self.weight.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
+
+
+class mLSTMUp(nn.Module):
+    """Matrix memory between a projection up and a projection down; state is (inputs of the convolution, MLSTMState).
+
+    Args:
+        d_model: width of input and output.
+        n_heads: memories side by side.
+        up_ratio: inner width over d_model, rounded up to a multiple of 64 (of n_heads where that does not fit).
+        conv: width of the causal convolution in front of q and k.
+        qkv_block: side of the small blocks of the q, k and v maps.
+
+    >>> y, state = mLSTMUp(64)(torch.randn(2, 10, 64))
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int = 4,
+        *,
+        up_ratio: float = 2.0,
+        conv: int = 4,
+        qkv_block: int = 4,
+        eps: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        inner = width(up_ratio, d_model)
+        if inner % n_heads or inner % qkv_block:
+            raise ValueError(f"the inner width {inner} is not divisible by n_heads {n_heads} and qkv_block {qkv_block}")
+        if conv < 1:
+            raise ValueError(f"conv is {conv}, wanted a width of at least 1")
+        self.d_model, self.n_heads, self.eps = d_model, n_heads, eps
+        new = {"device": device, "dtype": dtype}
+        self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
+        self.conv = CausalConv(inner, conv, **new)
+        self.q = BlockLinear(inner, qkv_block, **new)
+        self.k = BlockLinear(inner, qkv_block, **new)
+        self.v = BlockLinear(inner, qkv_block, **new)
+        self.gate = nn.Linear(3 * inner, 2 * n_heads, **new)  # rows: input gates, forget gates
+        self.norm = HeadNorm(n_heads, inner // n_heads, eps=1e-5, **new)
+        self.skip = nn.Parameter(torch.empty(inner, **new))
+        self.out = nn.Linear(inner, d_model, bias=False, **new)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        init_linear(self.up.weight)
+        init_linear(self.out.weight)
+        for blocks in (self.q, self.k, self.v, self.conv, self.norm):
+            blocks.reset_parameters()
+        nn.init.ones_(self.skip)
+        # At the start the gates ignore the input: heads differ by how long they remember (3: 20 tokens, 6: 400).
+        nn.init.zeros_(self.gate.weight)
+        with torch.no_grad():
+            nn.init.normal_(self.gate.bias[: self.n_heads], std=0.1)
+            self.gate.bias[self.n_heads :].copy_(torch.linspace(3.0, 6.0, self.n_heads))
+
+    def gates(self, q, k, v):
+        """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            parts = zip((q, k, v), self.gate.weight.to(dtype).chunk(3, -1), strict=True)
+            pre = sum(F.linear(x.to(dtype), w) for x, w in parts) + self.gate.bias.to(dtype)
+            log_i, f = pre.chunk(2, -1)
+            return log_i, F.logsigmoid(f)
+
+    def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
+        check_input(x, self.d_model)
+        mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        conv, memory = state or (None, None)
+        u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
+        c, conv = self.conv(u, conv, mask=mask, reset=reset)
+        c = F.silu(c)
+        q, k, v = self.q(c), self.k(c), self.v(u)
+        heads = (t.unflatten(-1, (self.n_heads, -1)) for t in (q, k, v))  # (B, T, H, inner / H)
+        h, memory = mlstm(*heads, *self.gates(q, k, v), memory, reset=reset, mask=mask, eps=self.eps)
+        y = self.out((self.norm(h) + self.skip * c) * F.silu(z))
+        return y, (conv, memory)

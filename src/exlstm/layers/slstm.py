@@ -1,0 +1,73 @@
+"""sLSTM layer (xLSTM, arXiv 2405.04517, figure 10): scalar memories whose gates see the last output of their head.
+
+g̃ = W_g x (+ conv) + b_g + R_g h_{t-1} for g = i, f, z, o      y = norm_head(slstm(g̃))
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, valid_mask
+from exlstm.ops.slstm import slstm
+
+
+class sLSTM(nn.Module):
+    """Scalar memory with memory mixing over (B, T, d_model); state is (inputs of the convolution or None, SLSTMState).
+
+    Args:
+        d_model: width of input and output, d_model / n_heads a head.
+        n_heads: heads; memory mixes inside a head only.
+        conv: width of the causal convolution (SiLU behind it) that feeds the input and forget gates, 0 for none.
+        dense: input maps over the whole width; False: one block a head, as in the paper.
+
+    >>> y, state = sLSTM(64)(torch.randn(2, 10, 64))
+    """
+
+    def __init__(self, d_model: int, n_heads: int = 4, *, conv: int = 0, dense: bool = False, device=None, dtype=None):
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
+        head = d_model // n_heads
+        self.d_model, self.n_heads, self.dense = d_model, n_heads, dense
+        new = {"device": device, "dtype": dtype}
+        self.conv = CausalConv(d_model, conv, **new) if conv else None
+        # Rows: the gates i, f, z, o of a head, then the next head.
+        self.w = nn.Parameter(torch.empty(n_heads, 4 * head, d_model if dense else head, **new))
+        self.b = nn.Parameter(torch.empty(n_heads, 4, head, **new))
+        self.r = nn.Parameter(torch.empty(n_heads, 4, head, head, **new))
+        self.norm = HeadNorm(n_heads, head, eps=1e-5, **new)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.w, std=self.w.shape[-1] ** -0.5)
+        nn.init.normal_(self.r, std=self.r.shape[-1] ** -0.5)
+        nn.init.zeros_(self.b)
+        self.norm.reset_parameters()
+        if self.conv is not None:
+            self.conv.reset_parameters()
+
+    def _project(self, x, w, b):
+        """x (B, T, D) through rows w (H, R, D or D / H) and bias b (H, R): (B, T, H, R)."""
+        if self.dense:
+            return F.linear(x, w.flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
+        heads = x.unflatten(-1, (self.n_heads, -1)).flatten(0, 1).transpose(0, 1)  # (H, B·T, D / H)
+        y = torch.baddbmm(b[:, None].to(w.dtype), heads, w.transpose(1, 2))  # (H, B·T, R)
+        return y.unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)
+
+    def pre_activations(self, x, conv=None, *, mask=None, reset=None):
+        """Gates without their recurrent part (B, T, H, 4, D / H), and the convolution's state."""
+        bias = self.b.flatten(1)
+        if self.conv is None:
+            return self._project(x, self.w, bias).unflatten(-1, (4, -1)), None
+        c, conv = self.conv(x, conv, mask=mask, reset=reset)
+        (w_if, w_zo), (b_if, b_zo) = self.w.chunk(2, 1), bias.chunk(2, 1)
+        parts = self._project(F.silu(c), w_if, b_if), self._project(x, w_zo, b_zo)
+        return torch.cat(parts, -1).unflatten(-1, (4, -1)), conv
+
+    def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
+        check_input(x, self.d_model)
+        mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        conv, memory = state or (None, None)
+        g, conv = self.pre_activations(x, conv, mask=mask, reset=reset)
+        h, memory = slstm(g, self.r, memory, reset=reset, mask=mask)
+        return self.norm(h), (conv, memory)

@@ -1,0 +1,1 @@
+"""Models: stacks of blocks and what is built on them."""

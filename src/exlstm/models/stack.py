@@ -1,0 +1,96 @@
+"""Stack: residual blocks of any kinds in a row, and the table of the kinds."""
+
+from dataclasses import asdict
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, slstm
+from exlstm.models.config import StackConfig
+
+# kind: (mixer, takes n_heads, norm, feed-forward). Attention and mLSTM blocks follow Llama and xLSTM 7B, the others the xLSTM paper.
+BLOCKS = {
+    "mlstm": (mlstm.mLSTM, True, basic.RMSNorm, basic.SwiGLU),
+    "mlstm_up": (mlstm_up.mLSTMUp, True, basic.LayerNorm, None),
+    "slstm": (slstm.sLSTM, True, basic.LayerNorm, basic.GatedGELU),
+    "attention": (attention.Attention, True, basic.RMSNorm, basic.SwiGLU),
+    "mamba2": (mamba2.Mamba2, False, basic.RMSNorm, basic.SwiGLU),
+    "lstm": (lstm.LSTM, False, basic.LayerNorm, basic.GatedGELU),
+}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)) where the kind has a feed-forward."""
+
+    def __init__(self, kind: str, config: StackConfig, device=None, dtype=None):
+        super().__init__()
+        mixer, has_heads, norm, ffn = BLOCKS[kind]
+        options = asdict(getattr(config, kind))
+        ratio = options.pop("ffn_ratio", 0)
+        heads = (config.n_heads,) if has_heads else ()
+        self.norm = norm(config.d_model, device=device, dtype=dtype)
+        self.mixer = mixer(config.d_model, *heads, **options, device=device, dtype=dtype)
+        self.ffn_norm = self.ffn = None
+        if ffn and ratio:
+            self.ffn_norm = norm(config.d_model, device=device, dtype=dtype)
+            self.ffn = ffn(config.d_model, basic.width(ratio, config.d_model), device=device, dtype=dtype)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, state=None, *, mask=None, reset=None):
+        y, state = self.mixer(self.norm(x), state, mask=mask, reset=reset)
+        x = x + self.dropout(y)
+        if self.ffn is not None:
+            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x, state
+
+
+class Stack(nn.Module):
+    """Residual blocks over (B, T, d_model); the state is a tuple with one entry a block.
+
+    >>> stack = Stack(StackConfig(d_model=64, n_layers=4, blocks=["mlstm", "slstm"]))
+    >>> y, state = stack(torch.randn(2, 10, 64))
+    >>> y, state = stack(torch.randn(2, 1, 64), state)
+    """
+
+    def __init__(self, config: StackConfig, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.blocks = nn.ModuleList(Block(kind, config, device, dtype) for kind in config.layers())
+        self._scale_outputs()
+
+    def reset_parameters(self):
+        for block in self.blocks:
+            for part in (block.norm, block.mixer, block.ffn_norm, block.ffn):
+                if part is not None:
+                    part.reset_parameters()
+        self._scale_outputs()
+
+    @torch.no_grad()
+    def _scale_outputs(self):
+        # Each block adds to the residual stream; scaled so, the sum keeps its size at any depth (GPT-2, section 2.3).
+        for block in self.blocks:
+            for part in (block.mixer, block.ffn):
+                if isinstance(getattr(part, "out", None), nn.Linear):
+                    part.out.weight.mul_((2 * len(self.blocks)) ** -0.5)
+
+    def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
+        """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer."""
+        self._check(x, state)
+        mask = basic.valid_mask(lengths, mask, *x.shape[:2], x.device)
+        states = []
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state[i]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, after = checkpoint(block, x, before, mask=mask, reset=reset, use_reentrant=False)
+            else:
+                x, after = block(x, before, mask=mask, reset=reset)
+            states.append(after)
+        return x, tuple(states)
+
+    def _check(self, x, state):
+        basic.check_input(x, self.config.d_model)
+        if state is not None and (not isinstance(state, tuple | list) or len(state) != len(self.blocks)):
+            came = f"{len(state)} entries" if isinstance(state, tuple | list) else type(state).__name__
+            raise ValueError(f"state has {came}, wanted one entry for each of the {len(self.blocks)} blocks")

@@ -1,0 +1,67 @@
+"""Which implementation of an operator runs: argument > `with exlstm.backend(...)` > $EXLSTM_BACKEND > by device."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+
+# A plain global and no ContextVar: torch.compile traces it, and compiles anew when it changes.
+_chosen: str | None = None
+
+
+@contextmanager
+def backend(name: str):
+    """Operators inside the block, in every thread, run on implementation `name` ("reference", "cpu", ..., or "auto").
+
+    >>> import exlstm
+    >>> with exlstm.backend("reference"):
+    ...     pass
+    """
+    global _chosen
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def chosen(argument: str | None) -> str:
+    """The name in force: the call's argument, the surrounding `with`, $EXLSTM_BACKEND, or "auto"."""
+    return argument or _chosen or os.environ.get("EXLSTM_BACKEND") or "auto"
+
+
+def pick(implementations: dict, argument: str | None, auto: str):
+    """The implementation to run out of an operator's table; "auto" takes the one named `auto`, any other name runs or raises."""
+    name = chosen(argument)
+    if name == "auto":
+        name = auto
+    if name not in implementations:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(implementations)}, auto")
+    return implementations[name]
+
+
+def check_companions(first, reset, mask, others: dict):
+    """Devices of all tensors, and shape and dtype of `reset` and `mask`, against the operator's first tensor (B, T, ...)."""
+    for name, flags in (("reset", reset), ("mask", mask)):
+        if flags is not None:
+            if flags.dtype != torch.bool or flags.shape != first.shape[:2]:
+                raise ValueError(
+                    f"{name} is {flags.dtype} of shape {tuple(flags.shape)}, wanted bool of (B, T) = {tuple(first.shape[:2])}"
+                )
+            others = {**others, name: flags}
+    for name, tensor in others.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, wanted {first.device} as the first argument")
+
+
+def check_state(state, shapes: dict, device):
+    """A state handed in: as many tensors as `shapes` names, each of its shape, floating, on `device`."""
+    if not isinstance(state, tuple | list) or len(state) != len(shapes):
+        raise ValueError(f"state is {type(state).__name__}, wanted the {len(shapes)} tensors {', '.join(shapes)}")
+    for tensor, (name, shape) in zip(state, shapes.items(), strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"state.{name} has shape {tuple(tensor.shape)}, wanted {shape}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"state.{name} is {tensor.dtype}, wanted a floating dtype")
+        if tensor.device != device:
+            raise ValueError(f"state.{name} is on {tensor.device}, wanted {device} as the inputs")
