@@ -1,0 +1,198 @@
+"""Causal softmax attention as in Llama (arXiv 2302.13971): rotary positions, grouped queries, window and sink tokens.
+
+y_t = W_out Σ_j softmax_j(q_t · k_j / sqrt(D)) v_j over t's document so far (its last `window`, first `sinks`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exlstm.layers.basic import check_input, init_linear, valid_mask
+from exlstm.ops import backend as backends
+
+
+class AttentionState(NamedTuple):
+    """What attention remembers of S tokens: keys (rotated) and values (B, S, H, D), positions (B, S), and length (B,).
+
+    `positions` count the valid tokens of the document, -1 where a token is never seen again; `length` is the next one.
+    S grows with every token; with a window it is at most window - 1 + sinks.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    length: Tensor
+
+
+class Attention(nn.Module):
+    """Softmax attention over (B, T, d_model); state is an AttentionState.
+
+    Args:
+        d_model: width of input and output.
+        n_heads: heads of queries, d_model / n_heads wide.
+        n_kv_heads: heads of keys and values, a divisor of n_heads; 0: n_heads.
+        rope_base: base of the rotary position embedding (arXiv 2104.09864), 0 for none.
+        window: valid tokens of the document that a token sees, itself included; 0: all before it.
+        sinks: first tokens of the document that stay visible beyond the window (arXiv 2309.17453).
+
+    >>> y, state = Attention(64)(torch.randn(2, 10, 64))
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int = 4,
+        *,
+        n_kv_heads: int = 0,
+        rope_base: float = 10000.0,
+        window: int = 0,
+        sinks: int = 0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        n_kv_heads = n_kv_heads or n_heads
+        if d_model % n_heads:
+            raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
+        head = d_model // n_heads
+        if rope_base < 0 or (rope_base and head % 2):
+            raise ValueError(
+                f"rope_base is {rope_base} with heads of width {head}; rotary positions want an even width, 0 is none"
+            )
+        if window < 0 or sinks < 0 or (sinks and not window):
+            raise ValueError(f"window is {window} and sinks {sinks}, wanted at least 0, and sinks only with a window")
+        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
+        self.rope_base, self.window, self.sinks = rope_base, window, sinks
+        new = {"bias": False, "device": device, "dtype": dtype}
+        self.q = nn.Linear(d_model, d_model, **new)
+        self.k = nn.Linear(d_model, n_kv_heads * head, **new)
+        self.v = nn.Linear(d_model, n_kv_heads * head, **new)
+        self.out = nn.Linear(d_model, d_model, **new)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """As `init_linear` says: with queries and keys of std 0.63 attention starts close to a plain mean."""
+        for linear in (self.q, self.k, self.v, self.out):
+            init_linear(linear.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState]:
+        check_input(x, self.d_model)
+        batch, time = x.shape[:2]
+        mask = valid_mask(lengths, mask, batch, time, x.device)
+        backends.check_companions(x, reset, None, {})
+        q = self.q(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, D)
+        k = self.k(x).unflatten(-1, (self.n_kv_heads, -1))
+        v = self.v(x).unflatten(-1, (self.n_kv_heads, -1))
+        if state is not None:
+            _check_state(state, k)
+            state = AttentionState(*state)
+        positions, document, length = _places(batch, time, state, mask, reset, x.device)
+        if self.rope_base:
+            turn = self._turn(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            q, k = _rotate(q, turn), _rotate(k, turn)
+        stored = positions if mask is None else positions.masked_fill(~mask, -1)
+        if state is not None:
+            k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)  # (B, S, ...)
+            stored = torch.cat([state.positions, stored.expand(batch, -1)], 1)
+        plain = state is None and mask is None and reset is None and (self.window == 0 or self.window >= time)
+        visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=visible,
+            is_causal=plain and time > 1,
+            enable_gqa=self.n_kv_heads < self.n_heads,
+        )
+        y = self.out(y.transpose(1, 2).flatten(-2))
+        return y, self._remember(k, v, stored.expand(batch, -1), document, length)
+
+    def _turn(self, positions, dtype):
+        """cos and sin (B or 1, T, 1, D / 2) of the positions' angles, pos · base^(-2i / D)."""
+        half = self.d_model // self.n_heads // 2
+        frequencies = self.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+        angles = positions[..., None, None].to(dtype) * frequencies
+        return angles.cos(), angles.sin()
+
+    def _visible(self, positions, stored, document):
+        """(B or 1, 1, T, S): which of the S tokens each of the T new ones sees."""
+        time, total = positions.shape[1], stored.shape[1]
+        new = torch.arange(total - time, total, device=stored.device)[:, None]
+        old = torch.arange(total, device=stored.device)
+        seen = (old <= new) & (stored >= 0)[:, None, :]  # (B, T, S)
+        if document is not None:
+            seen &= F.pad(document, (total - time, 0))[:, None, :] == document[:, :, None]
+        if self.window:
+            near = positions[:, :, None] - stored[:, None, :] < self.window
+            seen &= near | (stored < self.sinks)[:, None, :] if self.sinks else near
+        # A padding token sees itself, so that no softmax runs over nothing.
+        return (seen | (old == new)).unsqueeze(1)
+
+    def _remember(self, keys, values, positions, document, length):
+        if document is not None:
+            document = F.pad(document, (positions.shape[1] - document.shape[1], 0))
+            positions = positions.masked_fill(document != document[:, -1:], -1)
+        if self.window:
+            # At most window - 1 + sinks tokens can be seen again: they move to the front, in their order.
+            kept = (positions >= 0) & ((positions > length[:, None] - self.window) | (positions < self.sinks))
+            size = min(positions.shape[1], self.window - 1 + self.sinks)
+            order = (~kept).byte().argsort(dim=1, stable=True)[:, :size]  # (B, S)
+            kept = kept.gather(1, order)
+            positions = positions.gather(1, order).masked_fill(~kept, -1)
+            keys, values = (_take(x, order).masked_fill(~kept[..., None, None], 0) for x in (keys, values))
+        return AttentionState(keys, values, positions, length)
+
+
+def _check_state(state, keys):
+    """A state handed in: four tensors, as AttentionState says, that fit the new keys (B, T, H, D)."""
+    if not isinstance(state, tuple | list) or len(state) != 4 or state[0].ndim != 4:
+        raise ValueError(
+            "state is not an AttentionState, wanted keys (B, S, H, D), values, positions (B, S), length (B,)"
+        )
+    shape = (keys.shape[0], state[0].shape[1], *keys.shape[2:])
+    wanted = AttentionState(shape, shape, shape[:2], shape[:1])
+    for tensor, name, shape in zip(state, AttentionState._fields, wanted, strict=True):
+        if tensor.shape != shape or tensor.device != keys.device:
+            raise ValueError(
+                f"state.{name} has shape {tuple(tensor.shape)} on {tensor.device}, wanted {shape} on {keys.device}"
+            )
+
+
+def _places(batch, time, state, mask, reset, device):
+    """Position of every token in its document (B or 1, T), its document (B, T) or None, and the next position (B,)."""
+    length = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.length
+    if mask is None and reset is None:
+        steps = torch.arange(time, device=device)[None]
+        return (steps if state is None else length[:, None] + steps), None, length + time
+    valid = torch.ones(batch, time, dtype=torch.long, device=device) if mask is None else mask.long()
+    before = valid.cumsum(1) - valid  # valid tokens before t in this call
+    start = -length[:, None]
+    if reset is not None:
+        start = torch.where(reset, before, start).cummax(1).values
+    after = before[:, -1] + valid[:, -1] - start[:, -1]
+    return before - start, None if reset is None else reset.cumsum(1), after
+
+
+def _rotate(x, turn):
+    """x (B, T, H, D) turned by its position, first half against second half."""
+    cos, sin = turn
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def _take(x, index):
+    """x (B, S, H, D) at the tokens `index` (B, N)."""
+    rows = index + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)

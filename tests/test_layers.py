@@ -1,0 +1,242 @@
+"""The laws of layers, blocks and stacks, over every row of the block table."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+from exlstm.models.config import OPTIONS, StackConfig
+from exlstm.models.stack import BLOCKS, Stack
+
+D = 32
+VARIANTS = {
+    **{kind: {} for kind in BLOCKS},
+    "mlstm without convolution": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](conv=0, gate_cap=0.0, qk_ratio=1.0)},
+    "slstm with convolution": {"blocks": "slstm", "slstm": OPTIONS["slstm"](conv=4)},
+    "slstm dense": {"blocks": "slstm", "slstm": OPTIONS["slstm"](dense=True, ffn_ratio=0.0)},
+    "attention with window": {"blocks": "attention", "attention": OPTIONS["attention"](window=5, sinks=2)},
+    "attention with groups": {"blocks": "attention", "attention": OPTIONS["attention"](n_kv_heads=1, rope_base=0.0)},
+    "all": {"blocks": tuple(BLOCKS), "n_layers": len(BLOCKS)},
+}
+every = pytest.mark.parametrize("name", VARIANTS)
+
+
+def build(name, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    options = {"d_model": D, "n_heads": 2, "n_layers": 1, "blocks": name, "mamba2": OPTIONS["mamba2"](d_state=8, head_dim=16)}
+    stack = Stack(StackConfig(**{**options, **VARIANTS[name]}), dtype=dtype)
+    with torch.no_grad():
+        for p in stack.parameters():
+            # Some maps start at zero: away from there every path carries something.
+            p.add_(0.2 * torch.randn_like(p) / max(1, p.shape[-1] if p.ndim > 1 else 1) ** 0.5)
+    return stack
+
+
+def sample(batch, steps, seed=1, dtype=torch.float64):
+    return torch.randn(batch, steps, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def flags(batch, steps, density, seed):
+    return torch.rand(batch, steps, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def gradients(stack, y, weight):
+    return torch.autograd.grad((y * weight).sum(), list(stack.parameters()), allow_unused=True)
+
+
+def assert_same(found, wanted, limit=1e-9):
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= limit * b.norm() + 1e-12
+
+
+@every
+@pytest.mark.parametrize("with_flags", [False, True])
+def test_a_split_changes_nothing(name, with_flags):
+    stack, x = build(name), sample(2, 30)
+    options = {"reset": flags(2, 30, 0.1, 2), "mask": flags(2, 30, 0.8, 3)} if with_flags else {}
+    valid = options.get("mask", torch.ones(2, 30, dtype=torch.bool))[..., None]
+    whole, _ = stack(x, **options)
+    wanted = gradients(stack, whole, x * valid)
+    for cut in (1, 2, 13, 29):
+        first, state = stack(x[:, :cut], **{k: v[:, :cut] for k, v in options.items()})
+        second, _ = stack(x[:, cut:], state, **{k: v[:, cut:] for k, v in options.items()})
+        y = torch.cat([first, second], 1)
+        assert_same([y * valid], [whole * valid])
+        assert_same(gradients(stack, y, x * valid), wanted)
+
+
+@every
+def test_single_steps_equal_one_call(name):
+    stack, x = build(name), sample(2, 12)
+    state, ys = None, []
+    for t in range(12):
+        y, state = stack(x[:, t : t + 1], state)
+        ys.append(y)
+    assert_same([torch.cat(ys, 1)], [stack(x)[0]])
+
+
+@every
+def test_no_future_leaks_and_rows_are_alone(name):
+    stack, x = build(name), sample(2, 20)
+    changed = x.clone()
+    changed[:, 11:] += 1
+    changed[1] -= 2
+    y, z = stack(x)[0], stack(changed)[0]
+    assert_same([z[:1, :11], stack(x[:1])[0]], [y[:1, :11], y[:1]])
+    assert not torch.allclose(z[:1, 11:], y[:1, 11:])
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padding_changes_nothing(name, side):
+    stack, x = build(name), sample(1, 11)
+    kept = {"left": range(7, 18), "right": range(11), "scattered": [0, 2, 3, 5, 6, 7, 10, 11, 14, 16, 17]}[side]
+    kept = torch.tensor(list(kept))
+    mask = torch.zeros(1, 18, dtype=torch.bool).index_fill(1, kept, True)
+    padded = torch.full((1, 18, D), 3.0, dtype=x.dtype).index_copy(1, kept, x)
+    y, state = stack(padded, mask=mask)
+    wanted, wanted_state = stack(x)
+    assert y.isfinite().all()
+    assert_same([y[:, kept]], [wanted])
+    assert_same(gradients(stack, y[:, kept], x), gradients(stack, wanted, x))
+    after, _ = stack(x[:, :3], state)
+    assert_same([after], [stack(x[:, :3], wanted_state)[0]])
+    if side == "right":
+        assert_same([stack(padded, lengths=torch.tensor([11]))[0][:, kept]], [wanted])
+
+
+@every
+def test_a_reset_is_a_fresh_start(name):
+    stack, x = build(name), sample(2, 20)
+    reset = torch.zeros(2, 20, dtype=torch.bool)
+    reset[0, 9] = True
+    y, state = stack(x, reset=reset)
+    fresh, fresh_state = stack(x[:1, 9:])
+    assert_same([y[:1, 9:], y[1:]], [fresh, stack(x[1:])[0]])
+    more = sample(2, 4, seed=5)
+    assert_same([stack(more, state)[0][:1]], [stack(more[:1], fresh_state)[0]])
+
+
+@every
+def test_lengths_of_zero_leave_the_state(name):
+    stack, x = build(name), sample(2, 6)
+    _, state = stack(x)
+    y, after = stack(x, state, lengths=torch.tensor([0, 6]))
+    assert y.isfinite().all()
+    more = sample(2, 3, seed=5)
+    assert_same([stack(more, after)[0][:1]], [stack(more, state)[0][:1]])
+
+
+@pytest.mark.parametrize(("name", "with_flags"), [*((kind, True) for kind in BLOCKS), ("all", False)])
+def test_compiled_equals_eager(name, with_flags):
+    stack, x = build(name), sample(2, 6)
+    options = {"reset": flags(2, 6, 0.3, 2), "mask": flags(2, 6, 0.8, 3)} if with_flags else {}
+    valid = options.get("mask", torch.ones(2, 6, dtype=torch.bool))[..., None]
+    compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
+    y, z = compiled(x, **options)[0] * valid, stack(x, **options)[0] * valid
+    assert_same([y], [z])
+    assert_same(gradients(stack, y, x), gradients(stack, z, x))
+    torch._dynamo.reset()
+
+
+@every
+def test_autocast_keeps_state_in_float32_and_stays_close(name):
+    stack, x = build(name, torch.float32), sample(2, 20, dtype=torch.float32)
+    wanted, _ = stack(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = stack(x)
+    assert (y - wanted).norm() < 0.05 * wanted.norm()
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in stack.parameters() if p.grad is not None)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_whole_model_in_a_dtype(name, dtype):
+    stack = build(name, torch.float32).to(dtype)
+    y, state = stack(sample(2, 20, dtype=dtype))
+    assert y.dtype == dtype and y.isfinite().all()
+    y, _ = stack(sample(2, 1, dtype=dtype), state)
+    assert y.dtype == dtype and y.isfinite().all()
+
+
+@every
+def test_gradient_checkpointing_changes_nothing(name):
+    stack, x = build(name), sample(2, 9)
+    wanted = gradients(stack, stack(x)[0], x)
+    stack.gradient_checkpointing = True
+    assert_same(gradients(stack, stack(x)[0], x), wanted)
+
+
+@every
+def test_meta_device_then_reset_parameters(name):
+    config = build(name).config
+    stack = Stack(config, device="meta")
+    assert all(p.device.type == "meta" for p in stack.parameters())
+    stack = stack.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in stack.parameters():
+            p.fill_(float("nan"))
+    stack.reset_parameters()
+    assert all(p.isfinite().all() for p in stack.parameters())
+    assert stack(sample(2, 5, dtype=torch.float32))[0].isfinite().all()
+
+
+@every
+def test_copies_pickles_and_state_dicts(name):
+    stack, x = build(name), sample(2, 5)
+    wanted, state = stack(x)
+    for other in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert torch.equal(other(x)[0], wanted)
+    fresh = build(name, seed=9)
+    fresh.load_state_dict(stack.state_dict())
+    assert torch.equal(fresh(x)[0], wanted)
+    file = io.BytesIO()
+    torch.save(tree_map(lambda t: t.detach(), [t for t in torch.utils._pytree.tree_leaves(state) if t is not None]), file)
+    leaves, spec = torch.utils._pytree.tree_flatten(state)
+    file.seek(0)
+    saved = iter(torch.load(file, weights_only=True))
+    again = torch.utils._pytree.tree_unflatten([None if t is None else next(saved) for t in leaves], spec)
+    assert torch.equal(stack(x, again)[0], stack(x, state)[0])
+
+
+@every
+def test_a_long_stack_keeps_its_scale(name):
+    """At the start neither the signal nor the gradient grows or dies with depth."""
+    config = build(name).config
+    torch.manual_seed(0)
+    stack = Stack(StackConfig(**{**config.__dict__, "n_layers": 12}))
+    x = sample(4, 40, dtype=torch.float32).requires_grad_()
+    y, _ = stack(x)
+    assert 0.5 < y.std() / x.std() < 4
+    y.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in stack.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: StackConfig(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4"),
+        (lambda: StackConfig(blocks=["mlsmt"]), "unknown block 'mlsmt', did you mean 'mlstm'"),
+        (lambda: StackConfig(blocks=[]), "blocks is empty"),
+        (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),
+        (lambda: StackConfig(dropout=1.0), "dropout is 1.0"),
+        (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
+        (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
+        (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),
+        (lambda: build("mlstm")(sample(2, 5), ()), "state has 0 entries, wanted one entry for each of the 1 blocks"),
+        (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([6, 1])), "lengths go from 1 to 6"),
+        (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([1])), "lengths is torch.int64 of shape"),
+        (lambda: build("mlstm")(sample(2, 5), mask=torch.ones(2, 5)), "mask is torch.float32"),
+        (lambda: build("slstm")(sample(2, 5), reset=torch.ones(2, 4, dtype=torch.bool)), "reset is torch.bool of shape"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        call()
+    assert "\n" not in str(caught.value)
