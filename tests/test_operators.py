@@ -110,7 +110,9 @@ def test_equals_the_reference_with_resets_and_padding(op, backend, steps, given_
 
 
 @fast
-@pytest.mark.parametrize("options", [{"normalize": False}, {"eps": 0.1}, {"scale": 0.3}, {"normalize": False, "scale": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"normalize": False}, {"eps": 0.1}, {"scale": 0.3}, {"normalize": False, "scale": 1.0}], ids=str
+)
 def test_equals_the_reference_with_options(op, backend, options):
     if op == "slstm":
         options = {}
@@ -209,7 +211,11 @@ def test_no_future_leaks_and_rows_are_alone(op, backend):
 def test_padding_changes_nothing(op, backend):
     """Left, right and scattered padding: valid tokens, the state and all gradients are those of the tokens alone."""
     short, steps = Case(op, 30, seed=29, batch=1), 45
-    for kept in (range(30), range(15, 45), sorted(torch.randperm(45, generator=torch.Generator().manual_seed(1))[:30].tolist())):
+    for kept in (
+        range(30),
+        range(15, 45),
+        sorted(torch.randperm(45, generator=torch.Generator().manual_seed(1))[:30].tolist()),
+    ):
         kept = list(kept)
         mask = torch.zeros(1, steps, dtype=torch.bool)
         mask[:, kept] = True
@@ -349,7 +355,8 @@ def test_memory_for_backward_is_flat(op, backend):
         leaves, m = case.tensors(torch.float32)
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.setdefault(t.untyped_storage().data_ptr(), t) if t is not None else t, lambda t: t
+            lambda t, sizes=sizes: sizes.setdefault(t.untyped_storage().data_ptr(), t) if t is not None else t,
+            lambda t: t,
         ):
             h, _ = case.call(*case.split(leaves, m), backend)
         own = {t.untyped_storage().data_ptr() for t in (*leaves, h)}

@@ -108,15 +108,7 @@ class Attention(nn.Module):
             stored = torch.cat([state.positions, stored.expand(batch, -1)], 1)
         plain = state is None and mask is None and reset is None and (self.window == 0 or self.window >= time)
         visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=visible,
-            is_causal=plain and time > 1,
-            enable_gqa=self.n_kv_heads < self.n_heads,
-        )
-        y = self.out(y.transpose(1, 2).flatten(-2))
+        y = self.out(_attend(q, k, v, visible))
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
 
     def _turn(self, positions, dtype):
@@ -153,6 +145,22 @@ class Attention(nn.Module):
             positions = positions.gather(1, order).masked_fill(~kept, -1)
             keys, values = (_take(x, order).masked_fill(~kept[..., None, None], 0) for x in (keys, values))
         return AttentionState(keys, values, positions, length)
+
+
+def _attend(q, k, v, visible):
+    """q (B, T, H, D) over k, v (B, S, H', D), where `visible`, or as far as the token itself -> (B, T, H·D)."""
+    groups, k, v = q.shape[2] // k.shape[2], k.transpose(1, 2), v.transpose(1, 2)
+    if q.shape[1] == 1:
+        # The queries of a group stand in line like tokens, so that keys and values need no copy.
+        y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)
+        return y.flatten(1).unsqueeze(1)
+    if groups > 1 and visible is not None:
+        # No fused kernel takes groups and a mask at once.
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=groups > 1
+    )
+    return y.transpose(1, 2).flatten(-2)
 
 
 def _check_state(state, keys):

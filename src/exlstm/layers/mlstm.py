@@ -1,4 +1,4 @@
-"""mLSTM layer in the form of xLSTM 7B (arXiv 2503.13427, section 3): dense maps, one gate pair a head, matrix memory, gated output.
+"""mLSTM layer as in xLSTM 7B (arXiv 2503.13427, section 3): dense maps, one gate pair a head, gated output.
 
 q, k = W_q x', W_k x'  (x' = SiLU(conv(x)), or x)    v, o = W_v x, W_o x    ĩ, f̃ = cap·tanh((W x + b) / cap)
 y = W_out (norm_head(mlstm(q, k, v, ĩ, logsigmoid f̃)) ⊙ sigmoid(o))
@@ -44,7 +44,9 @@ class mLSTM(nn.Module):
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         keys = round(d_model // n_heads * qk_ratio)
         if keys < 1:
-            raise ValueError(f"qk_ratio {qk_ratio} leaves no features to the keys of {n_heads} heads in d_model {d_model}")
+            raise ValueError(
+                f"qk_ratio {qk_ratio} leaves no features to the keys of {n_heads} heads in d_model {d_model}"
+            )
         self.d_model, self.n_heads, self.gate_cap, self.i_bias, self.eps = d_model, n_heads, gate_cap, i_bias, eps
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None

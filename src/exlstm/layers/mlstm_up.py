@@ -17,7 +17,9 @@ class BlockLinear(nn.Module):
 
     def __init__(self, d: int, block: int, device=None, dtype=None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d // block, block, block, device=device, dtype=dtype))  # (blocks, out, in)
+        self.weight = nn.Parameter(
+            torch.empty(d // block, block, block, device=device, dtype=dtype)
+        )  # (blocks, out, in)
         self.reset_parameters()
 
     def reset_parameters(self):

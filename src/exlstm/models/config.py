@@ -176,14 +176,20 @@ def from_dict(kind, values: dict, where: str = ""):
     """A config of dataclass `kind` from plain values; an unknown key is a ValueError that names the nearest one."""
     known = {f.name: f for f in fields(kind)}
     if not isinstance(values, dict):
-        raise ValueError(f"{where or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}")
+        raise ValueError(
+            f"{where or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}"
+        )
     for key in values:
         if key not in known:
             raise ValueError(f"unknown field {where + key!r}{nearest(key, known)}")
-    nested = {k: from_dict(OPTIONS[k], v, f"{where}{k}.") if k in OPTIONS and k in known else v for k, v in values.items()}
+    nested = {
+        k: from_dict(OPTIONS[k], v, f"{where}{k}.") if k in OPTIONS and k in known else v for k, v in values.items()
+    }
     for key, value in nested.items():
         wanted = known[key].type
-        fits = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(wanted)
+        fits = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": (list, tuple, str)}.get(
+            wanted
+        )
         if fits and (not isinstance(value, fits) or (isinstance(value, bool) and wanted != "bool")):
             raise ValueError(f"{where}{key} is {value!r}, wanted {wanted}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, slstm
 from exlstm.models.config import StackConfig
 
-# kind: (mixer, takes n_heads, norm, feed-forward). Attention and mLSTM blocks follow Llama and xLSTM 7B, the others the xLSTM paper.
+# kind: (mixer, takes n_heads, norm, feed-forward). Attention and mLSTM blocks follow Llama and xLSTM 7B, the others
+# the xLSTM paper.
 BLOCKS = {
     "mlstm": (mlstm.mLSTM, True, basic.RMSNorm, basic.SwiGLU),
     "mlstm_up": (mlstm_up.mLSTMUp, True, basic.LayerNorm, None),

@@ -1,7 +1,8 @@
 """mLSTM in chunks, in plain PyTorch: products inside a chunk, a recurrence from chunk to chunk, and the exact backward by hand.
 
-The gates of a chunk that starts with stabiliser m⁻ are rank one (b_t = Σ log_f up to t, u = log_i - b, M_t = max(m⁻, max_{j≤t} u_j), m = b + M):
+The gates of a chunk that starts with stabiliser m⁻ are rank one:
 
+    b_t = Σ log_f up to t      u = log_i - b      M_t = max(m⁻, max_{j≤t} u_j)      m = b + M
     D_tj = exp(u_j - M_t) for j ≤ t      β_t = exp(m⁻ - M_t)      α_j = exp(u_j - M_L)      γ = exp(m⁻ - M_L)      m⁺ = b_L + M_L
     P = (Q Kᵀ) ⊙ D      s = P·1 + β ⊙ (Q n⁻)      h = (P V + β ⊙ (Q C⁻)) / den      den = max(|s|, exp(-m)) + eps
     C⁺ = γ C⁻ + Kᵀ(α ⊙ V)      n⁺ = γ n⁻ + Kᵀ α                                  (the scale sits on Q)
@@ -13,8 +14,9 @@ and backward, with everything between chunks recomputed and nothing but the inpu
     dC⁻ = γ dC⁺ + (β ⊙ Q)ᵀ dnum              dn⁻ = γ dn⁺ + (β ⊙ Q)ᵀ ds
     dlog_i = k·dk      dlog_f_t = Σ_{t ≤ r ≤ end of chunk} (q_r·dq_r - k_r·dk_r) + <C⁺, dC⁺> + <n⁺, dn⁺>
 
-A reset lets b, M and the last sum restart, and cuts D, β, α and γ. The gates are worked out in float64: they are two vectors, and the
-prefix sums would otherwise cost a digit. Chunks are worked on in blocks that fit the cache, so memory beside the inputs stays flat.
+A reset lets b, M and the last sum restart, and cuts D, β, α and γ. The gates are worked out in float64: they are two
+vectors, and the prefix sums would otherwise cost a digit. Chunks are worked on in blocks that fit the cache, so memory
+beside the inputs stays flat.
 """
 
 from typing import NamedTuple
@@ -150,12 +152,16 @@ def _decay(gates, part, dtype):
     return d.flatten(0, 1)
 
 
+def _block_size(rows, length, keys, values):
+    """Chunks that are worked on at once."""
+    numbers = rows * (2 * length * length + 2 * keys * values + 3 * length * (keys + values))
+    return max(1, BLOCK_NUMBERS // numbers)
+
+
 def _blocks(gates, q, v):
-    """Pieces of the chunks, as slices, each small enough for the cache."""
+    """The chunks in pieces, as slices, each small enough for the cache."""
     rows, chunks, length = gates.u.shape
-    keys, values = q.shape[-1], v.shape[-1]
-    numbers = rows * (2 * length * length + 2 * keys * values + length * (3 * keys + 3 * values))
-    size = max(1, BLOCK_NUMBERS // numbers)
+    size = _block_size(rows, length, q.shape[-1], v.shape[-1])
     return [slice(i, min(i + size, chunks)) for i in range(0, chunks, size)]
 
 
@@ -246,7 +252,9 @@ def _mlstm_chunked_backward(
                 _unlay(laid, out[:, span])
         batch, steps, heads = log_i.shape
         dlog_i, dlog_f = (
-            g.view(batch, heads, -1)[:, :, :steps].transpose(1, 2).to(log_i.dtype, memory_format=torch.contiguous_format)
+            g.view(batch, heads, -1)[:, :, :steps]
+            .transpose(1, 2)
+            .to(log_i.dtype, memory_format=torch.contiguous_format)
             for g in (dlog_i, dlog_f)
         )
     return dq, dk, dv, dlog_i, dlog_f, dc.reshape(shape).clone(), dn.reshape(shape[:-1]).clone()
@@ -271,7 +279,9 @@ def _block_backward(q, k, v, h, dh, gates, part, memories, dc, dn, normalize, ep
     else:
         slope, out_n = None, torch.zeros_like(ns[:, 1:])
     ds.mul_(d).tril_()
-    dcs, dns, dc, dn = _memory_gradients(torch.bmm(bq.mT, dnum).view(rows, count, *dc.shape[1:]), out_n, gates, part, dc, dn)
+    dcs, dns, dc, dn = _memory_gradients(
+        torch.bmm(bq.mT, dnum).view(rows, count, *dc.shape[1:]), out_n, gates, part, dc, dn
+    )
     inflow = (cs[:, 1:] * dcs).sum((-2, -1)) + (ns[:, 1:] * dns).sum(-1)
     dcs, dns = dcs.flatten(0, 1), dns.flatten(0, 1)
     dv = torch.bmm(p.mT, dnum).baddbmm_(k * alpha, dcs)
@@ -309,13 +319,11 @@ def _forget_gradient(flow, inflow, gates, part):
 
 @_mlstm_chunked.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
-    chunks = -(-q.shape[1] // chunk)
-    rows = q.shape[0] * q.shape[2]
-    numbers = rows * (2 * chunk * chunk + 2 * c.shape[2] * c.shape[3] + chunk * 3 * (c.shape[2] + c.shape[3]))
-    blocks = -(-chunks // max(1, BLOCK_NUMBERS // numbers)) if save else 0
-    starts = (c.new_empty(blocks, rows, *c.shape[2:]), c.new_empty(blocks, rows, c.shape[2])) if save else (
-        c.new_empty(0), c.new_empty(0))  # fmt: skip
-    return v.new_empty(v.shape), c.new_empty(c.shape), n.new_empty(n.shape), m.new_empty(m.shape), *starts
+    rows, (keys, values) = q.shape[0] * q.shape[2], c.shape[2:]
+    blocks = -(-(-(-q.shape[1] // chunk)) // _block_size(rows, chunk, keys, values))
+    starts = [(blocks, rows, keys, values), (blocks, rows, keys)] if save else [(0,), (0,)]
+    memory = (x.new_empty(x.shape) for x in (c, n, m))
+    return v.new_empty(v.shape), *memory, *(c.new_empty(shape) for shape in starts)
 
 
 @_mlstm_chunked_backward.register_fake

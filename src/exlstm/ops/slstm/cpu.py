@@ -29,7 +29,15 @@ def cpu(x, r, h, c, n, m, reset, mask):
 
 @torch.library.custom_op("exlstm::slstm_cpu", mutates_args=())
 def _slstm_cpu(
-    x: Tensor, r: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, mask: Tensor | None, save: bool
+    x: Tensor,
+    r: Tensor,
+    h: Tensor,
+    c: Tensor,
+    n: Tensor,
+    m: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hs, h, c, n, m, then for the backward w, z, o, q, log_f (5, T, H, B, D) and the initial q (H, B, D)."""
     dtype, (batch, steps, heads, _, width) = c.dtype, x.shape
