@@ -1,0 +1,385 @@
+"""Text as tokens on disk, parted into training and held-out documents, and served as batches.
+
+A corpus is prepared once: corpus.json says what it is, tokens-<key>.bin holds the tokens, those of training first, as
+little-endian unsigned integers of 1, 2 or 4 bytes. It is memory-mapped, and made anew when the text or the settings
+behind it change. A batch is a pure function of (seed, step, micro): nothing has to be remembered to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from exlstm.data import files
+from exlstm.data.config import DataConfig
+from exlstm.data.files import Document
+from exlstm.data.tokenizer import TOKENIZERS, tokenizer_from_dict
+
+VERSION = 1
+HEADER = "corpus.json"
+# From this many documents on, whole ones are held out.
+MANY = 10
+
+
+class TextBatch(NamedTuple):
+    """Rows of text for a language model."""
+
+    inputs: torch.Tensor
+    """(B, T) int64"""
+    targets: torch.Tensor
+    """(B, T) int64, the token after each input; -100 where none is to be predicted"""
+    reset: torch.Tensor
+    """(B, T) bool, true at the first token of a document"""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The tokens of some documents, one document behind the other."""
+
+    tokens: np.ndarray
+    """(N,) unsigned integers"""
+    counts: np.ndarray
+    """(documents,) int64, tokens of each document, at least 2"""
+    names: tuple[str, ...]
+    """names of the documents"""
+    tokenizer: Any
+    """what the tokens mean"""
+    ends: np.ndarray = field(init=False)
+    """(documents,) int64, where each document ends"""
+    starts: np.ndarray = field(init=False)
+    """(documents,) int64, where each document begins"""
+
+    def __post_init__(self):
+        object.__setattr__(self, "ends", np.cumsum(self.counts))
+        object.__setattr__(self, "starts", self.ends - self.counts)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each token stands for (vocab_size,): with them nats a token become bits a byte."""
+        return np.array([len(piece) for piece in self.tokenizer.pieces])
+
+    @property
+    def n_bytes(self) -> int:
+        """Length of the text in bytes."""
+        sizes = self.token_bytes
+        return int(np.bincount(self.tokens, minlength=len(sizes)) @ sizes)
+
+    def bytes(self) -> bytes:
+        """The text, as UTF-8; as it was on disk if the tokens are bytes or the text was valid UTF-8."""
+        return self.tokenizer.bytes(self.tokens)
+
+    def head(self, n_bytes: int) -> Split:
+        """The beginning of the split, at most `n_bytes` bytes; ValueError: not even two tokens of a document fit."""
+        sizes = self.token_bytes[self.tokens[:n_bytes]]
+        fit = np.searchsorted(np.cumsum(sizes), n_bytes, side="right")
+        counts = np.clip(fit - self.starts, 0, self.counts)
+        counts = counts[counts > 1]
+        if not len(counts):
+            raise ValueError(f"{n_bytes} bytes are too few, wanted at least two tokens of text")
+        return Split(self.tokens[: counts.sum()], counts, self.names[: len(counts)], self.tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text that is ready to learn from."""
+
+    tokenizer: Any
+    train: Split
+    held_out: Split
+    fingerprint: str
+    """names and contents of the files; another one is another text"""
+    notes: tuple[str, ...] = ()
+    """what the user should know about it, in sentences"""
+
+
+def load_corpus(
+    config: DataConfig,
+    cache: Path | str,
+    *,
+    expect: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Corpus:
+    """The corpus that `config` describes, from the folder `cache`, where it is prepared if it is not there yet.
+
+    `expect` is the fingerprint that the corpus had when a run began. `progress(done, total)` counts bytes of text.
+    ValueError, OSError: files are missing, not text or too little of it, or not the ones expected; then nothing is
+    written.
+    """
+    cache = Path(cache)
+    documents, notes = files.find(config.files, cache)
+    found = files.fingerprint(documents)
+    if expect is not None and found != expect:
+        told = _difference(cache, documents)
+        raise ValueError(f"the corpus changed since this run began{told}: bring it back or choose another folder")
+    settings = (VERSION, found, config.tokenizer, config.vocab_size, float(config.held_out), config.seed)
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    try:
+        corpus = open_corpus(cache, key)
+    except ValueError:
+        _prepare(documents, config, cache, {"version": VERSION, "key": key, "fingerprint": found}, progress)
+        corpus = open_corpus(cache, key)
+    if config.context >= len(corpus.train):
+        rows = len(corpus.train) - 1
+        notes.append(f"a context of {config.context} is cut to {rows}, there are {rows + 1} tokens to train on")
+    return Corpus(corpus.tokenizer, corpus.train, corpus.held_out, found, tuple(notes))
+
+
+def open_corpus(cache: Path | str, key: str | None = None) -> Corpus:
+    """The corpus that was prepared in `cache`, whatever has become of its files; with `key`, only that one.
+
+    ValueError: there is none, it is damaged, or another one.
+    """
+    cache = Path(cache)
+    try:
+        header = json.loads((cache / HEADER).read_text(encoding="utf-8"))
+        if header["version"] != VERSION or (key or header["key"]) != header["key"] or not header["key"].isalnum():
+            raise ValueError("another corpus")
+        tokens = np.asarray(np.memmap(_tokens(cache, header["key"]), np.dtype(header["dtype"]), "r"))
+        if hashlib.sha256(tokens).hexdigest() != header["sha256"]:
+            raise ValueError("damaged tokens")
+        tokenizer = tokenizer_from_dict(header["tokenizer"])
+        splits, begin = [], 0
+        for part in (header["train"], header["held_out"]):
+            counts = np.array(part["counts"], np.int64)
+            splits.append(Split(tokens[begin : begin + counts.sum()], counts, tuple(part["names"]), tokenizer))
+            begin += counts.sum()
+        return Corpus(tokenizer, *splits, header["fingerprint"])
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{cache} holds no corpus that can be read ({type(error).__name__}: {error})") from None
+
+
+def load_text(sources: str | Sequence[str], tokenizer) -> Split:
+    """All text behind files, folders or globs, in memory, as tokens of a tokenizer that stands."""
+    documents, _ = files.find(sources)
+    read = [(document.name, tokenizer.array(files.read(document))) for document in documents]
+    kept = [(name, tokens) for name, tokens in read if len(tokens) > 1]
+    if not kept:
+        raise ValueError(f"{documents[0].path} has one token, wanted at least two: the first predicts the second")
+    counts = np.array([len(tokens) for _, tokens in kept])
+    return Split(np.concatenate([t for _, t in kept]), counts, tuple(name for name, _ in kept), tokenizer)
+
+
+def xz_bits_per_byte(data: bytes) -> float:
+    """Bits a byte that xz (preset 6) needs for the text: what a model has to beat."""
+    if not data:
+        raise ValueError("there is no text to compress")
+    return 8 * len(lzma.compress(data, preset=6)) / len(data)
+
+
+def _tokens(cache: Path, key: str) -> Path:
+    return cache / f"tokens-{key}.bin"
+
+
+class Part(NamedTuple):
+    """Bytes `begin` to `end` of a document."""
+
+    document: Document
+    begin: int
+    end: int
+
+    def read(self) -> bytes:
+        return files.read(self.document)[self.begin : self.end]
+
+
+def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Part], list[Part]]:
+    """What is trained on, and about `share` of the bytes that is held out: documents in the order of a seeded hash of
+    their names, which is the same wherever they lie; with fewer than MANY, the end of the whole text."""
+    total = sum(d.size for d in documents)
+    if len(documents) < MANY:
+        return _cut(documents, int((1 - share) * total))
+    ranked = sorted(documents, key=lambda d: _rank(d.name, seed))
+    goal, size, held = share * total, 0, []
+    # The first is always trained on.
+    for document in ranked[1:]:
+        nearer = size + document.size / 2 <= goal
+        if nearer:
+            held.append(document)
+            size += document.size
+    held = held or [min(ranked, key=lambda d: abs(d.size - goal))]
+    paths = {d.path for d in held}
+    train = [d for d in documents if d.path not in paths]
+    return [Part(d, 0, d.size) for d in train], [Part(d, 0, d.size) for d in held]
+
+
+def _rank(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def _cut(documents: Sequence[Document], place: int) -> tuple[list[Part], list[Part]]:
+    """The text before byte `place` and the text from there on; a character that it would tear goes to the former."""
+    before, after = [], []
+    for document in documents:
+        cut = min(max(place, 0), document.size)
+        if 0 < cut < document.size:
+            data = files.read(document)
+            while cut < document.size and data[cut] & 0xC0 == 0x80:
+                cut += 1
+        before.append(Part(document, 0, cut))
+        after.append(Part(document, cut, document.size))
+        place -= document.size
+    return [p for p in before if p.begin < p.end], [p for p in after if p.begin < p.end]
+
+
+def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress):
+    """Writes the tokens and the header that describes them."""
+    train, held = divide(documents, config.held_out, config.seed)
+    ranked = sorted(train, key=lambda part: _rank(part.document.name, config.seed))
+    texts = [(part.read().decode("utf-8", "replace") for part in parts) for parts in (ranked, held)]
+    tokenizer = TOKENIZERS[config.tokenizer].fit(texts[0], config.vocab_size, texts[1])
+    size = tokenizer.vocab_size
+    dtype = np.dtype("u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
+    header |= {"dtype": dtype.str, "tokenizer": tokenizer.to_dict(), "sources": {d.name: d.digest for d in documents}}
+    hashed, done, total = hashlib.sha256(), 0, sum(d.size for d in documents)
+    with _aside(cache) as folder:
+        with open(folder / "tokens", "wb") as stream:
+            for name, parts in (("train", train), ("held_out", held)):
+                counts = {"names": [], "counts": []}
+                for part in parts:
+                    tokens = tokenizer.array(part.read()).astype(dtype, copy=False)
+                    # One token alone predicts nothing.
+                    if len(tokens) > 1:
+                        stream.write(tokens)
+                        hashed.update(tokens)
+                        counts["names"].append(part.document.name)
+                        counts["counts"].append(len(tokens))
+                    done += part.end - part.begin
+                    if progress is not None:
+                        progress(done, total)
+                header[name] = counts
+        if not (header["train"]["counts"] and header["held_out"]["counts"]):
+            raise ValueError(
+                f"{documents[0].path if len(documents) == 1 else 'the text'} is too short with {total} "
+                f"byte{'s' * (total > 1)}: wanted at least two tokens to train on and two to hold out"
+            )
+        header["sha256"] = hashed.hexdigest()
+        (folder / HEADER).write_text(json.dumps(header), encoding="utf-8")
+        (folder / "tokens").replace(_tokens(cache, header["key"]))
+        (folder / HEADER).replace(cache / HEADER)
+    for old in set(cache.glob("tokens-*.bin")) - {_tokens(cache, header["key"])}:
+        # Windows keeps a file that is mapped.
+        with contextlib.suppress(OSError):
+            old.unlink()
+
+
+@contextlib.contextmanager
+def _aside(cache: Path) -> Iterator[Path]:
+    """A folder inside `cache` to write in; after a failure no trace of it is left, nor of folders made on the way."""
+    made = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    aside = cache / f".tmp-{os.getpid()}"
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        yield aside
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(cache)) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        # Only what is still empty goes.
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _difference(cache: Path, documents: Sequence[Document]) -> str:
+    """What changed since the corpus in `cache` was prepared: ' (a.txt is another, b.txt is gone and 3 more)'."""
+    try:
+        old = json.loads((cache / HEADER).read_text(encoding="utf-8"))["sources"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+    new = {d.name: d.digest for d in documents}
+    told = [f"{n} is {'new' if n not in old else 'another'}" for n in new if new[n] != old.get(n)]
+    told += [f"{n} is gone" for n in old if n not in new]
+    return f" ({', '.join(told[:3])}{f' and {len(told) - 3} more' * (len(told) > 3)})" if told else ""
+
+
+class TextBatches:
+    """Training batches: `batch(step, micro)` is a pure function of its arguments and of what is given here.
+
+    The split is a ring of len(split) - 1 places, a place a token that predicts the next one. In every epoch the ring
+    is cut into windows of `context` places from another point on, and the windows are served in another order: each
+    token is predicted once an epoch, the first one of a document never. Where the ring does not divide by `context`,
+    one window has fewer targets. With `accumulate` micro batches a step, all of them are different windows.
+    """
+
+    def __init__(self, split: Split, context: int, batch_size: int, seed: int = 0, accumulate: int = 1):
+        for name, value in (("context", context), ("batch_size", batch_size), ("accumulate", accumulate)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, wanted at least 1")
+        self.split, self.batch_size, self.seed, self.accumulate = split, batch_size, seed, accumulate
+        self.ring = len(split) - 1
+        self.context = min(context, self.ring)
+        self.windows = -(-self.ring // self.context)
+        self._epochs = {}
+
+    def batch(self, step: int, micro: int = 0) -> TextBatch:
+        """The batch of a step, from 0 on."""
+        if not 0 <= micro < self.accumulate or step < 0:
+            raise ValueError(f"there is no batch {micro} of step {step}: steps begin at 0, with {self.accumulate} each")
+        first = (step * self.accumulate + micro) * self.batch_size
+        epochs, turns = np.divmod(np.arange(first, first + self.batch_size), self.windows)
+        self._epochs = {e: self._epochs.get(e) or self._epoch(e) for e in map(int, np.unique(epochs))}
+        begins, orders = zip(*(self._epochs[int(e)] for e in epochs), strict=True)
+        windows = np.array([order[turn] for order, turn in zip(orders, turns, strict=True)])
+        place = windows[:, None] * self.context + np.arange(self.context)  # (B, T)
+        return _gather(self.split, (np.array(begins)[:, None] + place) % self.ring, place < self.ring)
+
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Where the ring is cut first, and the order of the windows. The generator's raw words, unlike what numpy
+        makes of them, stay the same in every version."""
+        words = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)).random_raw(self.windows + 1)
+        return int(words[0] % np.uint64(self.ring)), np.argsort(words[1:], kind="stable")
+
+
+def windows(split: Split, context: int, batch_size: int) -> Iterator[TextBatch]:
+    """The split in windows of `context` tokens, one behind the other, for an evaluation with a fresh state a window.
+
+    Every token is predicted once, except the first of each document. The last batch may have fewer rows.
+    """
+    ring = len(split) - 1
+    context = min(context, ring)
+    begins = np.arange(0, ring, context)
+    for i in range(0, len(begins), batch_size):
+        place = begins[i : i + batch_size, None] + np.arange(context)
+        yield _gather(split, place.clip(max=ring - 1), place < ring)
+
+
+def documents(split: Split, context: int, batch_size: int) -> Iterator[TextBatch]:
+    """The split with each document in rows of its own, for an evaluation by position with a fresh state a row.
+
+    A document begins a row, and another one after every `context` tokens. Long rows come first, so that the rows of a
+    batch are about equally long. Every token is predicted once, except the first of each document.
+    """
+    rows = [
+        (b, min(context, end - 1 - b)) for s, end in zip(split.starts, split.ends) for b in range(s, end - 1, context)
+    ]
+    begins, lengths = np.array(sorted(rows, key=lambda row: -row[1])).T
+    for i in range(0, len(begins), batch_size):
+        length = lengths[i : i + batch_size, None]
+        t = np.arange(length.max())
+        yield _gather(split, begins[i : i + batch_size, None] + np.minimum(t, length - 1), t < length)
+
+
+def _gather(split: Split, place: np.ndarray, counts: np.ndarray) -> TextBatch:
+    """The tokens at `place` (B, T), and those behind them where `counts` says so and the document goes on."""
+    first, last = (np.searchsorted(split.ends, place[:, t], side="right") for t in (0, -1))
+    document = np.tile(first[:, None], place.shape[1])
+    # Most rows lie in one document, and only the others are looked up place by place.
+    mixed = (first != last) | (place[:, 0] > place[:, -1])
+    document[mixed] = np.searchsorted(split.ends, place[mixed], side="right")
+    targets = split.tokens[place + 1].astype(np.int64)
+    targets[~counts | (place + 1 == split.ends[document])] = -100
+    arrays = split.tokens[place].astype(np.int64), targets, place == split.starts[document]
+    return TextBatch(*map(torch.from_numpy, arrays))

@@ -1,0 +1,71 @@
+"""What a run does to its process: it seeds torch's generators and answers signals, and puts both back as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+
+import torch
+
+
+class Randomness:
+    """Seeds torch for a step; the caller's generators come back as they were."""
+
+    def __init__(self, device: torch.device):
+        self.generators = [torch.default_generator]
+        if device.type == "cuda":
+            torch.cuda.init()
+            self.generators.append(torch.cuda.default_generators[device.index or 0])
+
+    def __enter__(self):
+        self.states = [g.get_state() for g in self.generators]
+        return self
+
+    def __exit__(self, *_):
+        for generator, state in zip(self.generators, self.states):
+            generator.set_state(state)
+
+    def seed(self, seed: int, step: int, micro: int):
+        """torch.manual_seed asks every kind of device and takes 0.3 ms; the generators alone take 2 µs."""
+        mixed = seed
+        for part in (step, micro):
+            mixed = _mix(mixed * 0x9E3779B97F4A7C15 + part + 1)
+        for generator in self.generators:
+            generator.manual_seed(mixed)
+
+
+def _mix(x: int) -> int:
+    """splitmix64's finaliser: neighbouring numbers give unrelated seeds."""
+    x &= 2**64 - 1
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1
+
+
+class Signals:
+    """Notes the first SIGINT or SIGTERM in `received`; the second ends the program at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self.before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # A signal that the parent had ignored (nohup, a background job of a script) stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.received is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.received = int(number)
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishes the step and saves; once more ends at once\n")

@@ -1,0 +1,91 @@
+"""The settings of a training: what is refused, the learning rate of every step, and which parameters decay."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from exlstm.train.config import TrainConfig
+from exlstm.train.optim import Optimizer, decayed, lr_at
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 1001])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
+def test_the_learning_rate_rises_then_falls_to_its_end(steps, warmup):
+    config = TrainConfig(steps=steps, lr=2e-3, warmup=warmup, final_lr=0.25)
+    rates = [lr_at(s, steps, config) for s in range(steps)]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] == 2e-3 * 0.25
+    assert min(rates) > 0 and max(rates) <= 2e-3
+    warm = min(round(warmup * steps), steps - 1)
+    assert top == max(0, warm - 1)
+    if warm:
+        assert rates[0] == pytest.approx(2e-3 / warm) and rates[top] == 2e-3
+
+
+class Many(nn.Module):
+    no_decay = ("table",)
+
+    def __init__(self):
+        super().__init__()
+        self.r = nn.Parameter(torch.ones(2, 4, 3, 3))
+        self.b = nn.Parameter(torch.ones(2, 4, 3))
+        self.table = nn.Parameter(torch.ones(3, 3))
+        self.gate_bias = nn.Parameter(torch.ones(2, 2))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        self.norm = nn.LayerNorm((2, 3))
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.conv = nn.Conv1d(4, 4, 3, groups=4)
+
+    def loss(self, batch):
+        return sum((p.sum() - 1) ** 2 for p in self.parameters())
+
+
+def test_only_matrices_decay():
+    assert [n for n, yes in decayed(Many()).items() if yes] == ["r", "conv.weight"]
+    assert "frozen" not in decayed(Many())
+    optimizer = Optimizer(Many(), TrainConfig(steps=1, weight_decay=0.3))
+    assert [g["weight_decay"] for g in optimizer.adamw.param_groups] == [0.3, 0.0]
+    assert optimizer.names[:2] == ["r", "conv.weight"] and len(optimizer.names) == len(decayed(Many()))
+
+
+WRONG = [
+    ({"steps": 0}, "steps is 0, wanted a whole number of at least 1"),
+    ({"steps": True}, "steps is True"),
+    ({"steps": 5, "minutes": 1.0}, "one of the two"),
+    ({"minutes": 0.0}, "minutes is 0.0, wanted a number above 0"),
+    ({"lr": math.nan}, "lr is nan"),
+    ({"lr": "fast"}, "lr is 'fast'"),
+    ({"final_lr": 1.5}, "final_lr is 1.5, wanted a number from 0 to 1"),
+    ({"warmup": 100}, "warmup is 100, wanted .*a share of the steps"),
+    ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"betas": (0.9,)}, "wanted two numbers"),
+    ({"betas": (0.9, 1.0)}, "betas is 1.0"),
+    ({"clip": -1.0}, "clip is -1.0"),
+    ({"accumulate": 0}, "accumulate is 0"),
+    ({"precision": "float16"}, "precision is 'float16', wanted float32 or bfloat16"),
+    ({"keep": 0}, "keep is 0"),
+    ({"save_every": -1}, "save_every is -1"),
+    ({"seed": -1}, "seed is -1"),
+]
+
+
+@pytest.mark.parametrize("settings, sentence", WRONG, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_wrong_settings_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TrainConfig(**settings)
+
+
+def test_settings_compare():
+    config = TrainConfig(steps=10, betas=[0.9, 0.95])
+    stored = {**json.loads(json.dumps(config.__dict__)), "lr": 0.5, "keep": 9}
+    assert config.changes(stored) == ["lr is 0.001, was 0.5"]
+    assert (TrainConfig().budget(), TrainConfig(minutes=0.5).budget(), config.budget()) == (120, 30, None)
+    assert [config.every(kind, 20000) for kind in ("eval", "save", "sample")] == [2000, 500, 2000]
+    assert TrainConfig(save_every=7).every("save", 100) == 7 and config.every("save", 3) == 1
+    assert [config.every("eval", steps) for steps in (3, 320, 330)] == [32, 32, 33]
