@@ -26,7 +26,13 @@ every = pytest.mark.parametrize("name", VARIANTS)
 
 def build(name, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    options = {"d_model": D, "n_heads": 2, "n_layers": 1, "blocks": name, "mamba2": OPTIONS["mamba2"](d_state=8, head_dim=16)}
+    options = {
+        "d_model": D,
+        "n_heads": 2,
+        "n_layers": 1,
+        "blocks": name,
+        "mamba2": OPTIONS["mamba2"](d_state=8, head_dim=16),
+    }
     stack = Stack(StackConfig(**{**options, **VARIANTS[name]}), dtype=dtype)
     with torch.no_grad():
         for p in stack.parameters():
@@ -197,7 +203,9 @@ def test_copies_pickles_and_state_dicts(name):
     fresh.load_state_dict(stack.state_dict())
     assert torch.equal(fresh(x)[0], wanted)
     file = io.BytesIO()
-    torch.save(tree_map(lambda t: t.detach(), [t for t in torch.utils._pytree.tree_leaves(state) if t is not None]), file)
+    torch.save(
+        tree_map(lambda t: t.detach(), [t for t in torch.utils._pytree.tree_leaves(state) if t is not None]), file
+    )
     leaves, spec = torch.utils._pytree.tree_flatten(state)
     file.seek(0)
     saved = iter(torch.load(file, weights_only=True))
@@ -233,7 +241,10 @@ def test_a_long_stack_keeps_its_scale(name):
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([6, 1])), "lengths go from 1 to 6"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([1])), "lengths is torch.int64 of shape"),
         (lambda: build("mlstm")(sample(2, 5), mask=torch.ones(2, 5)), "mask is torch.float32"),
-        (lambda: build("slstm")(sample(2, 5), reset=torch.ones(2, 4, dtype=torch.bool)), "reset is torch.bool of shape"),
+        (
+            lambda: build("slstm")(sample(2, 5), reset=torch.ones(2, 4, dtype=torch.bool)),
+            "reset is torch.bool of shape",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(call, sentence):

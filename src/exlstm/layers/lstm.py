@@ -88,6 +88,10 @@ class LSTM(nn.Module):
         dtype, kept = self.w.dtype, c.dtype
         if not torch.compiler.is_compiling():
             weights = (self.w, self.r, self.b, torch.zeros_like(self.b))
+            if x.device.type == "cuda":
+                # cuDNN wants its weights in one piece of memory.
+                pieces = torch.cat([p.flatten() for p in weights]).split([p.numel() for p in weights])
+                weights = tuple(piece.view_as(p) for piece, p in zip(pieces, weights, strict=True))
             memory = (h[None].to(dtype), c[None].to(dtype))
             y, h, c = torch.lstm(x.to(dtype), memory, weights, True, 1, 0.0, self.training, False, True)
             return y, h[0].to(kept), c[0].to(kept)

@@ -6,7 +6,6 @@ y_t = bias + sum over j < W of weight[:, W-1-j] · x_{t-j}, x_{t-j} the j-th val
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from exlstm.ops import backend as backends
 
@@ -115,7 +114,10 @@ def _convolve(joined, weight, bias, first):
 
 
 class _Convolution(torch.autograd.Function):
-    """`_convolve` with its gradient by hand: on a CPU a third of the time of autograd's own, or of conv1d's."""
+    """`_convolve` with its gradient by hand.
+
+    Forward and backward at (16, 256, 384), W 4, float32, one CPU core, torch 2.13: 9 ms; by autograd 25, conv1d 26 ms.
+    """
 
     @staticmethod
     def forward(ctx, joined, weight, bias, first):
@@ -123,7 +125,6 @@ class _Convolution(torch.autograd.Function):
         return _convolve(joined, weight, bias, first)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         joined, weight, bias, first = ctx.saved_tensors
         dtype, columns, time = _wide(joined, weight), weight.shape[1], dy.shape[1]
@@ -132,7 +133,7 @@ class _Convolution(torch.autograd.Function):
         dx = torch.zeros_like(joined, dtype=dtype)  # (B, W-1+T, D)
         dweight = torch.empty_like(taps)
         if first is not None:
-            dy = dy.clone(memory_format=torch.contiguous_format)
+            dy = dy.clone(memory_format=torch.contiguous_format)  # `_drop` may write on it
         for j in reversed(range(columns)):
             x = joined[:, j : j + time]
             dx[:, j : j + time].addcmul_(dy, taps[j])
@@ -143,12 +144,11 @@ class _Convolution(torch.autograd.Function):
 
 
 def _drop(y, where):
-    """y (B, T, D), overwritten with 0 at the tokens `where` (B, T)."""
-    if y.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Resets are rare: writing their rows costs nothing beside a pass over all.
-        y.view(-1, y.shape[-1]).index_fill_(0, where.flatten().nonzero().squeeze(1), 0)
-        return y
-    return y.masked_fill_(where[..., None], 0)
+    """y (B, T, D), perhaps overwritten, with 0 at the tokens `where` (B, T)."""
+    if y.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return y.masked_fill(where[..., None], 0)
+    # Resets are rare: to write their rows costs nothing beside a pass over all.
+    return y.view(-1, y.shape[-1]).index_fill_(0, where.flatten().nonzero().squeeze(1), 0).view(y.shape)
 
 
 def _check(x, weight, bias, state, reset, mask):
