@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exlstm.ops.backend import cast
 from exlstm.ops.conv import causal_conv
 
 
@@ -25,8 +26,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = _wide(x), _wide(self.weight)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _RMSNorm.apply(wide, weight, self.eps).to(x.dtype)
-        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+            return cast(_RMSNorm.apply(wide, weight, self.eps), x.dtype)
+        return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -79,7 +80,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else _wide(self.bias)
-        return F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps).to(x.dtype)
+        y = F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps)
+        return cast(y, x.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
@@ -100,7 +102,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(_wide(x), (self.d_head,), eps=self.eps).flatten(-2)  # (..., H·D)
-        return (y * self.weight).to(x.dtype)
+        return cast(y * self.weight, x.dtype)
 
     def extra_repr(self):
         return f"{self.n_heads}, {self.d_head}, eps={self.eps}"

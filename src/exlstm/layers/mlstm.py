@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, soft_cap, valid_mask
+from exlstm.ops.backend import cast, exact
 from exlstm.ops.mlstm import mlstm
 
 
@@ -73,9 +74,9 @@ class mLSTM(nn.Module):
 
     def gates(self, x):
         """log_i, log_f (B, T, H) of x (B, T, D), in float32 whatever the autocast: a bfloat16 step at 10 nats is 6 %."""
-        with torch.autocast(x.device.type, enabled=False):
+        with exact(x.device):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            pre = F.linear(x.to(dtype), self.gate.weight.to(dtype), self.gate.bias.to(dtype))
+            pre = F.linear(cast(x, dtype), cast(self.gate.weight, dtype), cast(self.gate.bias, dtype))
             log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
             return log_i, F.logsigmoid(f)
 

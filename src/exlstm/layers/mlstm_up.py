@@ -9,25 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, valid_mask, width
+from exlstm.ops.backend import cast, exact
 from exlstm.ops.mlstm import mlstm
-
-
-class BlockLinear(nn.Module):
-    """A linear map of small square blocks on the diagonal: (..., d) -> (..., d)."""
-
-    def __init__(self, d: int, block: int, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(d // block, block, block, device=device, dtype=dtype)
-        )  # (blocks, out, in)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        init_linear(self.weight)
-
-    def forward(self, x):
-        groups = x.reshape(-1, *self.weight.shape[:2]).transpose(0, 1)  # (blocks, B·T, in)
-        return torch.bmm(groups, self.weight.to(x.dtype).mT).transpose(0, 1).reshape(x.shape)
 
 
 class mLSTMUp(nn.Module):
@@ -65,9 +48,7 @@ class mLSTMUp(nn.Module):
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)
-        self.q = BlockLinear(inner, qkv_block, **new)
-        self.k = BlockLinear(inner, qkv_block, **new)
-        self.v = BlockLinear(inner, qkv_block, **new)
+        self.qkv = nn.Parameter(torch.empty(3, inner // qkv_block, qkv_block, qkv_block, **new))  # (map, block, out, in)
         self.gate = nn.Linear(3 * inner, 2 * n_heads, **new)  # rows: input gates, forget gates
         self.norm = HeadNorm(n_heads, inner // n_heads, eps=1e-5, **new)
         self.skip = nn.Parameter(torch.empty(inner, **new))
@@ -77,8 +58,9 @@ class mLSTMUp(nn.Module):
     def reset_parameters(self):
         init_linear(self.up.weight)
         init_linear(self.out.weight)
-        for blocks in (self.q, self.k, self.v, self.conv, self.norm):
-            blocks.reset_parameters()
+        init_linear(self.qkv)
+        self.conv.reset_parameters()
+        self.norm.reset_parameters()
         nn.init.ones_(self.skip)
         # At the start the gates ignore the input: heads differ by how long they remember (3: 20 tokens, 6: 400).
         nn.init.zeros_(self.gate.weight)
@@ -86,12 +68,27 @@ class mLSTMUp(nn.Module):
             nn.init.normal_(self.gate.bias[: self.n_heads], std=0.1)
             self.gate.bias[self.n_heads :].copy_(torch.linspace(3.0, 6.0, self.n_heads))
 
+    def maps(self, c, u):
+        """q, k of c and v of u, each (B, T, inner), through small blocks on the diagonal."""
+        weights = cast(self.qkv, c.dtype)
+        if c.shape[1] == 1:
+            x = torch.stack((c, c, u)).view(3, -1, weights.shape[1], 1, weights.shape[3])  # (3, B, blocks, 1, in)
+            return (x * weights.unsqueeze(1)).sum(-1).view(3, *c.shape).unbind(0)
+        groups = (x.reshape(-1, *weights.shape[1::2]).transpose(0, 1) for x in (c, c, u))  # (blocks, B·T, in)
+        return [torch.bmm(x, w.mT).transpose(0, 1).reshape(c.shape) for x, w in zip(groups, weights, strict=True)]
+
     def gates(self, q, k, v):
         """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""
-        with torch.autocast(q.device.type, enabled=False):
+        with exact(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            parts = zip((q, k, v), self.gate.weight.to(dtype).chunk(3, -1), strict=True)
-            pre = sum(F.linear(x.to(dtype), w) for x, w in parts) + self.gate.bias.to(dtype)
+            w, b = cast(self.gate.weight, dtype), cast(self.gate.bias, dtype)
+            if q.shape[1] == 1:
+                pre = F.linear(cast(torch.cat((q, k, v), -1), dtype), w, b)
+            else:
+                # Three products in place of a long concatenation.
+                w_q, w_k, w_v = w.chunk(3, -1)
+                q, k, v = (cast(x, dtype) for x in (q, k, v))
+                pre = F.linear(q, w_q, b) + F.linear(k, w_k) + F.linear(v, w_v)
             log_i, f = pre.chunk(2, -1)
             return log_i, F.logsigmoid(f)
 
@@ -102,8 +99,8 @@ class mLSTMUp(nn.Module):
         u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
         c, conv = self.conv(u, conv, mask=mask, reset=reset)
         c = F.silu(c)
-        q, k, v = self.q(c), self.k(c), self.v(u)
-        heads = (t.unflatten(-1, (self.n_heads, -1)) for t in (q, k, v))  # (B, T, H, inner / H)
+        q, k, v = self.maps(c, u)
+        heads = (t.view(*t.shape[:2], self.n_heads, -1) for t in (q, k, v))  # (B, T, H, inner / H)
         h, memory = mlstm(*heads, *self.gates(q, k, v), memory, reset=reset, mask=mask, eps=self.eps)
         y = self.out((self.norm(h) + self.skip * c) * F.silu(z))
         return y, (conv, memory)

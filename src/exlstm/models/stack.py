@@ -36,13 +36,14 @@ class Block(nn.Module):
         if ffn and ratio:
             self.ffn_norm = norm(config.d_model, device=device, dtype=dtype)
             self.ffn = ffn(config.d_model, basic.width(ratio, config.d_model), device=device, dtype=dtype)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
     def forward(self, x, state=None, *, mask=None, reset=None):
         y, state = self.mixer(self.norm(x), state, mask=mask, reset=reset)
-        x = x + self.dropout(y)
+        x = x + (self.dropout(y) if self.dropout else y)
         if self.ffn is not None:
-            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+            y = self.ffn(self.ffn_norm(x))
+            x = x + (self.dropout(y) if self.dropout else y)
         return x, state
 
 

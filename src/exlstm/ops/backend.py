@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: argument > `with exlstm.backend(...)` > $EXLSTM_BACKEND > by device."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -28,6 +28,16 @@ def backend(name: str):
 def chosen(argument: str | None) -> str:
     """The name in force: the call's argument, the surrounding `with`, $EXLSTM_BACKEND, or "auto"."""
     return argument or _chosen or os.environ.get("EXLSTM_BACKEND") or "auto"
+
+
+def exact(device):
+    """A context without autocast, at no cost where there is none: gates and state keep their precision."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def cast(x, dtype):
+    """x in `dtype`; in decoding a call of `to` that changes nothing would cost as much as the arithmetic."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def pick(implementations: dict, argument: str | None, auto: str):

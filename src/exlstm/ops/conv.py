@@ -83,10 +83,10 @@ def _step(x, weight, bias, history, reset, mask):
         history = history.masked_fill(reset[..., None], 0)
     joined = torch.cat([history, x], 1)  # (B, W, D)
     dtype = _wide(x, weight)
-    y = (joined.to(dtype) * weight.to(dtype).t()).sum(1, keepdim=True)
+    y = (backends.cast(joined, dtype) * backends.cast(weight, dtype).t()).sum(1, keepdim=True)
     if bias is not None:
-        y = y + bias.to(dtype)
-    y, state = y.to(x.dtype), joined[:, 1:]
+        y = y + backends.cast(bias, dtype)
+    y, state = backends.cast(y, x.dtype), joined[:, 1:]
     if mask is not None:
         y, state = y.masked_fill(~mask[..., None], 0), torch.where(mask[..., None], state, history)
     return y, state

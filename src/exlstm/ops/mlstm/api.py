@@ -73,7 +73,7 @@ def mlstm(
     implementation = backends.pick(IMPLEMENTATIONS, backend, AUTO)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     c, n, m = _memory(state, q, v, dtype)
-    log_i, log_f = log_i.to(dtype), log_f.to(dtype)
+    log_i, log_f = backends.cast(log_i, dtype), backends.cast(log_f, dtype)
     if mask is not None:
         log_i = log_i.masked_fill(~mask[..., None], float("-inf"))
         log_f = log_f.masked_fill(~mask[..., None], 0.0)
@@ -90,7 +90,7 @@ def _memory(state, q, v, dtype):
     if state is None:
         return [q.new_zeros(shape, dtype=dtype) for shape in shapes.values()]
     backends.check_state(state, shapes, q.device)
-    return [s.to(dtype) for s in state]
+    return [backends.cast(s, dtype) for s in state]
 
 
 def _check(q, k, v, log_i, log_f, reset, mask, chunk):

@@ -21,14 +21,19 @@ beside the inputs stays flat.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from exlstm.ops.backend import cast, exact
 
 # exp(-m) would underflow far above this, and 0 / 0 follow where q_tᵀ n_t vanishes: it is held at e^-60, as in the reference.
 M_MAX = 60.0
 # Numbers in flight that a block of chunks may take, so that its matrices stay in a core's cache.
 BLOCK_NUMBERS = 1 << 21
+# Numbers in a memory up to which NumPy is the faster one for a single step.
+SMALL = 1 << 16
 
 
 class Gates(NamedTuple):
@@ -48,7 +53,11 @@ def cpu(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=None
     """Same signature and result as `reference`; plain PyTorch, so any device."""
     m = m.detach()
     if q.shape[1] == 1:
-        return _step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps)
+        # In decoding a call of torch costs more than the arithmetic of a small memory.
+        small = c.numel() <= SMALL and c.device.type == "cpu" and reset is None and not torch.compiler.is_compiling()
+        step = _decode if small and not torch.is_grad_enabled() else _step
+        h, *memory = step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps)
+        return cast(h, v.dtype), *memory
     tensors = (q, k, v, log_i, log_f, c, n)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     h, *memory, _, _ = _mlstm_chunked(*tensors, m, reset, scale, normalize, eps, chunk or _chunk_length(q, v), save)
@@ -62,20 +71,43 @@ def _chunk_length(q, v):
 
 def _step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
     """One token, T = 1, by autograd: the recurrence as it stands."""
-    with torch.autocast(q.device.type, enabled=False):
+    dtype = c.dtype
+    with exact(q.device):
         if reset is not None:
             c, n, m = (s.masked_fill(reset.view(-1, *[1] * (s.ndim - 1)), 0) for s in (c, n, m))
-        q_, k_, v_ = q[:, 0].to(c.dtype) * scale, k[:, 0].to(c.dtype), v[:, 0].to(c.dtype)
-        log_i, log_f = log_i[:, 0], log_f[:, 0]
-        after = torch.maximum(log_f + m, log_i).detach()
-        f, i = torch.exp(log_f + m - after).unsqueeze(-1), torch.exp(log_i - after).unsqueeze(-1)
-        k_ = i * k_
-        c = torch.addcmul(f.unsqueeze(-1) * c, k_.unsqueeze(-1), v_.unsqueeze(-2))
-        n = f * n + k_
-        floor = torch.exp(-after.clamp(max=M_MAX))
-        denominator = torch.maximum((q_ * n).sum(-1).abs(), floor) + eps if normalize else floor
-        h = (q_.unsqueeze(-2) @ c).squeeze(-2) / denominator.unsqueeze(-1)
-        return h.unsqueeze(1).to(v.dtype), c, n, after
+        q, k, v = cast(q.squeeze(1), dtype) * scale, cast(k.squeeze(1), dtype), cast(v, dtype).transpose(1, 2)
+        log_i, kept = log_i.squeeze(1), log_f.squeeze(1) + m
+        m = torch.maximum(kept, log_i).detach()
+        f, k = torch.exp(kept - m).unsqueeze(-1), k * torch.exp(log_i - m).unsqueeze(-1)  # (B, H, 1), (B, H, K)
+        c = torch.addcmul(c * f.unsqueeze(-1), k.unsqueeze(-1), v)
+        n = torch.addcmul(k, n, f)
+        denominator = torch.exp(-m.clamp(max=M_MAX))
+        if normalize:
+            denominator = torch.maximum((q * n).sum(-1).abs(), denominator)
+            denominator = denominator + eps if eps else denominator
+        h = (q.unsqueeze(-2) @ c).squeeze(-2) / denominator.unsqueeze(-1)
+        return h.unsqueeze(1), c, n, m
+
+
+def _decode(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
+    """`_step` in NumPy, without gradients and resets."""
+    dtype = c.dtype
+    q, k, v = (cast(x, dtype).numpy()[:, 0] for x in (q, k, v))
+    log_i, log_f, c, n, m = log_i.numpy()[:, 0], log_f.numpy()[:, 0], c.numpy(), n.numpy(), m.numpy()
+    with np.errstate(over="ignore", under="ignore"):
+        kept = log_f + m
+        m = np.maximum(kept, log_i)
+        f = np.exp(kept - m)[..., None]  # (B, H, 1)
+        k = k * np.exp(log_i - m)[..., None]
+        c = c * f[..., None]
+        c += k[..., None] * v[..., None, :]
+        n = n * f + k
+        q = q * scale
+        denominator = np.exp(-np.minimum(m, M_MAX))
+        if normalize:
+            denominator = np.maximum(np.abs((q * n).sum(-1)), denominator) + eps
+        h = np.matmul(q[..., None, :], c)[..., 0, :] / denominator[..., None]
+    return torch.from_numpy(h).unsqueeze(1), torch.from_numpy(c), torch.from_numpy(n), torch.from_numpy(m)
 
 
 def _gates(log_i, log_f, m, reset, length):

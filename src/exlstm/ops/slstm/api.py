@@ -58,7 +58,7 @@ def slstm(
         memory = [x.new_zeros(shape, dtype=dtype)] * 4
     else:
         backends.check_state(state, dict.fromkeys(SLSTMState._fields, shape), x.device)
-        memory = [s.to(dtype) for s in state]
+        memory = [backends.cast(s, dtype) for s in state]
     h, *memory = implementation(x, r, *memory, reset, mask)
     if mask is not None:
         h = h.masked_fill(~mask[..., None, None], 0)

@@ -1,0 +1,126 @@
+"""What each benchmark runs: settings without torch, so that the command line lists and explains them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """The two operators, forward and backward: sLSTM beside nn.LSTM, mLSTM beside mlstm_kernels, growth with the length."""
+
+    slstm: tuple[tuple[int, int, int, int], ...] = ((16, 256, 4, 32), (16, 256, 4, 64), (8, 512, 4, 128))
+    """shapes B T H D of the sLSTM"""
+    mlstm: tuple[tuple[int, int, int, int, int], ...] = ((1, 2048, 4, 64, 64),)
+    """shapes B T H K V of the mLSTM"""
+    growth: tuple[int, int] = (4096, 16384)
+    """lengths between which the growth of the mLSTM is measured"""
+    rounds: int = 9
+    """timed runs of each side, in turn"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cpu"
+    """where it runs: cpu, cuda, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Forward and backward of the stack in the README of xlstm (6 mLSTM + 1 sLSTM, width 128), ours beside theirs."""
+
+    batch: int = 4
+    """sequences at once"""
+    length: int = 256
+    """tokens a sequence"""
+    rounds: int = 7
+    """timed runs of each side, in turn"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cpu"
+    """where it runs: cpu, cuda, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """Greedy decoding with the stack in the README of xlstm, milliseconds a token, ours beside theirs."""
+
+    batches: tuple[int, ...] = (1, 8)
+    """sequences decoded at once"""
+    tokens: int = 64
+    """tokens decoded in a round"""
+    rounds: int = 7
+    """timed runs of each side, in turn"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cpu"
+    """where it runs: cpu, cuda, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """State tracking: a small stack learns the parity of short bit strings and is asked about long ones."""
+
+    block: str = "slstm"
+    """kind of block"""
+    n_layers: int = 2
+    """number of blocks"""
+    d_model: int = 64
+    """width"""
+    n_heads: int = 4
+    """heads"""
+    conv: int = 0
+    """width of the sLSTM's causal convolution; 0 leaves it out"""
+    seconds: float = 180.0
+    """training time a seed, at most"""
+    steps: int = 1500
+    """training steps a seed, at most: the schedule of the learning rate spans them"""
+    lr: float = 5e-3
+    """learning rate at its peak"""
+    batch: int = 128
+    """strings a step"""
+    train_lengths: tuple[int, int] = (3, 40)
+    """shortest and longest string in training"""
+    test_lengths: tuple[int, int] = (40, 256)
+    """shortest and longest string in the test"""
+    early_stop: bool = True
+    """stop when strings of up to 1.6 times the longest in training are all answered rightly, twice in a row"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one run a seed"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cpu"
+    """where it runs: cpu, cuda, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """What a model reaches on text: nanoGPT's recipe for a CPU, or the default `exlstm train` beside a plain LSTM."""
+
+    text: Path | None = None
+    """the text of nanoGPT's recipe (tinyshakespeare.txt); without it the recipe is left out"""
+    blocks: tuple[str, ...] = ("mlstm", "mlstm_up", "slstm", "attention")
+    """stacks of the recipe: names of blocks, several in turn joined by + ("mlstm+slstm")"""
+    steps: int = 2000
+    """training steps of the recipe"""
+    lr: float = 1e-3
+    """learning rate of the recipe at its peak"""
+    minutes: float = 0.0
+    """training time of the default `exlstm train` and of the LSTM beside it (2 is the default run); 0 leaves them out"""
+    files: tuple[str, ...] = ()
+    """text of those two: files, folders or globs; empty: the source of the Python standard library"""
+    seed: int = 0
+    """seed of weights and batches"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cpu"
+    """where it runs: cpu, cuda, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV), the picture (PNG) and the runs"""

@@ -1,0 +1,362 @@
+"""The command line: `exlstm train | generate | evaluate | plot | doctor | bench`, one row of COMMANDS each.
+
+Nothing heavy is imported until a command runs. A user's error is one sentence on stderr and exit code 2, Ctrl-C is 130,
+SIGTERM 143; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import dis
+import errno
+import io
+import os
+import re
+import signal
+import sys
+import warnings
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from exlstm import __version__
+from exlstm.bench import BENCHES
+from exlstm.data.config import DataConfig
+from exlstm.models.config import LanguageConfig, nearest
+from exlstm.recipes import DEFAULT_SIZE, RunConfig, read_config, sized, train_language
+from exlstm.train.config import TrainConfig
+
+Files = Annotated[Positional[tuple[str, ...]], arg(metavar="FILES")]
+Run = Annotated[Positional[str], arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a language model on text: files, folders or globs, or the Python standard library's own source without any.
+
+    The same command again goes on where the last one stopped.
+    """
+
+    files: Files = ()
+    """files, folders or globs of text"""
+    out: str = ""
+    """run folder; left out: runs/<name of the first file>"""
+    size: str = DEFAULT_SIZE
+    """nano, tiny, small, medium or large: width and depth of the model; fields of --model given beside it go first"""
+    minutes: float | None = None
+    """wall-clock budget, the short form of --train.minutes; 2 when no --train.steps is given either"""
+    config: str = ""
+    """JSON file with settings: a run's run.json, or any part of one"""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: the accelerator if there is one"""
+    model: LanguageConfig = field(default_factory=LanguageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write on from a prompt with the model of a run."""
+
+    run: Run = ""
+    """run folder, or one of its checkpoints"""
+    prompt: str = ""
+    """text to go on from; left out: a new line"""
+    tokens: int = 400
+    """tokens to write, at most"""
+    temperature: float = 1.0
+    """below 1 plays safe, above 1 dares; 0 takes the likeliest token"""
+    top_k: int = 0
+    """only the k likeliest tokens; 0: all"""
+    top_p: float = 1.0
+    """only the likeliest tokens that together have this probability"""
+    min_p: float = 0.0
+    """only tokens at least this likely, relative to the likeliest"""
+    repetition_penalty: float = 1.0
+    """above 1: tokens that have been said lose"""
+    stop: tuple[str, ...] = ()
+    """texts that end the writing"""
+    seed: int | None = None
+    """the same seed writes the same text"""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: the accelerator if there is one"""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits per byte of a run's model on text, by position in the document, beside the rate of xz on the same bytes."""
+
+    run: Run = ""
+    """run folder, or one of its checkpoints"""
+    files: Files = ()
+    """files, folders or globs of text; left out: the run's held-out part"""
+    limit: int = 131072
+    """bytes that are read, at most; 0: all"""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: the accelerator if there is one"""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw a run as PNG files: the loss, and what the gates of every layer and head remember."""
+
+    run: Run = ""
+    """run folder"""
+    tokens: int = 4096
+    """tokens of held-out text that the gates are watched on"""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What is installed, which implementation of each operator runs, why, and whether it agrees with the reference."""
+
+
+def train(command: Train):
+    data = replace(command.data, files=command.files or command.data.files)
+    schedule = command.train if command.minutes is None else replace(command.train, minutes=command.minutes)
+    result = train_language(RunConfig(command.out, command.model, data, schedule, command.device))
+    return 0 if result.interrupted is None else 128 + result.interrupted
+
+
+def _train_default(argv: list[str]) -> Train:
+    """What the command starts from: the settings of --config, then --size; flags given one by one come on top of it."""
+    given = _flags(argv)
+    stored = read_config(Path(given["--config"])) if given.get("--config") else {}
+    default = sized(given.get("--size"), stored)
+    if "--model.vocab-size" in given:
+        raise ValueError(
+            "--model.vocab-size follows from the tokenizer, leave it out; --data.vocab-size sets that of a bpe"
+        )
+    schedule = default.train
+    if {"--minutes", "--train.minutes", "--train.steps"} & set(given):
+        schedule = replace(schedule, steps=None, minutes=None)
+    return Train(out=default.out, model=default.model, data=default.data, train=schedule)
+
+
+def generate(command: Generate):
+    from exlstm.runs import write
+
+    settings = {f.name: getattr(command, f.name) for f in fields(command)[3:-1]}
+    # What a model writes may be any character, and the terminal's encoding may know few.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")
+    for piece in write(_run(command), command.prompt, command.tokens, device=command.device, **settings):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def evaluate(command: Evaluate):
+    from exlstm import runs
+
+    runs.evaluate(_run(command), command.files, command.limit, command.device)
+
+
+def plot(command: Plot):
+    from exlstm import runs
+
+    runs.draw(_run(command), command.tokens)
+
+
+def _run(command) -> Path:
+    if not command.run:
+        name = type(command).__name__.lower()
+        raise ValueError(f"{name} wants the folder of a run, as in: exlstm {name} runs/stdlib")
+    return Path(command.run)
+
+
+def bench(argv: list[str]):
+    """Measure ours beside the peers: `exlstm bench NAME`."""
+    from exlstm.bench import config as settings
+
+    if not argv or argv[0] in ("-h", "--help"):
+        rows = [f"  {name:10} {told}" for name, (_, _, told) in BENCHES.items()]
+        lines = ["usage: exlstm bench NAME ...", "", *rows, "", "exlstm bench NAME --help explains its settings."]
+        print("\n".join(lines))
+        return 0
+    if argv[0] not in BENCHES:
+        raise ValueError(f"unknown benchmark {argv[0]!r}{nearest(argv[0], BENCHES)}")
+    room, kind, _ = BENCHES[argv[0]]
+    config = _parse(getattr(settings, kind), f"exlstm bench {argv[0]}", argv[1:])
+    if config is not None:
+        import_module(room).run(config)
+    return 0
+
+
+def doctor(_):
+    from exlstm.doctor import report
+
+    return report()
+
+
+# name -> (its arguments, what runs it and perhaps returns the exit code, what the arguments start from)
+COMMANDS = {
+    "train": (Train, train, _train_default),
+    "generate": (Generate, generate, None),
+    "evaluate": (Evaluate, evaluate, None),
+    "plot": (Plot, plot, None),
+    "doctor": (Doctor, doctor, None),
+    "bench": (None, bench, None),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `exlstm` with these arguments (sys.argv without any) and returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _warnings_told():
+            return _dispatch(argv) or 0
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`exlstm generate ... | head`), and the interpreter would flush into the closed pipe.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except Exception as error:
+        sentence = _told(error)
+        if sentence is None:
+            raise
+        print(f"exlstm: {sentence}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def _warnings_told():
+    """Warnings of ours, such as a damaged checkpoint that was passed over, are a line each; others look as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def told(message, category, *rest):
+            if category is UserWarning:
+                print(f"exlstm: {_sentence(str(message))}", file=sys.stderr)
+            else:
+                show(message, category, *rest)
+
+        warnings.filterwarnings("always", "passed over", UserWarning)
+        warnings.showwarning = told
+        yield
+
+
+def _dispatch(argv: list[str]):
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"exlstm {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+    kind, run, default = COMMANDS[name]
+    if kind is None:
+        return run(rest)
+    command = _parse(kind, f"exlstm {name}", rest, default)
+    return 0 if command is None else run(command)
+
+
+def _overview() -> str:
+    lines = ["usage: exlstm COMMAND ...", "", "xLSTM: train it, read what it writes, look inside.", ""]
+    for name, (kind, run, _) in COMMANDS.items():
+        lines.append(f"  {name:10} {_first_sentence(kind or run)}")
+    lines += ["", "exlstm COMMAND --help explains a command, exlstm --version says which one this is.", ""]
+    return "\n".join([*lines, "To begin: exlstm train --minutes 2"])
+
+
+def _first_sentence(thing) -> str:
+    return " ".join(thing.__doc__.split("\n\n")[0].split())
+
+
+def _parse(kind, prog: str, argv: list[str], default=None):
+    """The settings `kind` out of the arguments; None when they asked for help. ValueError: they do not fit."""
+    asks_help = any(word in ("-h", "--help") for word in argv)
+    start = default([] if asks_help else argv) if default else None
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            settings = {} if start is None else {"default": start}
+            command, unknown = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, **settings)
+    except SystemExit as end:
+        if not end.code:
+            return None
+        raise ValueError(_squeezed(errors.getvalue())) from None
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            raise ValueError(f"unexpected argument {flag!r}, see {prog} --help")
+        raise ValueError(f"unknown field {flag}{_nearest_flag(flag, kind) or f', see {prog} --help'}")
+    return command
+
+
+def _nearest_flag(flag: str, kind) -> str:
+    """', did you mean --model.d-model?' for --d-model or --model.d-modle; '' when nothing is near."""
+    name, known = flag.lstrip("-").replace("_", "-"), _known_flags(kind)
+    close = [k for k in known if k.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f", did you mean --{close[0]}?" if close else ""
+
+
+def _known_flags(kind, prefix: str = "") -> list[str]:
+    flags = []
+    for f in fields(kind):
+        name = prefix + f.name.replace("_", "-")
+        inner = f.default_factory if is_dataclass(f.default_factory) else None
+        flags += _known_flags(inner, f"{name}.") if inner else [name]
+    return flags
+
+
+def _flags(argv: list[str]) -> dict[str, str]:
+    """Every flag that was typed, with the word after it: {"--size": "tiny"}."""
+    found = {}
+    for word, after in zip(argv, [*argv[1:], ""]):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found[flag.replace("_", "-")] = value if equals else after
+    return found
+
+
+def _squeezed(box: str) -> str:
+    """tyro's framed report as one sentence."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]
+    told = " ".join(line.strip(" │╭╮╰╯─") if "─" in line or "│" in line else line for line in lines)
+    told = re.split(r"Argument helptext:|For full helptext", re.sub(r"-{4,}", " ", told))[0]
+    told = " ".join(told.split()).removesuffix(".")
+    if missing := re.match(r"Missing value for argument '(\S+)'", told):
+        return f"{missing[1]} wants a value"
+    number = r"Error parsing (--\S+): (?:invalid literal|could not convert|no type matching).*(?:: |from \[)('.*?')"
+    if wrong := re.match(number, told):
+        return f"{wrong[1]} is {wrong[2]}, wanted a number"
+    return re.sub(r"^Error parsing [\w.-]+: ", "", told) or "these arguments do not fit"
+
+
+def _told(error: Exception) -> str | None:
+    """The sentence of an error that the user can mend; None for a bug of ours."""
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.strerror is None:
+            return _sentence(str(error))
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    # Only what a `raise` of ours says is for the user; what a library or a builtin says of our call is our mistake.
+    frame = trace.tb_frame
+    raised = frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    ours = raised and Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    if ours and isinstance(error, ValueError | TypeError | OSError | FloatingPointError):
+        return _sentence(str(error))
+    # A library that writes for us reports a full disk in a class of its own.
+    return _sentence(str(error)) if "No space left on device" in str(error) else None
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

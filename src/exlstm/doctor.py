@@ -1,0 +1,115 @@
+"""What is here: versions, devices, which implementation of an operator runs and why, and whether each is right."""
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from exlstm import __version__
+from exlstm.ops import backend as backends
+from exlstm.ops import mlstm, slstm
+
+PACKAGES = ("numpy", "safetensors", "tyro", "rich", "tokenizers", "matplotlib", "triton")
+# ‖x - reference‖ / ‖reference‖ in float32 that rounding can explain, outputs and gradients.
+TOLERANCE = 1e-4
+
+
+def report() -> int:
+    """Prints the report; 0 when every implementation computes what the reference does, else 1."""
+    print(f"exlstm {__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
+    print(f"torch {torch.__version__}, " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    devices = _devices()
+    print(f"CPU threads: {torch.get_num_threads()} of {os.cpu_count()} cores; devices: {', '.join(devices)}")
+    good = True
+    for device in devices:
+        for name, operator, case in (("mlstm", mlstm, _mlstm_case), ("slstm", slstm, _slstm_case)):
+            told, fine = _choice(operator.IMPLEMENTATIONS, case, device)
+            good &= fine
+            print(f"\n{name} on {device}: {told}")
+            for implementation in operator.IMPLEMENTATIONS:
+                verdict, fine = _verdict(case, implementation, device)
+                good &= fine
+                print(f"  {implementation:10} {verdict}")
+    print("\nok" if good else "\nnot ok, see above")
+    return 0 if good else 1
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices():
+    found = ["cpu"]
+    if torch.accelerator.is_available():
+        found.append(torch.accelerator.current_accelerator().type)
+    return found
+
+
+def _choice(table, case, device):
+    """Which row of an operator's table runs on `device` and why, seen by running it, and whether one does."""
+    rows, called = dict(table), []
+
+    def watched(name):
+        def run(*arguments):
+            called.append(name)
+            return rows[name](*arguments)
+
+        return run
+
+    asked = backends.chosen(None)
+    try:
+        table.update({name: watched(name) for name in rows})
+        case(None, device, torch.float32)
+    except (ValueError, RuntimeError, ImportError) as error:
+        return f"none runs, {asked} was asked for: {_line(error)}", False
+    finally:
+        table.update(rows)
+    return f"{called[0]} runs, {'chosen by itself' if asked == 'auto' else f'{asked} was asked for'}", True
+
+
+def _line(error) -> str:
+    return " ".join(str(error).split())
+
+
+def _verdict(case, implementation, device):
+    """'ok, ...' with the distance from the float64 reference, or what is wrong, and whether that is fine."""
+    truth = case("reference", "cpu", torch.float64)
+    try:
+        values = case(implementation, device, torch.float32)
+    except (ValueError, RuntimeError, ImportError) as error:
+        # An implementation for another device says in one sentence that this is not its place.
+        return f"not here: {_line(error)}", isinstance(error, ValueError)
+    error = max(((v.cpu().double() - t).norm() / t.norm()).item() for v, t in zip(values, truth, strict=True))
+    fine = error < TOLERANCE
+    return f"{'ok' if fine else 'WRONG'}, outputs and gradients {error:.0e} from the reference in float64", fine
+
+
+def _mlstm_case(implementation, device, dtype):
+    """Output and input gradients of a small case with a reset, always the same one."""
+    inputs = _inputs([(2, 70, 2, 16)] * 3 + [(2, 70, 2)] * 2, device, dtype)
+    q, k, v, i, f = inputs
+    h, _ = mlstm.mlstm(q, k, v, i, logsigmoid(f + 3), reset=_reset(70, device), backend=implementation)
+    return [h.detach(), *torch.autograd.grad(h.square().sum(), inputs)]
+
+
+def _slstm_case(implementation, device, dtype):
+    inputs = _inputs([(2, 70, 2, 4, 8), (2, 4, 8, 8)], device, dtype)
+    h, _ = slstm.slstm(*inputs, reset=_reset(70, device), backend=implementation)
+    return [h.detach(), *torch.autograd.grad(h.square().sum(), inputs)]
+
+
+def _inputs(shapes, device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [0.7 * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [x.to(device, dtype).requires_grad_() for x in drawn]
+
+
+def _reset(length, device):
+    reset = torch.zeros(2, length, dtype=torch.bool, device=device)
+    reset[0, length // 3] = True
+    return reset

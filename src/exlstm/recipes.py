@@ -1,0 +1,240 @@
+"""A run = model + data + training: the only place where the three meet. Free of torch until a run begins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from exlstm import __version__
+from exlstm.data.config import DataConfig
+from exlstm.models.config import SIZES, LanguageConfig, from_dict, nearest
+from exlstm.train.config import TrainConfig
+
+VERSION = 1
+SETTINGS = "run.json"
+DEFAULT_SIZE = "tiny"
+ROOMS = {"model": LanguageConfig, "data": DataConfig, "train": TrainConfig}
+# What a run.json says beside the settings.
+WRITTEN = ("version", "exlstm", "corpus")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run; `out` is its folder, runs/<name of the first file> where it is empty."""
+
+    out: str = ""
+    model: LanguageConfig = field(default_factory=LanguageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: str = "auto"
+
+
+def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
+    """The settings of a run: those of a size under `values`, parts of a run.json; the argument `size` is above both."""
+    values = dict(values or {})
+    for name in (size, values.get("size")):
+        if name is not None and name not in SIZES:
+            raise ValueError(f"unknown size {name!r}{nearest(name, SIZES)}")
+    parts = {name: from_dict(kind, values.get(name, {}), f"{name}.") for name, kind in ROOMS.items()}
+    below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
+    parts["model"] = from_dict(LanguageConfig, {**below, **values.get("model", {}), **above}, "model.")
+    return RunConfig(out=values.get("out", ""), **parts)
+
+
+def read_config(path: Path) -> dict:
+    """The settings in a JSON file: a run's run.json, or any part of one ({"size": "nano", "train": {"steps": 100}})."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    known = (*ROOMS, "size", "out", *WRITTEN)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, wanted an object with keys {', '.join(known)}")
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{path} has an unknown field {key!r}{nearest(key, known)}")
+        wanted = {"version": int, **dict.fromkeys(ROOMS, dict)}.get(key, str)
+        if not isinstance(value, wanted):
+            raise ValueError(f"{path} has {key} {value!r}, wanted {'an object' if wanted is dict else wanted.__name__}")
+    if values.get("version", VERSION) != VERSION:
+        raise ValueError(f"{path} has format version {values['version']}, this exlstm reads {VERSION}")
+    return values
+
+
+def train_language(config: RunConfig):
+    """Trains a language model and returns the trainer's TrainResult; the same call goes on where it stopped.
+
+    Leaves in the run's folder: run.json, metrics.jsonl, checkpoints/ (LanguageModel.from_pretrained loads each of them,
+    and the folder itself), data/ (the tokens). ValueError: a corpus or settings that do not fit, or a folder that holds
+    another run.
+    """
+    folder = Path(config.out or default_folder(config.data))
+    stored = _stored(folder)
+    if stored:
+        _refuse_other(folder, config, stored)
+    verb = "goes on in" if stored else "writes to"
+    print(f"{verb} {folder}: {SETTINGS}, metrics.jsonl, checkpoints/, data/", flush=True)
+    # torch and all that needs it is loaded from here on.
+    from exlstm import runs
+
+    with _nothing_on_failure(folder):
+        result, model, corpus = _train(folder, config, stored)
+    if result.interrupted is None:
+        runs.report(model, corpus.held_out.head(runs.REPORT_BYTES), f"held-out text of {folder}")
+    if not (folder / f"checkpoints/step-{result.step:08d}").is_dir():
+        return result
+    print(f"\nmodel     {folder}/checkpoints/step-{result.step:08d}")
+    print(f"metrics   {folder}/metrics.jsonl")
+    print(f"settings  {folder}/{SETTINGS}")
+    print(f"next      exlstm generate {folder}\n          exlstm plot {folder}", flush=True)
+    return result
+
+
+def _train(folder: Path, config: RunConfig, stored: dict):
+    """The trainer's result, the model and the corpus."""
+    import torch
+
+    from exlstm import runs
+    from exlstm.data.text import TextBatches, load_corpus, windows
+    from exlstm.models import checkpoint
+    from exlstm.models.language import LanguageModel
+    from exlstm.train.loop import train
+    from exlstm.train.progress import Progress
+
+    device, data = runs.device_of(config.device), config.data
+    # A model that cannot be built is refused before minutes go into the corpus.
+    LanguageModel(config.model, device="meta")
+    corpus = load_corpus(data, folder / "data", expect=stored.get("corpus"), progress=_Preparing(folder))
+    settings = replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = LanguageModel(settings).to(device)
+    model.tokenizer = corpus.tokenizer
+    _write_settings(folder, config, settings, corpus.fingerprint)
+    for line in (*corpus.notes, *_told(model, corpus, device)):
+        print(line, flush=True)
+    held = list(islice(windows(corpus.held_out, data.context, data.batch_size), config.train.eval_batches))
+    prompt = corpus.held_out.tokens[:16].tolist()
+
+    def evaluate(model):
+        return {"bits_per_byte": runs.bits_per_byte(model, held, corpus.held_out.token_bytes)}
+
+    def sample(model):
+        return corpus.tokenizer.decode(prompt + model.generate(prompt, 100, temperature=0.8, seed=config.train.seed))
+
+    result = train(
+        model,
+        TextBatches(corpus.train, data.context, data.batch_size, data.seed, config.train.accumulate),
+        config.train,
+        folder,
+        evaluate=evaluate,
+        sample=sample,
+        save_model=checkpoint.write,
+        progress=Progress(corpus.held_out.n_bytes / len(corpus.held_out)),
+    )
+    return result, model, corpus
+
+
+def _told(model, corpus, device: str) -> tuple[str, str]:
+    config = model.config
+    kinds = ", ".join(dict.fromkeys(config.layers()))
+    sizes = f"width {config.d_model}, {model.n_parameters():,} parameters, on {device}"
+    text = f"{corpus.train.n_bytes:,} bytes to learn from, {corpus.held_out.n_bytes:,} held out"
+    return f"model: {config.n_layers} layers of {kinds}, {sizes}", f"text: {text}, {corpus.tokenizer.vocab_size} tokens"
+
+
+def default_folder(data: DataConfig) -> str:
+    """runs/<name of the first file>; a glob is named after the last folder before its first sign."""
+    if not data.files:
+        return "runs/stdlib"
+    path = Path(data.files[0])
+    plain = [part for part in path.parts if not set("*?[") & set(part)]
+    name = path.stem if path.parts and path.parts[-1:] == tuple(plain[-1:]) else (plain or [""])[-1]
+    return f"runs/{''.join(c for c in name if c.isalnum() or c in '-_ ').strip() or 'text'}"
+
+
+def _stored(folder: Path) -> dict:
+    """The run.json of a run's folder; {} where a run may begin. ValueError: the folder is something else."""
+    if (folder / SETTINGS).exists():
+        return read_config(folder / SETTINGS)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, wanted a folder for the run: choose another with --out")
+    for file in sorted(folder.iterdir()) if folder.exists() else ():
+        # A preparation of the text that was killed leaves data/ alone.
+        if file.name != "data" and not file.name.startswith("."):
+            raise ValueError(f"{folder} is no run, it holds {file.name} and no {SETTINGS}: choose another with --out")
+    return {}
+
+
+def _refuse_other(folder: Path, config: RunConfig, stored: dict):
+    """ValueError when the folder holds a run of other settings, naming what differs."""
+    told = config.train.changes(stored.get("train", {}))
+    for room in ("model", "data"):
+        now = json.loads(json.dumps(asdict(getattr(config, room))))
+        told += _differences(f"{room}.", now, stored.get(room, {}))
+    if told:
+        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        raise ValueError(
+            f"{folder} holds another run: {', '.join(told[:3])}{more}; choose another folder with --out, "
+            f"or go on with its settings by --config {folder / SETTINGS}"
+        )
+
+
+def _differences(where: str, now: dict, stored: dict) -> Iterator[str]:
+    for name, value in now.items():
+        # The tokenizer sets the vocabulary, and the fingerprint of the text says more than the names of its files.
+        if name not in stored or where + name in ("model.vocab_size", "data.files"):
+            continue
+        if isinstance(value, dict):
+            yield from _differences(f"{where}{name}.", value, stored[name])
+        elif value != stored[name]:
+            yield f"{where}{name} is {value}, was {stored[name]}"
+
+
+def _write_settings(folder: Path, config: RunConfig, model: LanguageConfig, fingerprint: str):
+    """run.json, whole or not at all."""
+    settings = {"version": VERSION, "exlstm": __version__, "corpus": fingerprint}
+    settings |= {"model": asdict(model), "data": asdict(config.data), "train": asdict(config.train)}
+    aside = folder / f".tmp-{os.getpid()}-{SETTINGS}"
+    try:
+        aside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        aside.replace(folder / SETTINGS)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _nothing_on_failure(folder: Path):
+    """A run that fails before its first checkpoint leaves no folder that was not there before."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        from exlstm.train.checkpoint import only_writer
+
+        # Another training may have begun there in the meantime.
+        with contextlib.suppress(OSError, ValueError):
+            if made and not any(folder.glob("checkpoints/step-*")):
+                with only_writer(folder):
+                    shutil.rmtree(folder)
+                for parent in made[1:]:
+                    parent.rmdir()
+        raise
+
+
+class _Preparing:
+    """Says once that a corpus is being prepared."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.said = folder, False
+
+    def __call__(self, done: int, total: int):
+        if not self.said:
+            self.said = True
+            print(f"prepares {total:,} bytes of text in {self.folder}/data", flush=True)

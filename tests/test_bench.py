@@ -1,0 +1,183 @@
+"""Every benchmark at toy size, with and without peers; the clock, the table and the files that they share."""
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module, util
+
+import pytest
+import torch
+
+from exlstm.bench import BENCHES, config, parity, peers, quality, timing
+from exlstm.models.config import LanguageConfig
+from exlstm.models.language import LanguageModel
+from exlstm.recipes import RunConfig
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
+
+
+def toys(tmp_path):
+    """name -> settings that take about a second."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    shared = {"threads": 1, "out": tmp_path / "out"}
+    return {
+        "kernels": config.KernelsConfig(
+            slstm=((2, 6, 2, 4),), mlstm=((1, 24, 2, 8, 4),), growth=(16, 64), rounds=2, **shared
+        ),
+        "training": config.TrainingConfig(batch=1, length=8, rounds=2, **shared),
+        "decoding": config.DecodingConfig(batches=(1, 2), tokens=4, rounds=2, **shared),
+        "parity": config.ParityConfig(steps=3, batch=8, d_model=8, n_heads=2, seeds=(0, 1), **shared),
+        "quality": config.QualityConfig(
+            text=text, blocks=("mlstm+slstm", "attention"), steps=2, minutes=0.002, files=(str(text),), **shared
+        ),
+    }
+
+
+def small_default():
+    """The default run, but small."""
+    run = RunConfig(model=LanguageConfig(d_model=16, n_layers=2, n_heads=2))
+    return replace(run, data=replace(run.data, context=16, batch_size=2), train=replace(run.train, sample_every=10**6))
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "sized", small_default)
+    before = torch.get_num_threads()
+    settings = toys(tmp_path)[name]
+    module, kind, _ = BENCHES[name]
+    assert isinstance(settings, getattr(config, kind))
+    rows = import_module(module).run(settings)
+    told = capsys.readouterr().out
+    assert torch.get_num_threads() == before
+    with open(settings.out / f"{name}.csv", newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == len(rows) > 0
+    assert all(line["torch"] == torch.__version__ for line in written)
+    assert str(settings.out / f"{name}.csv") in told
+    drawn = settings.out / f"{name}.png"
+    if util.find_spec("matplotlib"):
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        if "ours/peer" in row:
+            ours, peer = (
+                next((v for k, v in row.items() if k.startswith(side + " ")), None) for side in ("ours", "peer")
+            )
+            assert ours > 0
+            assert (peer is None) == (row["ours/peer"] is None)
+
+
+def test_absent_peers_are_told_and_ours_is_still_measured(tmp_path, monkeypatch, capsys):
+    for package in ("xlstm", "mlstm_kernels", "mlstm_kernels.torch"):
+        monkeypatch.setitem(sys.modules, package, None)
+    settings = toys(tmp_path)
+    for name, package in (("kernels", "mlstm_kernels"), ("training", "xlstm"), ("decoding", "xlstm")):
+        rows = import_module(BENCHES[name][0]).run(settings[name])
+        told = capsys.readouterr().out
+        assert f"{package}" in told.split("cannot be imported")[0]
+        unit = "ms/token" if name == "decoding" else "ms"
+        assert any(row[f"ours {unit}"] > 0 and row["ours/peer"] is None for row in rows)
+
+
+def test_a_benchmark_without_text_says_so(tmp_path, capsys):
+    missing = tmp_path / "missing.txt"
+    assert quality.run(config.QualityConfig(text=missing, threads=1, out=tmp_path)) == []
+    told = capsys.readouterr().out
+    assert f"there is no file {missing}" in told
+    assert "no --minutes" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_explain_themselves_without_torch():
+    code = "import sys; import exlstm.bench, exlstm.bench.config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_sides_take_turns_and_the_ratio_is_of_pairs(monkeypatch):
+    order, now = [], [0.0]
+    # ours takes 3, 3, 9 ticks and the peer 1, 2, 3: ratios 3, 1.5, 3.
+    ticks = {"a": iter([0, 0, 3, 3, 9]), "b": iter([0, 0, 1, 2, 3])}
+
+    def side(name):
+        def call():
+            order.append(name)
+            now[0] += next(ticks[name])
+
+        return call
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    found = timing.paired(side("a"), side("b"), rounds=3)
+    assert "".join(order) == "ababababab"
+    assert found == timing.Timing(3000, 2000, 3.0, 1.5, 3.0, 3.0)
+
+
+def test_saved_bytes_count_each_storage_once():
+    w, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    # x·w keeps both, the sine keeps their product.
+    assert timing.saved_bytes(lambda: (x @ w).sin()) == 4 * (64 + 32 + 32)
+    assert timing.saved_bytes(lambda: (x @ w).sin(), [w]) == 4 * (32 + 32)
+    assert timing.saved_bytes(lambda: (x * x).sum()) == 4 * 32
+    with torch.no_grad():
+        assert timing.saved_bytes(lambda: (x @ w).sin()) == 0
+
+
+def test_table_aligns_and_leaves_empty_columns_out():
+    rows = [{"case": "a", "ms": 1.5, "none": None}, {"case": "longer", "ms": 12345.0, "none": None, "late": 2}]
+    assert timing.table(rows).splitlines() == ["case       ms  late", "a         1.5", "longer  12345     2"]
+
+
+def test_a_busy_machine_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(timing.os, "getloadavg", lambda: (99.0, 0, 0), raising=False)
+    with timing.cores(config.TrainingConfig(threads=1)):
+        assert torch.get_num_threads() == 1
+    assert "the machine is busy (load 99.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "told"),
+    [
+        ("training", {"threads": 0}, "threads is 0"),
+        ("training", {"rounds": 0}, "rounds is 0"),
+        ("decoding", {"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ("parity", {"seeds": ()}, "seeds is empty"),
+        ("parity", {"block": "slstn"}, "did you mean 'slstm'"),
+        ("parity", {"train_lengths": (9, 3)}, "lengths are 9 to 3"),
+        ("quality", {"blocks": ("mlstm+slstn",)}, "did you mean 'slstm'"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(name, wrong, told, tmp_path):
+    settings = replace(toys(tmp_path)[name], **wrong)
+    with pytest.raises(ValueError, match=told) as error:
+        import_module(BENCHES[name][0]).run(settings)
+    assert "\n" not in str(error.value)
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    timing.picture(tmp_path / "x.png", lambda axes: None)
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_readme_stack_has_the_peers_size():
+    # xlstm 2.0.6 counts 764,848 parameters: its gates' biases and norms included.
+    ours = sum(p.numel() for p in peers.Readme("meta").parameters())
+    assert abs(ours / 764_848 - 1) < 0.01
+
+
+def test_the_lstm_of_equal_size_is_equal():
+    ours = LanguageConfig(d_model=160, n_layers=4, n_heads=4)
+    lstm = quality.equal_lstm(ours)
+    sizes = [LanguageModel(c, device="meta").n_parameters() for c in (ours, lstm)]
+    assert set(lstm.layers()) == {"lstm"}
+    assert abs(sizes[1] / sizes[0] - 1) < 0.05
+
+
+@pytest.mark.slow
+def test_the_default_slstm_learns_parity_and_keeps_it_on_longer_strings(tmp_path):
+    (row,) = parity.run(config.ParityConfig(seeds=(0,), out=tmp_path))
+    assert row["seconds"] <= 180 + 10
+    assert row["scaled accuracy"] >= 0.99
