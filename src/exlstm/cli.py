@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import dis
-import errno
 import io
 import os
 import re

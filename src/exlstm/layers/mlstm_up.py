@@ -13,6 +13,14 @@ from exlstm.ops.backend import cast, exact
 from exlstm.ops.mlstm import mlstm
 
 
+def _join(blocks, side):
+    """Blocks (N, out, in) as fewer and larger ones (N', side, side), zeros beside the diagonal."""
+    count = side // blocks.shape[1]
+    blocks = blocks.unflatten(0, (-1, count)).unsqueeze(3)  # (N', count, out, 1, in)
+    eye = torch.eye(count, device=blocks.device, dtype=blocks.dtype).view(count, 1, count, 1)
+    return (blocks * eye).reshape(-1, side, side)
+
+
 class mLSTMUp(nn.Module):
     """Matrix memory between a projection up and a projection down; state is (inputs of the convolution, MLSTMState).
 
@@ -48,7 +56,10 @@ class mLSTMUp(nn.Module):
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)
-        self.qkv = nn.Parameter(torch.empty(3, inner // qkv_block, qkv_block, qkv_block, **new))  # (map, block, out, in)
+        self.side = qkv_block * max(n for n in range(1, max(1, 64 // qkv_block) + 1) if inner // qkv_block % n == 0)
+        self.qkv = nn.Parameter(
+            torch.empty(3, inner // qkv_block, qkv_block, qkv_block, **new)
+        )  # (map, block, out, in)
         self.gate = nn.Linear(3 * inner, 2 * n_heads, **new)  # rows: input gates, forget gates
         self.norm = HeadNorm(n_heads, inner // n_heads, eps=1e-5, **new)
         self.skip = nn.Parameter(torch.empty(inner, **new))
@@ -74,8 +85,10 @@ class mLSTMUp(nn.Module):
         if c.shape[1] == 1:
             x = torch.stack((c, c, u)).view(3, -1, weights.shape[1], 1, weights.shape[3])  # (3, B, blocks, 1, in)
             return (x * weights.unsqueeze(1)).sum(-1).view(3, *c.shape).unbind(0)
-        groups = (x.reshape(-1, *weights.shape[1::2]).transpose(0, 1) for x in (c, c, u))  # (blocks, B·T, in)
-        return [torch.bmm(x, w.mT).transpose(0, 1).reshape(c.shape) for x, w in zip(groups, weights, strict=True)]
+        # Small blocks starve a matrix unit: several stand on the diagonal of one that feeds it.
+        joined = _join(weights.flatten(0, 1), self.side).unflatten(0, (3, -1)).mT  # (map, B', in, out)
+        groups = (x.reshape(-1, *joined.shape[1:3]).transpose(0, 1) for x in (c, c, u))  # (B', B·T, in)
+        return [torch.bmm(x, w).transpose(0, 1).reshape(c.shape) for x, w in zip(groups, joined, strict=True)]
 
     def gates(self, q, k, v):
         """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""

@@ -175,25 +175,37 @@ def _unlay(x, out):
 
 def _decay(gates, part, dtype):
     """D (B·H·N, L, L) of the chunks in `part`; what lies above the diagonal is arbitrary."""
-    u, top = gates.u[:, part], gates.top[:, part]
-    # The exponents differ by little what u and M have in common: subtract before rounding.
-    d = (u.unsqueeze(-2) - top.unsqueeze(-1)).to(dtype).exp_()
+    # The exponents differ by little what u and M have in common: the high parts cancel, the low parts keep the digits.
+    (u, u_low), (top, top_low) = (_split(x[:, part], dtype) for x in (gates.u, gates.top))
+    d = u.unsqueeze(-2) - top.unsqueeze(-1)
+    if u_low is not None:
+        d.add_(u_low.unsqueeze(-2)).sub_(top_low.unsqueeze(-1))
+    d.exp_()
     if gates.document is not None:
         document = gates.document[:, part]
         d.masked_fill_(document.unsqueeze(-1) != document.unsqueeze(-2), 0)
     return d.flatten(0, 1)
 
 
-def _block_size(rows, length, keys, values):
-    """Chunks that are worked on at once."""
+def _split(x, dtype):
+    """x as a sum of two numbers of `dtype`, the second None where the first is exact."""
+    if x.dtype == dtype:
+        return x, None
+    high = x.to(dtype)
+    return high, (x - high).nan_to_num_(0).to(dtype)
+
+
+def _block_size(rows, chunks, length, keys, values):
+    """Chunks that are worked on at once: as many as fit, in blocks of one size."""
     numbers = rows * (2 * length * length + 2 * keys * values + 3 * length * (keys + values))
-    return max(1, BLOCK_NUMBERS // numbers)
+    fit = max(1, BLOCK_NUMBERS // numbers)
+    return -(-chunks // -(-chunks // fit))
 
 
 def _blocks(gates, q, v):
     """The chunks in pieces, as slices, each small enough for the cache."""
     rows, chunks, length = gates.u.shape
-    size = _block_size(rows, length, q.shape[-1], v.shape[-1])
+    size = _block_size(rows, chunks, length, q.shape[-1], v.shape[-1])
     return [slice(i, min(i + size, chunks)) for i in range(0, chunks, size)]
 
 
@@ -351,8 +363,8 @@ def _forget_gradient(flow, inflow, gates, part):
 
 @_mlstm_chunked.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
-    rows, (keys, values) = q.shape[0] * q.shape[2], c.shape[2:]
-    blocks = -(-(-(-q.shape[1] // chunk)) // _block_size(rows, chunk, keys, values))
+    rows, (keys, values), chunks = q.shape[0] * q.shape[2], c.shape[2:], -(-q.shape[1] // chunk)
+    blocks = -(-chunks // _block_size(rows, chunks, chunk, keys, values))
     starts = [(blocks, rows, keys, values), (blocks, rows, keys)] if save else [(0,), (0,)]
     memory = (x.new_empty(x.shape) for x in (c, n, m))
     return v.new_empty(v.shape), *memory, *(c.new_empty(shape) for shape in starts)

@@ -1,7 +1,7 @@
 """sLSTM on the CPU: one loop over time that writes into preallocated memory, and a hand-written backward without a tape.
 
-A step is a product and a dozen small element-wise operations, so the cost of a call decides: arithmetic goes through NumPy
-(a microsecond a call), transcendental functions and products through torch, over the same memory.
+A step is a product and a dozen small element-wise operations, so the cost of a call decides: arithmetic and exp go through NumPy
+(a microsecond a call), the other functions and products through torch, over the same memory.
 The loop carries q = c/n, a weighted mean of the tanh(z̃) so far, in place of c (the rest is `reference`'s recurrence):
 
     w_t = i'/n_t        q_t = q_{t-1} + w_t (tanh(z̃) - q_{t-1})        h_t = sigmoid(õ) q_t
@@ -24,7 +24,12 @@ def cpu(x, r, h, c, n, m, reset, mask):
     """Same signature and result as `reference`, for CPU tensors."""
     if x.device.type not in ("cpu", "meta"):
         raise ValueError(f"backend 'cpu' runs on CPU tensors, x is on {x.device}")
-    if x.shape[1] == 1 and reset is None and mask is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if (
+        x.shape[1] == 1
+        and reset is None
+        and mask is None
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    ):
         return _decode(x, r, h, c, n, m)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, r, h, c, n))
     hs, *state, _, _ = _slstm_cpu(x, r, h, c, n, m.detach(), reset, mask, save)
@@ -70,7 +75,7 @@ def _slstm_cpu(
     first = (c / n.masked_fill(empty, 1)).masked_fill_(empty, 0)
     hs = torch.empty(batch, steps, heads, width, dtype=dtype)
     saved = torch.empty(5, steps if save else 1, heads, batch, width, dtype=dtype)
-    with torch.autocast("cpu", enabled=False):
+    with exact(x.device), np.errstate(under="ignore"):
         q = _forward_loop(x.to(dtype), r.to(dtype), h, first.clone(), n, m, hs, saved, _rows(reset), _rows(mask, False))
     m.masked_fill_(n == 0, 0)
     state = [s.transpose(0, 1).contiguous() for s in (h, q * n, n, m)]
@@ -87,7 +92,7 @@ def _forward_loop(x, r, h, q, n, m, hs, saved, resets, paddings):
     product = h.new_empty(heads, batch, 4 * width)
     recurrent = product.numpy().reshape(heads, batch, 4, width).transpose(2, 0, 1, 3)  # (4, H, B, D), a view
     gates = h.new_empty(4, heads, batch, width)
-    g_if, (_, g_f, g_z, g_o) = gates[:2], gates
+    _, g_f, g_z, g_o = gates
     a = gates.numpy()
     a_if, (a_i, a_f, _, _) = a[:2], a
     out = hs.numpy().transpose(1, 2, 0, 3)  # (T, H, B, D), a view
@@ -107,7 +112,7 @@ def _forward_loop(x, r, h, q, n, m, hs, saved, resets, paddings):
         np.add(s_f[j], m_, out=a_f)
         np.maximum(a_i, a_f, out=m_)
         np.subtract(a_if, m_, out=a_if)
-        torch.exp(g_if, out=g_if)  # i', f'
+        np.exp(a_if, out=a_if)  # i', f'
         torch.tanh(g_z, out=t_z[j])
         torch.sigmoid(g_o, out=t_o[j])
         np.multiply(n_, a_f, out=n_)
@@ -153,25 +158,24 @@ def _slstm_cpu_backward(
     dp = (dn + dc * q[-1]) * last_n
     dq = dc * last_n
     dhs = torch.zeros(x.shape[:3] + x.shape[4:], dtype=dtype) if dhs is None else dhs.to(dtype)
-    with torch.autocast("cpu", enabled=False):
+    with exact(x.device):
         resets, paddings = _rows(reset), _rows(mask, False)
-        dg = _backward_loop(dhs, dh, dq, dp, r.to(dtype), saved, first, resets, paddings)  # (H, T, B, 4, D)
-        before = _outputs_before(saved, h.transpose(0, 1), resets, paddings)  # (H, T·B, D)
-        dr = torch.bmm(dg.flatten(3).flatten(1, 2).mT, before).view(r.shape)
-    dx = dg.permute(2, 1, 0, 3, 4).to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+        dx = _backward_loop(dhs, dh, dq, dp, r.to(dtype), saved, first, resets, paddings)  # (B, T, H, 4, D)
+        before = _outputs_before(saved, h.transpose(0, 1), resets, paddings)  # (B, T, H, D)
+        dr = torch.bmm(dx.flatten(3).flatten(0, 1).permute(1, 2, 0), before.flatten(0, 1).transpose(0, 1)).view(r.shape)
     empty = n == 0
     n = n.masked_fill(empty, 1)
     dc, dn = (dq / n).masked_fill(empty, 0), ((dp - dq * first) / n).masked_fill(empty, 0)
-    return dx, dr.to(r.dtype), *(d.transpose(0, 1).contiguous() for d in (dh, dc, dn))
+    return dx.to(x.dtype), dr.to(r.dtype), *(d.transpose(0, 1).contiguous() for d in (dh, dc, dn))
 
 
 def _backward_loop(dhs, dh, dq, dp, r, saved, first, resets, paddings):
-    """dg̃ (H, T, B, 4, D); leaves the gradients of the initial h, q and p in dh, dq and dp."""
+    """dg̃ (B, T, H, 4, D); leaves the gradients of the initial h, q and p in dh, dq and dp."""
     _, steps, heads, batch, width = saved.shape
     weights = r.flatten(1, 2)  # (H, 4 D out, D in)
-    dg = saved.new_empty(heads, steps, batch, 4, width)
-    to_dg = dg.numpy().transpose(1, 3, 0, 2, 4)  # (T, 4, H, B, D), a view
-    products = dg.flatten(3).unbind(1)
+    dg = saved.new_empty(batch, steps, heads, 4, width)
+    to_dg = dg.numpy().transpose(1, 3, 2, 0, 4)  # (T, 4, H, B, D), a view
+    factors = dg.flatten(3).transpose(0, 2).unbind(1)  # T times (H, B, 4 D), views
     s_w, s_z, s_o, s_q, _ = saved.numpy()
     s_f = torch.expm1(saved[4]).neg_().numpy()  # sigmoid(-f̃)
     outer = dhs.numpy().transpose(1, 2, 0, 3)  # (T, H, B, D), a view
@@ -204,7 +208,7 @@ def _backward_loop(dhs, dh, dq, dp, r, saved, first, resets, paddings):
         if kept is not None:
             a[:, :, paddings[t]] = 0
         to_dg[t] = a
-        torch.bmm(products[t], weights, out=dh)
+        torch.bmm(factors[t], weights, out=dh)
         if kept is not None:
             for s, old in zip((dh_, dq_, dp_), kept, strict=True):
                 s[:, paddings[t]] = old
@@ -215,17 +219,18 @@ def _backward_loop(dhs, dh, dq, dp, r, saved, first, resets, paddings):
 
 
 def _outputs_before(saved, h, resets, paddings):
-    """h_{t-1} as step t saw it (H, T·B, D)."""
+    """h_{t-1} as step t saw it (B, T, H, D)."""
     _, steps, heads, batch, width = saved.shape
-    before = saved.new_empty(heads, steps, batch, width)
-    before[:, 0] = h
-    torch.mul(saved[2, :-1].transpose(0, 1), saved[3, :-1].transpose(0, 1), out=before[:, 1:])
+    before = saved.new_empty(batch, steps, heads, width)
+    rows = before.permute(1, 2, 0, 3)  # (T, H, B, D), a view
+    rows[0] = h
+    torch.mul(saved[2, :-1], saved[3, :-1], out=rows[1:])
     for t in range(steps):
         if resets[t] is not None:
-            before[:, t, resets[t]] = 0
+            before[resets[t], t] = 0
         if paddings[t] is not None and t + 1 < steps:
-            before[:, t + 1, paddings[t]] = before[:, t, paddings[t]]
-    return before.flatten(1, 2)
+            before[paddings[t], t + 1] = before[paddings[t], t]
+    return before
 
 
 def _rows(flags, wanted=True):

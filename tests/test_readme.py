@@ -1,0 +1,55 @@
+"""What the README shows runs as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from exlstm.cli import main
+from exlstm.models.config import OPTIONS
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(
+    r"^(exlstm .*?)(?:\s+#.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M
+)
+TEXT = "".join(f"{i}. Once upon a time there was a line, and it was number {i}.\n" for i in range(150))
+SMALL = "--size nano --data.context 16 --data.batch-size 2 --train.eval-batches 1 --train.steps 1"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "other.txt"):
+        (tmp_path / name).write_text(TEXT)
+    return tmp_path
+
+
+def test_the_python_examples_run(here):
+    """One after the other in one place, as somebody reads them."""
+    names = {}
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), names)
+    assert len(EXAMPLES) >= 4
+    assert (here / "my-model/model.safetensors").is_file()
+    assert (here / "runs/mine/checkpoints/step-00000002").is_dir()
+
+
+def test_the_commands_run(here, capsys):
+    """The training is a short one; everything else is as written."""
+    assert len(COMMANDS) >= 5
+    for command in COMMANDS:
+        words = shlex.split(command)[1:]
+        if words[0] == "train":
+            at = words.index("--minutes")
+            words[at : at + 2] = SMALL.split()
+        if words[0] == "plot":
+            pytest.importorskip("matplotlib")
+        assert main(words) == 0, command
+    assert "Once" in capsys.readouterr().out
+
+
+def test_every_block_stands_in_the_table():
+    for block in OPTIONS:
+        assert f"| `{block}` |" in README
