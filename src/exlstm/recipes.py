@@ -105,8 +105,10 @@ def _train(folder: Path, config: RunConfig, stored: dict):
     from exlstm.models import checkpoint
     from exlstm.models.language import LanguageModel
     from exlstm.train.loop import train
+    from exlstm.train.process import keep_freed_memory
     from exlstm.train.progress import Progress
 
+    keep_freed_memory()
     device, data = runs.device_of(config.device), config.data
     # A model that cannot be built is refused before minutes go into the corpus.
     LanguageModel(config.model, device="meta")
