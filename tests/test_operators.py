@@ -193,6 +193,47 @@ def test_single_steps_equal_one_call(op, backend):
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given_state", [True, False])
+def test_decoding_equals_one_call(op, backend, dtype, given_state):
+    """Single steps without gradients, from tensors that want one, in the dtype of the inputs."""
+    case = Case(op, 20, seed=20, state=given_state)
+    leaves, m = case.tensors(torch.float32 if dtype == torch.bfloat16 else dtype)
+    inputs, weights, state = case.split(leaves, m)
+    if dtype == torch.bfloat16:
+        inputs = [t.to(dtype) if t.ndim > 3 else t for t in inputs]
+    with torch.no_grad():
+        wanted, wanted_state = case.call(inputs, weights, state, "reference")
+        hs = []
+        for t in range(20):
+            h, state = case.call([x[:, t : t + 1] for x in inputs], weights, state, backend)
+            hs.append(h.clone())
+            h.add_(1)
+    assert h.dtype == wanted.dtype and [s.dtype for s in state] == [s.dtype for s in wanted_state]
+    same([torch.cat(hs, 1), *state], [wanted.double(), *wanted_state], {4: 3e-6, 8: 1e-12, 2: 4e-3}[dtype.itemsize])
+
+
+@every
+@pytest.mark.parametrize("i", [-1e4, 0.0, 1e4])
+@pytest.mark.parametrize("f", [-1e4, 0.0, 1e4])
+def test_decoding_at_extreme_gates_stays_finite(op, backend, i, f):
+    case = Case(op, 3, seed=21)
+    if op == "mlstm":
+        case.inputs[3].fill_(i)
+        case.inputs[4].copy_(logsigmoid(torch.full_like(case.inputs[4], f)))
+    else:
+        case.inputs[0][:, :, :, 0] = i
+        case.inputs[0][:, :, :, 1] = f
+    for given_state in (None, [s.float() for s in case.state]):
+        state = given_state
+        with torch.no_grad():
+            for t in range(3):
+                inputs = [x[:, t : t + 1].float() for x in case.inputs]
+                h, state = case.call(inputs, [w.float() for w in case.weights], state, backend)
+                assert all(x.isfinite().all() for x in (h, *state))
+
+
+@every
 def test_no_future_leaks_and_rows_are_alone(op, backend):
     case = Case(op, 80, seed=23)
     h, _ = case.call(case.inputs, case.weights, None, backend)

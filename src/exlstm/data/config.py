@@ -20,7 +20,7 @@ class DataConfig:
     """tokens of a bpe, at least 257; 0: 4096. The others know their own size"""
     context: int = 256
     """tokens a row of a batch"""
-    batch_size: int = 16
+    batch_size: int = 8
     """rows a batch"""
     held_out: float = 0.1
     """share of the text that is kept from training: whole documents when there are ten, else the end of the text"""

@@ -92,8 +92,8 @@ def _step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
 def _decode(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
     """`_step` in NumPy, without gradients and resets."""
     dtype = c.dtype
-    q, k, v = (cast(x, dtype).numpy()[:, 0] for x in (q, k, v))
-    log_i, log_f, c, n, m = log_i.numpy()[:, 0], log_f.numpy()[:, 0], c.numpy(), n.numpy(), m.numpy()
+    q, k, v, log_i, log_f = (cast(x.detach(), dtype).numpy()[:, 0] for x in (q, k, v, log_i, log_f))
+    c, n, m = (x.detach().numpy() for x in (c, n, m))
     with np.errstate(over="ignore", under="ignore"):
         kept = log_f + m
         m = np.maximum(kept, log_i)

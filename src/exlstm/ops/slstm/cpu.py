@@ -24,12 +24,8 @@ def cpu(x, r, h, c, n, m, reset, mask):
     """Same signature and result as `reference`, for CPU tensors."""
     if x.device.type not in ("cpu", "meta"):
         raise ValueError(f"backend 'cpu' runs on CPU tensors, x is on {x.device}")
-    if (
-        x.shape[1] == 1
-        and reset is None
-        and mask is None
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    ):
+    bare = reset is None and mask is None and x.device.type == "cpu"
+    if x.shape[1] == 1 and bare and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return _decode(x, r, h, c, n, m)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, r, h, c, n))
     hs, *state, _, _ = _slstm_cpu(x, r, h, c, n, m.detach(), reset, mask, save)
@@ -44,7 +40,7 @@ def _decode(x, r, h, c, n, m):
         g = recurrent.view(heads, batch, 4, width).permute(2, 1, 0, 3) + cast(x, dtype).squeeze(1).permute(2, 0, 1, 3)
         i, f, z, o = g  # (B, H, D)
         f, z, o = (t.numpy() for t in (torch.nn.functional.logsigmoid(f), torch.tanh(z), torch.sigmoid(o)))
-    i, c, n, m = i.numpy(), c.numpy(), n.numpy(), m.numpy()
+    i, c, n, m = (t.detach().numpy() for t in (i, c, n, m))
     with np.errstate(over="ignore", under="ignore"):
         kept = f + np.where(n > 0, m, -np.inf).astype(m.dtype)
         m = np.maximum(kept, i)
@@ -52,7 +48,7 @@ def _decode(x, r, h, c, n, m):
         c, n = f * c + i * z, f * n + i
         h = o * c / n
     state = [torch.from_numpy(s) for s in (h, c, n, m)]
-    return cast(state[0], x.dtype).unsqueeze(1), *state
+    return state[0].to(x.dtype, copy=True).unsqueeze(1), *state
 
 
 @torch.library.custom_op("exlstm::slstm_cpu", mutates_args=())
