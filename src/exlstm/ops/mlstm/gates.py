@@ -1,0 +1,295 @@
+"""What the gates of a sequence amount to, worked out once before the matrix kernels, and the gradients of the gates after them.
+
+The equations stand in `cpu.py`. A chunk of L tokens is rank one in its gates, so a few vectors are all that the other kernels read:
+u, M, α, β and exp(-m) of every token, γ of every chunk. Prefix sums run in float64 and in powers of two, in three small kernels:
+what each chunk does to the stabiliser, a scan over the chunks, and the rest. Vectors are (B·H, N·L), N chunks, float32.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from exlstm.ops.mlstm.plan import cdiv
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# exp(-m) would underflow far above e^60, and 0 / 0 follow where q·n vanishes: held there, as in the reference.
+M_MAX = tl.constexpr(60.0 * 1.4426950408889634)
+# 2^127 and not infinity: h is 0 in any case, and so is what its gradient is multiplied by.
+M_MIN = tl.constexpr(-127.0)
+
+
+@triton.jit
+def _add_since(a, a_fresh, b, b_fresh):
+    return tl.where(b_fresh != 0, b, a + b), a_fresh | b_fresh
+
+
+@triton.jit
+def _max_since(a, a_fresh, b, b_fresh):
+    return tl.where(b_fresh != 0, b, tl.maximum(a, b)), a_fresh | b_fresh
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _after(a_shift, a_floor, b_shift, b_floor):
+    """max(x + a_shift, a_floor), then max(· + b_shift, b_floor)."""
+    return a_shift + b_shift, tl.maximum(a_floor + b_shift, b_floor)
+
+
+@triton.jit
+def _local_gates(p_i, p_f, p_reset, i_b, i_h, i_n, T, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
+                 G: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+    """b, u and the running maximum of u (G, L) of chunks i_n … in powers of two, and resets so far in the chunk."""
+    o_n = i_n + tl.arange(0, G)[:, None]
+    o_l = tl.arange(0, L)[None, :]
+    o_t = (o_n * L + o_l).to(tl.int64)
+    inside = (o_n < N) & (o_t < T)
+    log_i = tl.load(p_i + i_b * s_ib + o_t * s_it + i_h * s_ih, mask=inside, other=-float("inf")).to(tl.float64) * LOG2E
+    log_f = tl.load(p_f + i_b * s_fb + o_t * s_ft + i_h * s_fh, mask=inside, other=0.0).to(tl.float64) * LOG2E
+    if RESET:
+        fresh = tl.load(p_reset + i_b * T + o_t, mask=inside, other=0).to(tl.int32)
+        document = tl.cumsum(fresh, 1)
+        b, _ = tl.associative_scan((log_f, fresh), 1, _add_since)
+        u = log_i - b
+        top, _ = tl.associative_scan((u, fresh), 1, _max_since)
+    else:
+        document = tl.zeros([G, L], dtype=tl.int32)
+        b = tl.cumsum(log_f, 1)
+        u = log_i - b
+        top = tl.associative_scan(u, 1, _larger)
+    return b, u, top, document
+
+
+@triton.jit
+def _last(x, L: tl.constexpr):
+    """The last column of x (G, L)."""
+    return tl.sum(tl.where(tl.arange(0, L)[None, :] == L - 1, x, tl.zeros_like(x)), 1)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def mlstm_gates_local_kernel(p_i, p_f, p_reset, p_shift, p_floor, T, H, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
+                             G: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+    """What each chunk does to the stabiliser: m⁺ = max(m⁻ + shift, floor), both (B·H, N) float64."""
+    blocks = tl.cdiv(N, G)
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    i_n = (tl.program_id(0) % blocks) * G
+    b, _, top, document = _local_gates(p_i, p_f, p_reset, i_bh // H, i_bh % H, i_n, T, N,
+                                       s_ib, s_it, s_ih, s_fb, s_ft, s_fh, G, L, RESET)  # fmt: skip
+    total, top = _last(b, L), _last(top, L)
+    shift = total
+    if RESET:
+        fresh = _last(document, L) > 0
+        shift = tl.where(fresh, -float("inf"), shift)
+        top = tl.where(fresh, tl.maximum(top, 0.0), top)
+    o_n = i_n + tl.arange(0, G)
+    tl.store(p_shift + i_bh * N + o_n, shift, mask=o_n < N)
+    tl.store(p_floor + i_bh * N + o_n, total + top, mask=o_n < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def mlstm_gates_scan_kernel(p_shift, p_floor, p_m0, p_m, p_last, N, BN: tl.constexpr):
+    """m (B·H, N) at the start of every chunk in float64, and m after the last in nats."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    m = tl.load(p_m0 + i_bh).to(tl.float64) * LOG2E
+    for i_n in range(0, N, BN):
+        o_n = i_n + tl.arange(0, BN)
+        shift = tl.load(p_shift + i_bh * N + o_n, mask=o_n < N, other=0.0)
+        floor = tl.load(p_floor + i_bh * N + o_n, mask=o_n < N, other=-float("inf"))
+        shift, floor = tl.associative_scan((shift, floor), 0, _after)
+        after = tl.maximum(m + shift, floor)
+        tl.store(p_m + i_bh * (N + 1) + o_n + 1, after, mask=o_n < N)
+        tl.store(p_m + i_bh * (N + 1) + i_n, m)
+        m = tl.sum(tl.where(tl.arange(0, BN) == BN - 1, after, 0.0), 0)
+    tl.store(p_last + i_bh, (m / LOG2E).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p_alpha, p_beta, p_floor, p_gamma, p_document,
+                       T, H, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
+                       G: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr, PAIR: tl.constexpr):  # fmt: skip
+    """u, M, α, β, exp(-m) (B·H, N·L) and γ (B·H, N); u and M in powers of two, as pairs (high, low) where asked for."""
+    blocks = tl.cdiv(N, G)
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    i_n = (tl.program_id(0) % blocks) * G
+    b, u, top, document = _local_gates(p_i, p_f, p_reset, i_bh // H, i_bh % H, i_n, T, N,
+                                       s_ib, s_it, s_ih, s_fb, s_ft, s_fh, G, L, RESET)  # fmt: skip
+    o_n = i_n + tl.arange(0, G)
+    m = tl.load(p_m + i_bh * (N + 1) + o_n, mask=o_n < N, other=0.0)
+    before = tl.zeros([G, L], dtype=tl.float64) + m[:, None]
+    if RESET:
+        before = tl.where(document > 0, 0.0, before)
+    top = tl.maximum(top, before)
+    last = _last(top, L)
+    a, g = u - last[:, None], m - last
+    beta = tl.exp2((before - top).to(tl.float32))
+    if RESET:
+        behind = _last(document, L)
+        a = tl.where(document == behind[:, None], a, -float("inf"))
+        g = tl.where(behind > 0, -float("inf"), g)
+        beta = tl.where(document > 0, 0.0, beta)
+    alpha, gamma = tl.exp2(a.to(tl.float32)), tl.exp2(g.to(tl.float32))
+    floor = tl.exp2(-tl.maximum(tl.minimum(b + top, M_MAX), M_MIN).to(tl.float32))
+    o = i_bh * N * L + o_n[:, None] * L + tl.arange(0, L)[None, :]
+    inside = (o_n < N)[:, None] & (tl.arange(0, L) < L)[None, :]
+    u_high, top_high = u.to(tl.float32), top.to(tl.float32)
+    tl.store(p_u + o, u_high, mask=inside)
+    tl.store(p_top + o, top_high, mask=inside)
+    if PAIR:
+        u_low = tl.where(u == -float("inf"), 0.0, u - u_high.to(tl.float64))
+        tl.store(p_u_low + o, u_low.to(tl.float32), mask=inside)
+        tl.store(p_top_low + o, (top - top_high.to(tl.float64)).to(tl.float32), mask=inside)
+    tl.store(p_alpha + o, alpha, mask=inside)
+    tl.store(p_beta + o, beta, mask=inside)
+    tl.store(p_floor + o, floor, mask=inside)
+    tl.store(p_gamma + i_bh * N + o_n, gamma, mask=o_n < N)
+    if RESET:
+        tl.store(p_document + o, document, mask=inside)
+
+
+@triton.jit
+def tile(d, i_b, i_h, i_t, i_d, BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr):
+    """Rows i_t … and features i_d … of one head, (BT, BD), zeros outside, as the matrix units take them."""
+    return d.load([i_b, i_h, i_t, i_d]).reshape(BT, BD).to(DOT)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, H, N, rows, tiles,
+                                G: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+    """dlog_i = k·dk and dlog_f_t = Σ over t ≤ r of (q·dq - k·dk)_r inside chunk and document, plus the inflow, (B, T, H) float32."""
+    count = tl.cdiv(N, G)
+    i_bh, i_n = (tl.program_id(0) // count).to(tl.int64), (tl.program_id(0) % count) * G
+    o_n, o_l = i_n + tl.arange(0, G), tl.arange(0, L)
+    o = (i_bh * N + o_n[:, None]) * L + o_l[None, :]
+    o_t = (o_n[:, None] * L + o_l[None, :]).to(tl.int64)
+    there = (o_n < N)[:, None] & (o_l < L)[None, :]
+    b_q = tl.zeros([G, L], dtype=tl.float64)
+    b_k = tl.zeros([G, L], dtype=tl.float64)
+    b_in = tl.zeros([G], dtype=tl.float64)
+    for _ in range(tiles):
+        b_q += tl.load(p_qdq + o, mask=there, other=0.0).to(tl.float64)
+        b_k += tl.load(p_kdk + o, mask=there, other=0.0).to(tl.float64)
+        for i_r in range(BLOCKS):
+            o_in = (i_bh * N + o_n) * BLOCKS + i_r
+            b_in += tl.load(p_inflow + o_in, mask=o_n < N, other=0.0).to(tl.float64)
+        p_qdq += rows
+        p_kdk += rows
+        p_inflow += rows // (L // BLOCKS)
+    b_flow, b_in = b_q - b_k, b_in[:, None]
+    if RESET:
+        # From the end of the chunk back, a sum restarts where a document ends: at a token whose successor is another one's.
+        p_reset += (i_bh // H) * T
+        fresh = tl.load(p_reset + o_t, mask=there & (o_t < T), other=0).to(tl.int32)
+        ends = tl.load(p_reset + o_t + 1, mask=there & (o_l < L - 1)[None, :] & (o_t + 1 < T), other=0).to(tl.int32)
+        document = tl.cumsum(fresh, 1)
+        b_sum, _ = tl.associative_scan((b_flow, ends), 1, _add_since, reverse=True)
+        b_df = b_sum + tl.where(document == _last(document, L)[:, None], b_in, 0.0)
+        b_df = tl.where(fresh > 0, 0.0, b_df)
+    else:
+        b_df = tl.cumsum(b_flow, 1, reverse=True) + b_in
+    o_out = ((i_bh // H) * T + o_t) * H + i_bh % H
+    tl.store(p_di + o_out, b_k.to(tl.float32), mask=there & (o_t < T))
+    tl.store(p_df + o_out, b_df.to(tl.float32), mask=there & (o_t < T))
+
+
+class Gates(NamedTuple):
+    """The vectors of a sequence, (B·H, N·L), gamma (B·H, N), m after the last token (B, H); see `mlstm_gates_kernel`."""
+
+    u: Tensor
+    top: Tensor
+    u_low: Tensor
+    top_low: Tensor
+    alpha: Tensor
+    beta: Tensor
+    floor: Tensor
+    gamma: Tensor
+    document: Tensor
+    last_m: Tensor
+
+
+class Call:
+    """The sizes of one call and what its kernels have in common."""
+
+    def __init__(self, q, v, reset, scale, normalize, L, N):
+        self.B, self.T, self.H, self.K = q.shape
+        self.V, self.L, self.N, self.rows = v.shape[-1], L, N, self.B * self.H
+        self.tokens = self.rows * N * L
+        self.reset, self.scale = None if reset is None else reset.contiguous(), scale
+        self.pair = q.dtype == torch.float32
+        self.flags = {"NORM": normalize, "RESET": reset is not None}
+        # float16 would overflow in a memory of many tokens: its products run in tf32, which holds its digits.
+        # And Triton's interpreter multiplies no bfloat16.
+        wide = q.dtype != torch.bfloat16 or q.device.type == "cpu"
+        fast = q.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
+        self.dtype = torch.float32 if wide else torch.bfloat16
+        self.dot = tl.float32 if wide else tl.bfloat16
+        self.precision = "tf32" if wide and fast else "ieee"
+
+    def vector(self, like, *shape):
+        return like.new_empty(shape or (self.rows, self.N * self.L), dtype=torch.float32)
+
+    def gates(self, log_i, log_f, m) -> Gates:
+        """log_i, log_f (B, T, H) in nats, m (B, H)."""
+        L, N, G = self.L, self.N, max(1, 1024 // self.L)
+        grid, BN = (self.rows * cdiv(N, G),), min(1024, 1 << (N - 1).bit_length())
+        shift, floor, starts = m.new_empty(3, self.rows, N + 1, dtype=torch.float64)
+        last_m = torch.empty_like(m, memory_format=torch.contiguous_format)
+        inputs, strides = (log_i, log_f, self.reset), (*log_i.stride(), *log_f.stride())
+        sizes = (self.T, self.H, N, *strides, G, L, self.reset is not None)
+        mlstm_gates_local_kernel[grid](*inputs, shift, floor, *sizes)
+        mlstm_gates_scan_kernel[(self.rows,)](shift, floor, m.contiguous(), starts, last_m, N, BN, num_warps=1)
+        u, top, alpha, beta, floor, *lows = self.vector(m, 7 if self.pair else 5, self.rows, N * L)
+        document = m if self.reset is None else torch.empty_like(u, dtype=torch.int32)
+        found = Gates(u, top, *(lows or (u, u)), alpha, beta, floor, self.vector(m, self.rows, N), document, last_m)
+        mlstm_gates_kernel[grid](*inputs, starts, *found[:-1], *sizes, self.pair)
+        return found
+
+    def gate_gradients(self, log_i, qdq, kdk, inflow, length):
+        """From the sums of the kernels (tiles, B·H·N·L), restarting every `length` tokens, inflow (tiles, … a block)."""
+        N, G = self.N * self.L // length, max(1, 1024 // length)
+        dlog_i, dlog_f = (torch.empty_like(log_i, memory_format=torch.contiguous_format) for _ in range(2))
+        mlstm_gate_gradients_kernel[(self.rows * cdiv(N, G),)](
+            qdq, kdk, inflow, self.reset, dlog_i, dlog_f, self.T, self.H, N, self.tokens, qdq.shape[0],
+            G, length, inflow.shape[1] * length // self.tokens, self.reset is not None,
+        )  # fmt: skip
+        return dlog_i, dlog_f
+
+
+def on(device):
+    """Launches go to the tensors' card, whichever is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def aligned(x):
+    """x, or a copy where its strides are not the copy engine's: 16 bytes, the last axis contiguous."""
+    strides = [s for s, length in zip(x.stride()[:-1], x.shape[:-1]) if length > 1]
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s and s * x.element_size() % 16 == 0 for s in strides):
+        return x
+    return padded(x, x.shape).copy_(x)
+
+
+def padded(x, shape, dtype=None):
+    """New memory of `shape` for the copy engine: every row starts at 16 bytes."""
+    dtype = dtype or x.dtype
+    whole = 16 // dtype.itemsize
+    return x.new_empty((*shape[:-1], cdiv(shape[-1], whole) * whole), dtype=dtype)[..., : shape[-1]]
+
+
+def heads(x, rows, width):
+    """x (B, T, H, D) as (B, H, T, D) in tiles of `rows` × `width`."""
+    batch, time, heads, features = x.shape
+    # The stride of an axis of length one is anything; the copy engine wants a multiple of 16 bytes.
+    b, t, h, _ = (s if length > 1 else 16 for s, length in zip(x.stride(), x.shape))
+    return TensorDescriptor(x, [batch, heads, time, features], [b, h, t, 1], [1, 1, rows, width])
+
+
+def matrices(x, rows, width):
+    """x (M, R, W) in tiles of `rows` × `width`."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, width])
