@@ -199,6 +199,47 @@ def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, 
     tl.store(p_df + o_out, b_df.to(tl.float32), mask=there & (o_t < T))
 
 
+@triton.jit(do_not_specialize=["N"])
+def mlstm_sums_kernel(d_x, p_w, p_sums, H, N, K, L: tl.constexpr, BK: tl.constexpr):
+    """Σ_t w_t x_t of every chunk, (B·H, N + 1, K) float32: in slot n + 1, or n in reverse (`p_sums` is shifted)."""
+    tiles = tl.cdiv(K, BK)
+    i_k, i_x = (tl.program_id(0) % tiles) * BK, tl.program_id(0) // tiles
+    i_bh, i_n = (i_x // N).to(tl.int64), i_x % N
+    b_x = tile(d_x, (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32), i_n * L, i_k, L, BK, tl.float32)
+    b_w = tl.load(p_w + (i_bh * N + i_n) * L + tl.arange(0, L))
+    o_k = i_k + tl.arange(0, BK)
+    tl.store(p_sums + (i_bh * (N + 1) + i_n) * K + o_k, tl.sum(b_x * b_w[:, None], 0), mask=o_k < K)
+
+
+@triton.jit
+def _decayed(a_gamma, a, b_gamma, b):
+    return a_gamma * b_gamma, a * b_gamma + b
+
+
+@triton.jit(do_not_specialize=["N"])
+def mlstm_sums_scan_kernel(p_sums, p_gamma, p_start, N, K, REVERSE: tl.constexpr, EMPTY: tl.constexpr, BN: tl.constexpr,
+                           BK: tl.constexpr):  # fmt: skip
+    """n of every chunk's start in place, n_{i+1} = γ_i n_i + sums; in reverse its gradient, dn_i = γ_i dn_{i+1} + sums."""
+    tiles = tl.cdiv(K, BK)
+    i_bh, o_k = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
+    p_sums += i_bh * (N + 1) * K
+    b_n = tl.zeros([BK], dtype=tl.float32)
+    if not EMPTY:
+        b_n += tl.load(p_start + i_bh * K + o_k, mask=o_k < K, other=0.0)
+    tl.store(p_sums + (N if REVERSE else 0) * K + o_k, b_n, mask=o_k < K)
+    for i in range(0, N, BN):
+        o_i = i + tl.arange(0, BN)
+        o_n = N - 1 - o_i if REVERSE else o_i
+        slot = (o_n if REVERSE else o_n + 1)[:, None] * K + o_k[None, :]
+        inside = (o_i < N)[:, None] & (o_k < K)[None, :]
+        gamma = tl.load(p_gamma + i_bh * N + o_n, mask=o_i < N, other=1.0)[:, None] + tl.zeros([BN, BK], dtype=tl.float32)
+        sums = tl.load(p_sums + slot, mask=inside, other=0.0)
+        gamma, sums = tl.associative_scan((gamma, sums), 0, _decayed)
+        sums += gamma * b_n[None, :]
+        tl.store(p_sums + slot, sums, mask=inside)
+        b_n = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, sums, 0.0), 0)
+
+
 class Gates(NamedTuple):
     """The vectors of a sequence, (B·H, N·L), gamma (B·H, N), m after the last token (B, H); see `mlstm_gates_kernel`."""
 
@@ -217,10 +258,10 @@ class Gates(NamedTuple):
 class Call:
     """The sizes of one call and what its kernels have in common."""
 
-    def __init__(self, q, v, reset, scale, normalize, L, N):
+    def __init__(self, q, v, reset, scale, normalize, L, tokens):
         self.B, self.T, self.H, self.K = q.shape
-        self.V, self.L, self.N, self.rows = v.shape[-1], L, N, self.B * self.H
-        self.tokens = self.rows * N * L
+        self.V, self.L, self.N, self.rows = v.shape[-1], L, tokens // L, self.B * self.H
+        self.tokens = self.rows * tokens
         self.reset, self.scale = None if reset is None else reset.contiguous(), scale
         self.pair = q.dtype == torch.float32
         self.flags = {"NORM": normalize, "RESET": reset is not None}
@@ -250,6 +291,19 @@ class Call:
         found = Gates(u, top, *(lows or (u, u)), alpha, beta, floor, self.vector(m, self.rows, N), document, last_m)
         mlstm_gates_kernel[grid](*inputs, starts, *found[:-1], *sizes, self.pair)
         return found
+
+    def normalisers(self, x, w, gamma, start, reverse=False):
+        """n (B·H, N + 1, K) at the start of every chunk and after the last, of x (B, T, H, K) and weights w; in reverse dn."""
+        BK, BN = min(4096 // self.L, 1 << (self.K - 1).bit_length()), min(64, 1 << (self.N - 1).bit_length())
+        sums = self.vector(w, self.rows, self.N + 1, self.K)
+        mlstm_sums_kernel[(self.rows * self.N * cdiv(self.K, BK),)](
+            heads(x, self.L, BK), w, sums if reverse else sums[:, 1:], self.H, self.N, self.K, self.L, BK
+        )
+        empty = start is None
+        mlstm_sums_scan_kernel[(self.rows * cdiv(self.K, min(BK, 32)),)](
+            sums, gamma, gamma if empty else start.contiguous(), self.N, self.K, reverse, empty, BN, min(BK, 32)
+        )
+        return sums
 
     def gate_gradients(self, log_i, qdq, kdk, inflow, length):
         """From the sums of the kernels (tiles, B·H·N·L), restarting every `length` tokens, inflow (tiles, … a block)."""

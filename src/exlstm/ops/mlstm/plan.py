@@ -36,38 +36,52 @@ class TwoPass(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """Chunk length L, chunks a segment, and the tiles of each kernel in one_pass.py."""
+    """Chunk length L, chunks a segment, and the tiles of each kernel in one_pass.py and intra.py."""
 
     L: int
     SEGMENT: int
+    intra: Tiles
     forward: Tiles
+    intra_backward: Tiles
     dq: Tiles
     dv: Tiles
     dk: Tiles
 
 
-def choose(q, v, chunk: int, save: bool) -> TwoPass | OnePass:
-    """The plan for q, k (B, T, H, K) and v (B, T, H, V); `chunk` tokens at once where not 0, `save` for a backward."""
-    keys, values, rows = q.shape[-1], v.shape[-1], q.shape[0] * q.shape[2]
-    K, V = _power(keys), _power(values)
+class Plan(NamedTuple):
+    """How forward and backward go, and the tokens of a row with the padding that both agree on."""
+
+    forward: TwoPass | OnePass
+    backward: TwoPass | OnePass
+    tokens: int
+
+
+def choose(q, v, chunk: int) -> Plan:
+    """The plan for q, k (B, T, H, K) and v (B, T, H, V), in chunks of `chunk` tokens where not 0."""
+    (batch, time, heads, keys), values = q.shape, v.shape[-1]
+    K, V, rows = power(keys), power(values), batch * heads
     large = q.dtype == torch.bfloat16 and _shared_memory(q.device) >= 160 << 10
-    if large and not chunk and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
-        return _one_pass(K, V, rows, cdiv(q.shape[1], 64), save)
-    plan = _two_pass(min(K, 128), min(V, 128), q, large, rows * K * V)
+    two = _two_pass(min(K, 128), min(V, 128), q, large, rows * K * V)
     if chunk:
         length = min(256, max(16, 1 << chunk.bit_length() - 1))
-        plan = plan._replace(L=length, BT=min(plan.BT, length))
-    return plan
+        two = two._replace(L=length, BT=min(two.BT, length))
+        return Plan(two, two, cdiv(time, length) * length)
+    if not large or K > 256 or rows * V // 32 < FEW:
+        return Plan(two, two, cdiv(time, two.L) * two.L)
+    one = _one_pass(K, V, rows, min(8, power(cdiv(time, 64), 1)))
+    narrow = K <= 128 and V <= 256
+    whole = one.L * one.SEGMENT if narrow else two.L
+    return Plan(one, one if narrow else two, cdiv(time, whole) * whole)
 
 
-def _one_pass(K, V, rows, chunks, save):
+def _one_pass(K, V, rows, segment):
     # Columns of a memory that a program keeps in registers: fewer where there are few sequences and heads.
-    BV = min(V, 8192 // K)
+    BV = min(V, 16384 // K)
     while BV > 32 and rows * V // BV < FEW:
         BV //= 2
-    BK = min(K, 16384 // V)
-    segment = min(8, 1 << (chunks - 1).bit_length()) if save else 1
-    return OnePass(64, segment, Tiles(K, BV, 4, 2), Tiles(BK, V, 4, 2), Tiles(K, BV, 4, 2), Tiles(BK, V, 4, 2))
+    BK = max(16, min(K, 16384 // V))
+    small, wide, tall = Tiles(min(K, 64), min(V, 64), 4, 2), Tiles(K, BV, 4, 2), Tiles(BK, V, 4, 2)
+    return OnePass(64, segment, small, wide, small, tall, wide, tall)
 
 
 def _two_pass(K, V, q, large, numbers):
@@ -85,9 +99,9 @@ def _two_pass(K, V, q, large, numbers):
     return TwoPass(128, 64, states, block, Tiles(k64, V, 4, 3), block, Tiles(K, min(V, 32), 4, 3), Tiles(k64, V, 4, 3))
 
 
-def _power(width):
+def power(width, least=16):
     """The power of two that holds `width`, at least 16 as the matrix units want it."""
-    return 1 << max(4, (width - 1).bit_length())
+    return max(least, 1 << (width - 1).bit_length())
 
 
 def cdiv(a, b):

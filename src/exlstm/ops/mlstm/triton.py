@@ -44,49 +44,66 @@ def _kernels(plan):
 def _mlstm_triton(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """h, c, n, m, then what the backward wants of the forward: den, s, memories at the ends of segments."""
-    plan = choose(q, v, chunk, save)
-    h, c_last, n_last, m_last, *saved = _kernels(plan).forward(
-        plan, q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, save
-    )
-    return h, c_last.view(c.shape), n_last.view(n.shape), m_last.view(m.shape), *saved
+    from exlstm.ops.mlstm.gates import Call, aligned, on
+
+    plan = choose(q, v, chunk)
+    tokens = plan.tokens if save else cdiv(q.shape[1], plan.forward.L) * plan.forward.L
+    call = Call(q, v, reset, scale, normalize, plan.forward.L, tokens)
+    with on(q.device):
+        gates = call.gates(log_i, log_f, m)
+        h, c_last, ns, den, s, cs = _kernels(plan.forward).forward(
+            plan.forward, call, aligned(q), aligned(k), aligned(v), gates, c, n, eps, _segment(plan) if save else 0
+        )
+    saved = [x if save and x is not None else den.new_empty(0) for x in (den, s, cs)]
+    return h, c_last.view(c.shape), ns[:, -1].reshape(n.shape).clone(), gates.last_m.view(m.shape), *saved
 
 
 @torch.library.custom_op("exlstm::mlstm_triton_backward", mutates_args=())
 def _mlstm_triton_backward(
     dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, cs: Tensor, ns: Tensor,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, cs: Tensor,
     scale: float, normalize: bool, eps: float, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory."""
-    plan = choose(q, v, chunk, True)
+    from exlstm.ops.mlstm.gates import Call, aligned, on
+
+    plan = choose(q, v, chunk)
+    call = Call(q, v, reset, scale, normalize, plan.backward.L, plan.tokens)
     dh = torch.zeros_like(h) if dh is None else dh
     if dc is not None or dn is not None:
         dc, dn = (torch.zeros_like(x) if dx is None else dx for x, dx in ((c, dc), (n, dn)))
-    *grads, dc, dn = _kernels(plan).backward(
-        plan, (dh, dc, dn), q, k, v, log_i, log_f, c, n, m, reset, h, den, s, cs, ns, scale, normalize, eps
-    )
-    return *grads, dc.view(c.shape), dn.view(n.shape)
+    with on(q.device):
+        gates = call.gates(log_i, log_f, m)
+        q, k, v, h, dh = (aligned(x) for x in (q, k, v, h, dh))
+        dq, dk, dv, sums, dc, dn = _kernels(plan.backward).backward(
+            plan.backward, call, (dh, dc, dn), q, k, v, gates, c, n, (h, den, s, cs)
+        )
+        dlog_i, dlog_f = call.gate_gradients(log_i, *sums, plan.backward.L * (_segment(plan) or 1))
+    return dq, dk, dv, dlog_i, dlog_f, dc.view(c.shape), dn.view(n.shape)
+
+
+def _segment(plan):
+    """Chunks between the memories that the backward wants of the forward, 0 where it wants none."""
+    return plan.backward.SEGMENT if isinstance(plan.backward, OnePass) else 0
 
 
 @_mlstm_triton.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
-    plan = choose(q, v, chunk, save)
-    rows, K, V = m.numel(), *c.shape[2:]
     memory = [v.new_empty(v.shape), *(x.new_empty(x.shape) for x in (c, n, m))]
     if not save:
-        return *memory, *(c.new_empty(0) for _ in range(4))
-    if not isinstance(plan, OnePass):
-        vector = (rows, cdiv(q.shape[1], plan.L) * plan.L)
-        return *memory, c.new_empty(vector), c.new_empty(vector), c.new_empty(0), c.new_empty(0)
-    segments = cdiv(q.shape[1], plan.L * plan.SEGMENT)
-    vector, slots = (rows, segments * plan.SEGMENT * plan.L), rows * (segments + 1)
-    return *memory, c.new_empty(vector), c.new_empty(vector), q.new_empty(slots, K, V), c.new_empty(slots, K)
+        return *memory, *(c.new_empty(0) for _ in range(3))
+    plan, rows = choose(q, v, chunk), m.numel()
+    vectors, segment = (c.new_empty(rows, plan.tokens) for _ in range(2)), _segment(plan)
+    if not segment:
+        return *memory, *vectors, c.new_empty(0)
+    slots = rows * (plan.tokens // (plan.backward.L * segment) + 1)
+    return *memory, *vectors, q.new_empty(slots, *c.shape[2:])
 
 
 @_mlstm_triton_backward.register_fake
-def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, cs, ns, scale, normalize, eps, chunk):
+def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, cs, scale, normalize, eps, chunk):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_i, log_f, c, n))
 
 
