@@ -201,14 +201,14 @@ def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, 
 
 @triton.jit(do_not_specialize=["N"])
 def mlstm_sums_kernel(d_x, p_w, p_sums, H, N, K, L: tl.constexpr, BK: tl.constexpr):
-    """Σ_t w_t x_t of every chunk, (B·H, N + 1, K) float32: in slot n + 1, or n in reverse (`p_sums` is shifted)."""
+    """Σ_t w_t x_t of every chunk, (B·H, N, K) float32."""
     tiles = tl.cdiv(K, BK)
     i_k, i_x = (tl.program_id(0) % tiles) * BK, tl.program_id(0) // tiles
     i_bh, i_n = (i_x // N).to(tl.int64), i_x % N
     b_x = tile(d_x, (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32), i_n * L, i_k, L, BK, tl.float32)
     b_w = tl.load(p_w + (i_bh * N + i_n) * L + tl.arange(0, L))
     o_k = i_k + tl.arange(0, BK)
-    tl.store(p_sums + (i_bh * (N + 1) + i_n) * K + o_k, tl.sum(b_x * b_w[:, None], 0), mask=o_k < K)
+    tl.store(p_sums + (i_bh * N + i_n) * K + o_k, tl.sum(b_x * b_w[:, None], 0), mask=o_k < K)
 
 
 @triton.jit
@@ -217,26 +217,28 @@ def _decayed(a_gamma, a, b_gamma, b):
 
 
 @triton.jit(do_not_specialize=["N"])
-def mlstm_sums_scan_kernel(p_sums, p_gamma, p_start, N, K, REVERSE: tl.constexpr, EMPTY: tl.constexpr, BN: tl.constexpr,
-                           BK: tl.constexpr):  # fmt: skip
-    """n of every chunk's start in place, n_{i+1} = γ_i n_i + sums; in reverse its gradient, dn_i = γ_i dn_{i+1} + sums."""
+def mlstm_sums_scan_kernel(p_sums, p_gamma, p_start, p_n, N, K, PARTS: tl.constexpr, REVERSE: tl.constexpr, EMPTY: tl.constexpr,
+                           BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """n_{i+1} = γ_i n_i + sums_i, or in reverse dn_i = γ_i dn_{i+1} + sums_i; sums (B·H, N·PARTS, K), n (B·H, N + 1, K)."""
     tiles = tl.cdiv(K, BK)
     i_bh, o_k = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
-    p_sums += i_bh * (N + 1) * K
+    p_sums += i_bh * N * PARTS * K
+    p_n += i_bh * (N + 1) * K
     b_n = tl.zeros([BK], dtype=tl.float32)
     if not EMPTY:
         b_n += tl.load(p_start + i_bh * K + o_k, mask=o_k < K, other=0.0)
-    tl.store(p_sums + (N if REVERSE else 0) * K + o_k, b_n, mask=o_k < K)
+    tl.store(p_n + (N if REVERSE else 0) * K + o_k, b_n, mask=o_k < K)
     for i in range(0, N, BN):
         o_i = i + tl.arange(0, BN)
         o_n = N - 1 - o_i if REVERSE else o_i
-        slot = (o_n if REVERSE else o_n + 1)[:, None] * K + o_k[None, :]
         inside = (o_i < N)[:, None] & (o_k < K)[None, :]
         gamma = tl.load(p_gamma + i_bh * N + o_n, mask=o_i < N, other=1.0)[:, None] + tl.zeros([BN, BK], dtype=tl.float32)
-        sums = tl.load(p_sums + slot, mask=inside, other=0.0)
+        sums = tl.zeros([BN, BK], dtype=tl.float32)
+        for i_part in tl.static_range(PARTS):
+            sums += tl.load(p_sums + (o_n * PARTS + i_part)[:, None] * K + o_k[None, :], mask=inside, other=0.0)
         gamma, sums = tl.associative_scan((gamma, sums), 0, _decayed)
         sums += gamma * b_n[None, :]
-        tl.store(p_sums + slot, sums, mask=inside)
+        tl.store(p_n + (o_n if REVERSE else o_n + 1)[:, None] * K + o_k[None, :], sums, mask=inside)
         b_n = tl.sum(tl.where(tl.arange(0, BN)[:, None] == BN - 1, sums, 0.0), 0)
 
 
@@ -292,18 +294,23 @@ class Call:
         mlstm_gates_kernel[grid](*inputs, starts, *found[:-1], *sizes, self.pair)
         return found
 
-    def normalisers(self, x, w, gamma, start, reverse=False):
-        """n (B·H, N + 1, K) at the start of every chunk and after the last, of x (B, T, H, K) and weights w; in reverse dn."""
-        BK, BN = min(4096 // self.L, 1 << (self.K - 1).bit_length()), min(64, 1 << (self.N - 1).bit_length())
-        sums = self.vector(w, self.rows, self.N + 1, self.K)
+    def normalisers(self, k, gates, start):
+        """n (B·H, N + 1, K) at the start of every chunk and after the last, of k (B, T, H, K)."""
+        BK = min(8192 // self.L, 1 << (self.K - 1).bit_length())
+        sums = self.vector(start, self.rows, self.N, self.K)
         mlstm_sums_kernel[(self.rows * self.N * cdiv(self.K, BK),)](
-            heads(x, self.L, BK), w, sums if reverse else sums[:, 1:], self.H, self.N, self.K, self.L, BK
+            heads(k, self.L, BK), gates.alpha, sums, self.H, self.N, self.K, self.L, BK
         )
-        empty = start is None
-        mlstm_sums_scan_kernel[(self.rows * cdiv(self.K, min(BK, 32)),)](
-            sums, gamma, gamma if empty else start.contiguous(), self.N, self.K, reverse, empty, BN, min(BK, 32)
+        return self.normaliser_scan(sums, gates, start)
+
+    def normaliser_scan(self, sums, gates, start, reverse=False):
+        """n at the start of every chunk and after the last, of the sums inside the chunks (B·H, N·parts, K); in reverse dn."""
+        BK, BN = min(32, 1 << (self.K - 1).bit_length()), min(64, 1 << (self.N - 1).bit_length())
+        n, empty = self.vector(sums, self.rows, self.N + 1, self.K), start is None
+        mlstm_sums_scan_kernel[(self.rows * cdiv(self.K, BK),)](
+            sums, gates.gamma, sums if empty else start.contiguous(), n, self.N, self.K, sums.shape[1] // self.N, reverse, empty, BN, BK
         )
-        return sums
+        return n
 
     def gate_gradients(self, log_i, qdq, kdk, inflow, length):
         """From the sums of the kernels (tiles, B·H·N·L), restarting every `length` tokens, inflow (tiles, … a block)."""

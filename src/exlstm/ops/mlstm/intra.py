@@ -67,10 +67,10 @@ def mlstm_intra_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_u_low, p_top_low, p_bet
 
 @triton.jit(do_not_specialize=["N"])
 def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, p_u_low, p_top_low, p_beta, p_document, p_den, p_s,
-                                p_w, p_wn, H, N, K, V, scale,
+                                p_w, p_wn, p_sums, H, N, K, V, scale,
                                 L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
                                 RESET: tl.constexpr, PAIR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """P / den and a dS, both (B·H·N·L, L) up to the diagonal; w = a β / den and w_n = a β ds of every token."""
+    """P/den and a dS (B·H, N·L, L) up to the diagonal; w = a β/den and w_n = a β ds of every token, Σ w_n q of every block."""
     rows = N * (L // BT)
     i_bh, i_r = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
     i_first = (i_r // (L // BT)) * (L // BT)
@@ -82,34 +82,35 @@ def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, 
     p_u_low += base
     p_top_low += base
     p_document += base
-    b_part = 1.0 / tl.load(p_den + base + o_t)
+    b_part, b_w = 1.0 / tl.load(p_den + base + o_t), scale * tl.load(p_beta + base + o_t)
     b_ds = tl.zeros([BT], dtype=tl.float32)
-    if NORM:
-        for i_v in tl.range(0, V, BV, num_stages=STAGES):
-            b_h = tile(d_h, i_b, i_h, i_r * BT, i_v, BT, BV, DOT)
-            b_dh = tile(d_dh, i_b, i_h, i_r * BT, i_v, BT, BV, DOT)
-            b_ds += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
-        b_s = tl.load(p_s + base + o_t)
-        b_ds *= tl.where(b_s > 0, -b_part, tl.where(b_s < 0, b_part, 0.0))
-    b_w = scale * tl.load(p_beta + base + o_t)
-    tl.store(p_w + base + o_t, b_w * b_part)
-    tl.store(p_wn + base + o_t, b_w * b_ds)
     for i_j in range(i_first, i_r + 1):
-        b_p = tl.zeros([BT, BT], dtype=tl.float32)
-        for i_k in tl.range(0, K, BK, num_stages=STAGES):
-            b_q = tile(d_q, i_b, i_h, i_r * BT, i_k, BT, BK, DOT)
-            b_k = tile(d_k, i_b, i_h, i_j * BT, i_k, BT, BK, DOT)
-            b_p = tl.dot(b_q, b_k.T, b_p, input_precision=PRECISION)
-        b_d = scale * _decay(p_u, p_top, p_u_low, p_top_low, p_document, o_t, i_j * BT + tl.arange(0, BT), RESET, PAIR)
-        o_p = [i_bh.to(tl.int32), i_r * BT, (i_j - i_first) * BT]
-        d_p.store(o_p, (b_p * b_d * b_part[:, None]).to(d_p.dtype).reshape(1, BT, BT))
         b_g = tl.zeros([BT, BT], dtype=tl.float32)
         for i_v in tl.range(0, V, BV, num_stages=STAGES):
             b_dh = tile(d_dh, i_b, i_h, i_r * BT, i_v, BT, BV, DOT)
             b_v = tile(d_v, i_b, i_h, i_j * BT, i_v, BT, BV, DOT)
             b_g = tl.dot(b_dh, b_v.T, b_g, input_precision=PRECISION)
-        b_g = (b_g * b_part[:, None] + b_ds[:, None]) * b_d
-        d_g.store(o_p, b_g.to(d_g.dtype).reshape(1, BT, BT))
+            if NORM and i_j == i_first:
+                b_h = tile(d_h, i_b, i_h, i_r * BT, i_v, BT, BV, tl.float32)
+                b_ds += tl.sum(b_h * b_dh.to(tl.float32), 1)
+        if NORM and i_j == i_first:
+            b_s = tl.load(p_s + base + o_t)
+            b_ds *= tl.where(b_s > 0, -b_part, tl.where(b_s < 0, b_part, 0.0))
+        b_d = scale * _decay(p_u, p_top, p_u_low, p_top_low, p_document, o_t, i_j * BT + tl.arange(0, BT), RESET, PAIR)
+        o_p = [i_bh.to(tl.int32), i_r * BT, (i_j - i_first) * BT]
+        d_g.store(o_p, ((b_g * b_part[:, None] + b_ds[:, None]) * b_d).to(d_g.dtype).reshape(1, BT, BT))
+        b_p = tl.zeros([BT, BT], dtype=tl.float32)
+        for i_k in tl.range(0, K, BK, num_stages=STAGES):
+            b_q = tile(d_q, i_b, i_h, i_r * BT, i_k, BT, BK, DOT)
+            b_k = tile(d_k, i_b, i_h, i_j * BT, i_k, BT, BK, DOT)
+            b_p = tl.dot(b_q, b_k.T, b_p, input_precision=PRECISION)
+            if i_j == i_first:
+                o_k = i_k + tl.arange(0, BK)
+                b_sum = tl.sum(b_q.to(tl.float32) * (b_w * b_ds)[:, None], 0)
+                tl.store(p_sums + (i_bh * rows + i_r) * K + o_k, b_sum, mask=o_k < K)
+        d_p.store(o_p, (b_p * b_d * b_part[:, None]).to(d_p.dtype).reshape(1, BT, BT))
+    tl.store(p_w + base + o_t, b_w * b_part)
+    tl.store(p_wn + base + o_t, b_w * b_ds)
 
 
 def intra(call, BT, tiles, q, k, ns, gates, eps):
@@ -125,16 +126,16 @@ def intra(call, BT, tiles, q, k, ns, gates, eps):
 
 
 def intra_backward(call, BT, tiles, q, k, v, h, dh, gates, den, s):
-    """P / den, a dS, and the weights w and w_n of every token in dC and dn."""
+    """P/den, a dS, the weights w and w_n of every token in dC and dn, and Σ w_n q of every BT tokens."""
     L, BK, BV = call.L, tiles.BK, tiles.BV
     p, g = (padded(q, (call.rows, call.N * L, L), call.dtype) for _ in range(2))
-    w, wn = call.vector(den), call.vector(den)
+    w, wn, sums = call.vector(den), call.vector(den), call.vector(den, call.rows, call.N * (L // BT), call.K)
     mlstm_intra_backward_kernel[(call.tokens // BT,)](
         heads(q, BT, BK), heads(k, BT, BK), heads(v, BT, BV), heads(h, BT, BV), heads(dh, BT, BV),
-        matrices(p, BT, BT), matrices(g, BT, BT), *gates[:4], gates.beta, gates.document, den, s, w, wn,
+        matrices(p, BT, BT), matrices(g, BT, BT), *gates[:4], gates.beta, gates.document, den, s, w, wn, sums,
         call.H, call.N, call.K, call.V, call.scale, **_options(call, BT, tiles, "BK", "BV", "num_warps", "STAGES"),
     )  # fmt: skip
-    return p, g, w, wn
+    return p, g, w, wn, sums
 
 
 def _options(call, BT, tiles, *names):

@@ -28,10 +28,14 @@ def _weighted_product(b_x, b_y, b_w, b_c, DOT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "SEGMENT"])
-def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, d_c, p_c0, p_c_last, p_alpha, p_beta, p_gamma, p_den, H, N, K, V, SEGMENT, scale,
-                         L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr,
-                         STAGES: tl.constexpr):  # fmt: skip
-    """h and the last memory; with SAVE also the memories at the start of every segment and after the last."""
+def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, d_c, p_c0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta, p_gamma,
+                         p_den, p_s, H, N, K, V, SEGMENT, scale, eps,
+                         L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SAVE: tl.constexpr, SCORES: tl.constexpr,
+                         NORM: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """h and the last memory; with SAVE also the memories at the start of every segment and after the last.
+
+    With SCORES, P, den and s are worked out here and not read.
+    """
     tiles, slots = tl.cdiv(V, BV), N // SEGMENT + 1
     i_bh, i_v = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BV
     i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
@@ -46,10 +50,30 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, d_c, p_c0, p_c_last, p_alpha, 
         b_q = tile(d_q, i_b, i_h, i_n * L, 0, L, BK, DOT)
         b_k = tile(d_k, i_b, i_h, i_n * L, 0, L, BK, DOT)
         b_v = tile(d_v, i_b, i_h, i_n * L, i_v, L, BV, DOT)
-        b_p = d_p.load([i_bh.to(tl.int32), i_n * L, 0]).reshape(L, L)
         o_t = (i_bh * N + i_n) * L + o_l
-        b_h = tl.dot(b_q, b_c.to(DOT), input_precision="ieee") * (scale * tl.load(p_beta + o_t))[:, None]
-        b_h = tl.dot(b_p, b_v, b_h, input_precision="ieee") / tl.load(p_den + o_t)[:, None]
+        b_beta = scale * tl.load(p_beta + o_t)
+        if SCORES:
+            b_s = tl.dot(b_q, b_k.T, input_precision="ieee")
+            exponent = tl.load(p_u + o_t)[None, :] - tl.load(p_top + o_t)[:, None]
+            seen = o_l[:, None] >= o_l[None, :]
+            if RESET:
+                seen = seen & (tl.load(p_document + o_t)[:, None] == tl.load(p_document + o_t)[None, :])
+            b_s *= scale * tl.exp2(tl.where(seen, exponent, -float("inf")))
+            b_p = b_s.to(DOT)
+            b_den = tl.load(p_floor + o_t)
+            if NORM:
+                b_n = tl.load(p_n + (i_bh * (N + 1) + i_n) * K + o_k, mask=o_k < K, other=0.0)
+                b_sum = tl.sum(b_s, 1) + b_beta * tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
+                if SAVE and i_v == 0:
+                    tl.store(p_s + o_t, tl.where(tl.abs(b_sum) > b_den, b_sum, 0.0))
+                b_den = tl.maximum(tl.abs(b_sum), b_den) + eps
+            if SAVE and i_v == 0:
+                tl.store(p_den + o_t, b_den)
+        else:
+            b_p = d_p.load([i_bh.to(tl.int32), i_n * L, 0]).reshape(L, L)
+            b_den = tl.load(p_den + o_t)
+        b_h = tl.dot(b_q, b_c.to(DOT), input_precision="ieee") * b_beta[:, None]
+        b_h = tl.dot(b_p, b_v, b_h, input_precision="ieee") * (1.0 / b_den)[:, None]
         d_h.store([i_b, i_h, i_n * L, i_v], b_h.to(d_h.dtype).reshape(1, 1, L, BV))
         b_c *= tl.load(p_gamma + i_bh * N + i_n)
         b_c = _weighted_product(b_k, b_v, tl.load(p_alpha + o_t), b_c, DOT)
@@ -152,27 +176,30 @@ def mlstm_keys_kernel(d_q, d_k, d_v, d_dh, d_g, d_c, d_dc, d_dk, p_n, p_dn, p_al
         b_dc = _weighted_product(b_q, b_dh, tl.load(p_w + o_t), b_dc, DOT)
 
 
-def forward(plan, call, q, k, v, gates, c, n, eps, segment=0):
-    """h, the last C, n of every chunk, den, s, and C (B·H·(segments + 1), K, V) at the ends of segments of `segment` chunks."""
-    L, tiles = plan.L, plan.forward
-    BK, BV, save = tiles.BK, tiles.BV, segment > 0
-    ns = call.normalisers(k, gates.alpha, gates.gamma, n)
-    p, den, s = intra(call, L, plan.intra, q, k, ns, gates, eps)
-    cs = padded(q, (call.rows * (call.N // segment + 1) if save else 1, call.K, call.V), call.dtype)
+def forward(plan, call, q, k, v, gates, c, n, eps, save):
+    """h, the last C, n of every chunk, den, s, and with `save` C (B·H·(segments + 1), K, V) at the ends of segments."""
+    L, tiles, segment = plan.L, plan.forward, plan.SEGMENT if save else 1
+    BK, BV = tiles.BK, tiles.BV
+    ns = call.normalisers(k, gates, n)
+    if plan.SCORES:
+        p, den, s = padded(ns, (1, 1, L), call.dtype), call.vector(ns), call.vector(ns)
+    else:
+        p, den, s = intra(call, L, plan.intra, q, k, ns, gates, eps)
+    cs = padded(den, (call.rows * (call.N // segment + 1) if save else 1, call.K, call.V))
     h, c_last = padded(v, v.shape), call.vector(den, call.rows, call.K, call.V)
     mlstm_forward_kernel[(call.rows * cdiv(call.V, BV),)](
         heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), matrices(cs, BK, BV),
-        c.contiguous(), c_last, gates.alpha, gates.beta, gates.gamma, den, call.H, call.N, call.K, call.V, segment or 1, call.scale,
-        SAVE=save, **_options(call, tiles),
+        c.contiguous(), c_last, ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
+        call.H, call.N, call.K, call.V, segment, call.scale, eps, SAVE=save, SCORES=plan.SCORES, **call.flags, **_options(call, tiles),
     )  # fmt: skip
     return h.contiguous(), c_last, ns, den, s, cs if save else None
 
 
-def backward(plan, call, grads, q, k, v, gates, c, n, saved):
+def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
-    (dh, dc, dn), (h, den, s, cs) = grads, saved
-    p, g, w, wn = intra_backward(call, plan.L, plan.intra_backward, q, k, v, h, dh, gates, den, s)
-    ns, dns = call.normalisers(k, gates.alpha, gates.gamma, n), call.normalisers(q, wn, gates.gamma, dn, reverse=True)
+    (dh, dc, dn), (h, den, s, ns, cs) = grads, saved
+    p, g, w, wn, sums = intra_backward(call, plan.L, plan.intra_backward, q, k, v, h, dh, gates, den, s)
+    dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     dv, dcs, dc = values(call, plan, q, k, v, dh, p, gates, w, dc)
     dq, qdq = queries(call, plan, q, k, v, dh, g, cs, ns, gates, w, wn)
     dk, kdk, inflow = keys(call, plan, q, k, v, dh, g, (cs, dcs, ns, dns), gates, w)
@@ -183,7 +210,7 @@ def values(call, plan, q, k, v, dh, p, gates, w, dc):
     """dv, dC at the end of every segment (B·H·segments, K, V), and of the first memory."""
     L, tiles, empty = plan.L, plan.dv, dc is None
     BK, BV = tiles.BK, tiles.BV
-    dcs = padded(q, (call.rows * (call.N // plan.SEGMENT), call.K, call.V), call.dtype)
+    dcs = padded(w, (call.rows * (call.N // plan.SEGMENT), call.K, call.V))
     dv, dc0 = padded(v, v.shape), call.vector(w, call.rows, call.K, call.V)
     mlstm_values_kernel[(call.rows * cdiv(call.V, BV),)](
         heads(q, L, BK), heads(k, L, BK), heads(dh, L, BV), matrices(p, L, L), heads(dv, L, BV), matrices(dcs, BK, BV),

@@ -36,10 +36,14 @@ class TwoPass(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """Chunk length L, chunks a segment, and the tiles of each kernel in one_pass.py and intra.py."""
+    """Chunk length L, chunks a segment, whether `forward` works the scores out itself, and the tiles of each kernel.
+
+    For few columns of K the scores cost less there than a kernel of their own that writes them and reads them back.
+    """
 
     L: int
     SEGMENT: int
+    SCORES: bool
     intra: Tiles
     forward: Tiles
     intra_backward: Tiles
@@ -48,40 +52,34 @@ class OnePass(NamedTuple):
     dk: Tiles
 
 
-class Plan(NamedTuple):
-    """How forward and backward go, and the tokens of a row with the padding that both agree on."""
-
-    forward: TwoPass | OnePass
-    backward: TwoPass | OnePass
-    tokens: int
-
-
-def choose(q, v, chunk: int) -> Plan:
+def choose(q, v, chunk: int) -> TwoPass | OnePass:
     """The plan for q, k (B, T, H, K) and v (B, T, H, V), in chunks of `chunk` tokens where not 0."""
     (batch, time, heads, keys), values = q.shape, v.shape[-1]
     K, V, rows = power(keys), power(values), batch * heads
     large = q.dtype == torch.bfloat16 and _shared_memory(q.device) >= 160 << 10
-    two = _two_pass(min(K, 128), min(V, 128), q, large, rows * K * V)
+    if large and not chunk and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
+        return _one_pass(K, V, rows, min(4, power(cdiv(time, 64), 1)))
+    plan = _two_pass(min(K, 128), min(V, 128), q, large, rows * K * V)
     if chunk:
         length = min(256, max(16, 1 << chunk.bit_length() - 1))
-        two = two._replace(L=length, BT=min(two.BT, length))
-        return Plan(two, two, cdiv(time, length) * length)
-    if not large or K > 256 or rows * V // 32 < FEW:
-        return Plan(two, two, cdiv(time, two.L) * two.L)
-    one = _one_pass(K, V, rows, min(8, power(cdiv(time, 64), 1)))
-    narrow = K <= 128 and V <= 256
-    whole = one.L * one.SEGMENT if narrow else two.L
-    return Plan(one, one if narrow else two, cdiv(time, whole) * whole)
+        plan = plan._replace(L=length, BT=min(plan.BT, length))
+    return plan
+
+
+def padded_length(plan, time: int, save: bool) -> int:
+    """Tokens of a row with what fills its last chunk, or where a backward follows, its last segment."""
+    whole = plan.L * plan.SEGMENT if save and isinstance(plan, OnePass) else plan.L
+    return cdiv(time, whole) * whole
 
 
 def _one_pass(K, V, rows, segment):
     # Columns of a memory that a program keeps in registers: fewer where there are few sequences and heads.
-    BV = min(V, 16384 // K)
+    BV = min(V, 8192 // K)
     while BV > 32 and rows * V // BV < FEW:
         BV //= 2
-    BK = max(16, min(K, 16384 // V))
-    small, wide, tall = Tiles(min(K, 64), min(V, 64), 4, 2), Tiles(K, BV, 4, 2), Tiles(BK, V, 4, 2)
-    return OnePass(64, segment, small, wide, small, tall, wide, tall)
+    stages = 3 if K * V <= 8192 else 2
+    small, wide, tall = Tiles(min(K, 64), min(V, 64), 4, 2), Tiles(K, BV, 4, 3), Tiles(max(16, min(K, 16384 // V)), V, 4, stages)
+    return OnePass(64, segment, K <= 64, small, wide, small._replace(STAGES=3), tall, wide, tall)
 
 
 def _two_pass(K, V, q, large, numbers):
@@ -93,10 +91,11 @@ def _two_pass(K, V, q, large, numbers):
     block = Tiles(k64, v64, 4, 2)
     if not large:
         return TwoPass(64, 64, block, block, block, block, block, block)
-    states = Tiles(k64, V, 4, 3)
+    states = Tiles(K, v64, 4, 3)
     while states.BK * states.BV > 1024 and numbers < FEW * states.BK * states.BV:
         states = states._replace(BV=states.BV // 2) if states.BV > states.BK else states._replace(BK=states.BK // 2)
-    return TwoPass(128, 64, states, block, Tiles(k64, V, 4, 3), block, Tiles(K, min(V, 32), 4, 3), Tiles(k64, V, 4, 3))
+    wide = Tiles(k64, V, 4, 3)
+    return TwoPass(256, 64, states, block, wide, block._replace(STAGES=3), Tiles(K, min(V, 32), 4, 4), wide)
 
 
 def power(width, least=16):

@@ -1,7 +1,7 @@
 """mLSTM on a GPU: the Triton kernels of one_pass.py and two_pass.py behind the operator's signature, with their exact backward.
 
-Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), and
-for narrow heads a memory every 512 tokens; everything else is worked out again.
+Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
+every chunk, and for narrow heads a memory every 256 tokens; everything else is worked out again.
 """
 
 import os
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import OnePass, cdiv, choose
+from exlstm.ops.mlstm.plan import OnePass, choose, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,74 +44,67 @@ def _kernels(plan):
 def _mlstm_triton(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, c, n, m, then what the backward wants of the forward: den, s, memories at the ends of segments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk, memories at the ends of segments."""
     from exlstm.ops.mlstm.gates import Call, aligned, on
 
     plan = choose(q, v, chunk)
-    tokens = plan.tokens if save else cdiv(q.shape[1], plan.forward.L) * plan.forward.L
-    call = Call(q, v, reset, scale, normalize, plan.forward.L, tokens)
+    call = Call(q, v, reset, scale, normalize, plan.L, padded_length(plan, q.shape[1], save))
     with on(q.device):
         gates = call.gates(log_i, log_f, m)
-        h, c_last, ns, den, s, cs = _kernels(plan.forward).forward(
-            plan.forward, call, aligned(q), aligned(k), aligned(v), gates, c, n, eps, _segment(plan) if save else 0
-        )
-    saved = [x if save and x is not None else den.new_empty(0) for x in (den, s, cs)]
-    return h, c_last.view(c.shape), ns[:, -1].reshape(n.shape).clone(), gates.last_m.view(m.shape), *saved
+        h, c_last, ns, *saved = _kernels(plan).forward(plan, call, aligned(q), aligned(k), aligned(v), gates, c, n, eps, save)
+    n_last, den = ns[:, -1].reshape(n.shape).clone(), saved[0]
+    saved = [x if save and x is not None else ns.new_empty(0) for x in (den, saved[1], ns, saved[2])]
+    return h, c_last.view(c.shape), n_last, gates.last_m.view(m.shape), *saved
 
 
 @torch.library.custom_op("exlstm::mlstm_triton_backward", mutates_args=())
 def _mlstm_triton_backward(
     dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, cs: Tensor,
-    scale: float, normalize: bool, eps: float, chunk: int,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor, cs: Tensor,
+    scale: float, normalize: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory."""
     from exlstm.ops.mlstm.gates import Call, aligned, on
 
     plan = choose(q, v, chunk)
-    call = Call(q, v, reset, scale, normalize, plan.backward.L, plan.tokens)
+    call = Call(q, v, reset, scale, normalize, plan.L, den.shape[1])
     dh = torch.zeros_like(h) if dh is None else dh
     if dc is not None or dn is not None:
         dc, dn = (torch.zeros_like(x) if dx is None else dx for x, dx in ((c, dc), (n, dn)))
     with on(q.device):
         gates = call.gates(log_i, log_f, m)
         q, k, v, h, dh = (aligned(x) for x in (q, k, v, h, dh))
-        dq, dk, dv, sums, dc, dn = _kernels(plan.backward).backward(
-            plan.backward, call, (dh, dc, dn), q, k, v, gates, c, n, (h, den, s, cs)
+        dq, dk, dv, flows, dc, dn = _kernels(plan).backward(
+            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns, cs)
         )
-        dlog_i, dlog_f = call.gate_gradients(log_i, *sums, plan.backward.L * (_segment(plan) or 1))
+        dlog_i, dlog_f = call.gate_gradients(log_i, *flows, plan.L * getattr(plan, "SEGMENT", 1))
     return dq, dk, dv, dlog_i, dlog_f, dc.view(c.shape), dn.view(n.shape)
-
-
-def _segment(plan):
-    """Chunks between the memories that the backward wants of the forward, 0 where it wants none."""
-    return plan.backward.SEGMENT if isinstance(plan.backward, OnePass) else 0
 
 
 @_mlstm_triton.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
     memory = [v.new_empty(v.shape), *(x.new_empty(x.shape) for x in (c, n, m))]
     if not save:
-        return *memory, *(c.new_empty(0) for _ in range(3))
-    plan, rows = choose(q, v, chunk), m.numel()
-    vectors, segment = (c.new_empty(rows, plan.tokens) for _ in range(2)), _segment(plan)
-    if not segment:
-        return *memory, *vectors, c.new_empty(0)
-    slots = rows * (plan.tokens // (plan.backward.L * segment) + 1)
-    return *memory, *vectors, q.new_empty(slots, *c.shape[2:])
+        return *memory, *(c.new_empty(0) for _ in range(4))
+    plan, (rows, K, V) = choose(q, v, chunk), c.flatten(0, 1).shape
+    tokens = padded_length(plan, q.shape[1], save)
+    segments = rows * (tokens // (plan.L * plan.SEGMENT) + 1) if isinstance(plan, OnePass) else 0
+    saved = ((rows, tokens), (rows, tokens), (rows, tokens // plan.L + 1, K), (segments, K, V) if segments else (0,))
+    return *memory, *(c.new_empty(shape) for shape in saved)
 
 
 @_mlstm_triton_backward.register_fake
-def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, cs, scale, normalize, eps, chunk):
+def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, cs, scale, normalize, chunk):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_i, log_f, c, n))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, log_i, log_f, c, n, m, reset, *ctx.settings, save = inputs
+    q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, _, chunk, save = inputs
     if not save:
         return
     h, _, _, *rest = output
+    ctx.settings = (scale, normalize, chunk)
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, log_i, log_f, c, n, m, reset, h, *rest[1:])

@@ -67,7 +67,7 @@ def mlstm_outputs_kernel(d_q, d_v, d_p, d_c, d_h, p_beta, p_den, H, N, K, V, sca
         b_p = d_p.load([i_bh.to(tl.int32), i_r * BT, (i_j - i_first) * BT]).reshape(BT, BT)
         b_v = tile(d_v, i_b, i_h, i_j * BT, i_v, BT, BV, DOT)
         b_h = tl.dot(b_p, b_v, b_h, input_precision=PRECISION)
-    b_h /= tl.load(p_den + o_t)[:, None]
+    b_h *= (1.0 / tl.load(p_den + o_t))[:, None]
     d_h.store([i_b, i_h, i_r * BT, i_v], b_h.to(d_h.dtype).reshape(1, 1, BT, BV))
 
 
@@ -148,24 +148,24 @@ def mlstm_dv_kernel(d_k, d_dh, d_p, d_dc, d_dv, p_alpha, H, N, K, V,
     d_dv.store([i_b, i_h, i_r * BT, i_v], b_dv.to(d_dv.dtype).reshape(1, 1, BT, BV))
 
 
-def forward(plan, call, q, k, v, gates, c, n, eps, segment=0):
+def forward(plan, call, q, k, v, gates, c, n, eps, save):
     """h, the last C, n of every chunk, den and s, and nothing of segments."""
-    ns = call.normalisers(k, gates.alpha, gates.gamma, n)
+    ns = call.normalisers(k, gates, n)
     cs, c_last = states(call, plan, k, v, gates.alpha, gates.gamma, c)
     p, den, s = intra(call, plan.BT, plan.intra, q, k, ns, gates, eps)
     return outputs(call, plan, q, v, p, cs, gates.beta, den), c_last, ns, den, s, None
 
 
-def backward(plan, call, grads, q, k, v, gates, c, n, saved):
+def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
-    (dh, dc, dn), (h, den, s, _) = grads, saved
-    p, g, w, wn = intra_backward(call, plan.BT, plan.intra_backward, q, k, v, h, dh, gates, den, s)
-    ns, dns = call.normalisers(k, gates.alpha, gates.gamma, n), call.normalisers(q, wn, gates.gamma, dn, reverse=True)
+    (dh, dc, dn), (h, den, s, ns, _) = grads, saved
+    p, g, w, wn, sums = intra_backward(call, plan.BT, plan.intra_backward, q, k, v, h, dh, gates, den, s)
+    dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     cs, _ = states(call, plan, k, v, gates.alpha, gates.gamma, c)
     dcs, dc = states(call, plan, q, dh, w, gates.gamma, dc, reverse=True)
-    dq, dk, sums = queries_and_keys(call, plan, q, k, v, dh, g, (cs, dcs, ns, dns), gates, w, wn)
+    dq, dk, flows = queries_and_keys(call, plan, q, k, v, dh, g, (cs, dcs, ns, dns), gates, w, wn)
     del cs, g
-    return dq, dk, values(call, plan, k, v, dh, p, dcs, gates.alpha), sums, dc, dns[:, 0].clone()
+    return dq, dk, values(call, plan, k, v, dh, p, dcs, gates.alpha), flows, dc, dns[:, 0].clone()
 
 
 def _blocks(call, plan):
