@@ -161,7 +161,7 @@ def tile(d, i_b, i_h, i_t, i_d, BT: tl.constexpr, BD: tl.constexpr, DOT: tl.cons
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, H, N, rows, tiles,
+def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, H, N, rows, tiles_q, tiles_k,
                                 G: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
     """dlog_i = k·dk and dlog_f_t = Σ over t ≤ r of (q·dq - k·dk)_r inside chunk and document, plus the inflow, (B, T, H) float32."""
     count = tl.cdiv(N, G)
@@ -173,13 +173,14 @@ def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, 
     b_q = tl.zeros([G, L], dtype=tl.float64)
     b_k = tl.zeros([G, L], dtype=tl.float64)
     b_in = tl.zeros([G], dtype=tl.float64)
-    for _ in range(tiles):
+    for _ in range(tiles_q):
         b_q += tl.load(p_qdq + o, mask=there, other=0.0).to(tl.float64)
+        p_qdq += rows
+    for _ in range(tiles_k):
         b_k += tl.load(p_kdk + o, mask=there, other=0.0).to(tl.float64)
         for i_r in range(BLOCKS):
             o_in = (i_bh * N + o_n) * BLOCKS + i_r
             b_in += tl.load(p_inflow + o_in, mask=o_n < N, other=0.0).to(tl.float64)
-        p_qdq += rows
         p_kdk += rows
         p_inflow += rows // (L // BLOCKS)
     b_flow, b_in = b_q - b_k, b_in[:, None]
@@ -312,13 +313,13 @@ class Call:
         )
         return n
 
-    def gate_gradients(self, log_i, qdq, kdk, inflow, length):
-        """From the sums of the kernels (tiles, B·H·N·L), restarting every `length` tokens, inflow (tiles, … a block)."""
-        N, G = self.N * self.L // length, max(1, 1024 // length)
+    def gate_gradients(self, log_i, qdq, kdk, inflow):
+        """dlog_i, dlog_f (B, T, H) from the sums of the kernels, each (tiles of K, B·H·N·L) or (tiles of K, blocks of rows)."""
+        L, G, blocks = self.L, max(1, 1024 // self.L), inflow.shape[1] * self.L // self.tokens
         dlog_i, dlog_f = (torch.empty_like(log_i, memory_format=torch.contiguous_format) for _ in range(2))
-        mlstm_gate_gradients_kernel[(self.rows * cdiv(N, G),)](
-            qdq, kdk, inflow, self.reset, dlog_i, dlog_f, self.T, self.H, N, self.tokens, qdq.shape[0],
-            G, length, inflow.shape[1] * length // self.tokens, self.reset is not None,
+        mlstm_gate_gradients_kernel[(self.rows * cdiv(self.N, G),)](
+            qdq, kdk, inflow, self.reset, dlog_i, dlog_f, self.T, self.H, self.N, self.tokens, qdq.shape[0], kdk.shape[0],
+            G, L, blocks, self.reset is not None,
         )  # fmt: skip
         return dlog_i, dlog_f
 

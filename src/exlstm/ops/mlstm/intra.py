@@ -28,7 +28,7 @@ def _decay(p_u, p_top, p_u_low, p_top_low, p_document, o_t, o_j, RESET: tl.const
 @triton.jit(do_not_specialize=["N"])
 def mlstm_intra_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_u_low, p_top_low, p_beta, p_floor, p_document, p_den, p_s, H, N, K, scale, eps,
                        L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESET: tl.constexpr,
-                       PAIR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                       PAIR: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """P (B·H·N·L, L) up to the diagonal; den, and the signed s where it is larger than the floor, else 0."""
     rows = N * (L // BT)
     i_bh, i_r = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
@@ -51,6 +51,9 @@ def mlstm_intra_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_u_low, p_top_low, p_bet
         b_p *= scale * _decay(p_u, p_top, p_u_low, p_top_low, p_document, o_t, i_j * BT + tl.arange(0, BT), RESET, PAIR)
         b_s += tl.sum(b_p, 1)
         d_p.store([i_bh.to(tl.int32), i_r * BT, (i_j - i_first) * BT], b_p.to(d_p.dtype).reshape(1, BT, BT))
+    if EVEN and (i_r - i_first) % 2 == 0:
+        # Who reads two blocks of rows at once reads the second's diagonal beside the first.
+        d_p.store([i_bh.to(tl.int32), i_r * BT, (i_r - i_first + 1) * BT], tl.zeros([1, BT, BT], dtype=d_p.dtype))
     b_den = tl.load(p_floor + base + o_t)
     if NORM:
         b_qn = tl.zeros([BT], dtype=tl.float32)
@@ -69,7 +72,8 @@ def mlstm_intra_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_u_low, p_top_low, p_bet
 def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, p_u_low, p_top_low, p_beta, p_document, p_den, p_s,
                                 p_w, p_wn, p_sums, H, N, K, V, scale,
                                 L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
-                                RESET: tl.constexpr, PAIR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                                RESET: tl.constexpr, PAIR: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
+                                PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """P/den and a dS (B·H, N·L, L) up to the diagonal; w = a β/den and w_n = a β ds of every token, Σ w_n q of every block."""
     rows = N * (L // BT)
     i_bh, i_r = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
@@ -109,35 +113,41 @@ def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, 
                 b_sum = tl.sum(b_q.to(tl.float32) * (b_w * b_ds)[:, None], 0)
                 tl.store(p_sums + (i_bh * rows + i_r) * K + o_k, b_sum, mask=o_k < K)
         d_p.store(o_p, (b_p * b_d * b_part[:, None]).to(d_p.dtype).reshape(1, BT, BT))
+    if EVEN and (i_r - i_first) % 2 == 0:
+        o_p = [i_bh.to(tl.int32), i_r * BT, (i_r - i_first + 1) * BT]
+        d_p.store(o_p, tl.zeros([1, BT, BT], dtype=d_p.dtype))
+        d_g.store(o_p, tl.zeros([1, BT, BT], dtype=d_p.dtype))
     tl.store(p_w + base + o_t, b_w * b_part)
     tl.store(p_wn + base + o_t, b_w * b_ds)
 
 
-def intra(call, BT, tiles, q, k, ns, gates, eps):
+def intra(call, plan, q, k, ns, gates, eps):
     """P, the denominator, and the sum in it where it counts."""
-    L, BK = call.L, tiles.BK
+    L, BT, tiles = call.L, plan.BJ, plan.intra
+    BK = tiles.BK
     p = padded(q, (call.rows, call.N * L, L), call.dtype)
     den, s = call.vector(ns), call.vector(ns)
     mlstm_intra_kernel[(call.tokens // BT,)](
         heads(q, BT, BK), heads(k, BT, BK), matrices(p, BT, BT), ns, *gates[:4], gates.beta, gates.floor, gates.document,
-        den, s, call.H, call.N, call.K, call.scale, eps, **_options(call, BT, tiles, "BK", "num_warps", "STAGES"),
+        den, s, call.H, call.N, call.K, call.scale, eps, **_options(call, plan, tiles, "BK", "num_warps", "STAGES"),
     )  # fmt: skip
     return p, den, s
 
 
-def intra_backward(call, BT, tiles, q, k, v, h, dh, gates, den, s):
+def intra_backward(call, plan, q, k, v, h, dh, gates, den, s):
     """P/den, a dS, the weights w and w_n of every token in dC and dn, and Σ w_n q of every BT tokens."""
-    L, BK, BV = call.L, tiles.BK, tiles.BV
+    L, BT, tiles = call.L, plan.BJ, plan.intra_backward
+    BK, BV = tiles.BK, tiles.BV
     p, g = (padded(q, (call.rows, call.N * L, L), call.dtype) for _ in range(2))
     w, wn, sums = call.vector(den), call.vector(den), call.vector(den, call.rows, call.N * (L // BT), call.K)
     mlstm_intra_backward_kernel[(call.tokens // BT,)](
         heads(q, BT, BK), heads(k, BT, BK), heads(v, BT, BV), heads(h, BT, BV), heads(dh, BT, BV),
         matrices(p, BT, BT), matrices(g, BT, BT), *gates[:4], gates.beta, gates.document, den, s, w, wn, sums,
-        call.H, call.N, call.K, call.V, call.scale, **_options(call, BT, tiles, "BK", "BV", "num_warps", "STAGES"),
+        call.H, call.N, call.K, call.V, call.scale, **_options(call, plan, tiles, "BK", "BV", "num_warps", "STAGES"),
     )  # fmt: skip
     return p, g, w, wn, sums
 
 
-def _options(call, BT, tiles, *names):
+def _options(call, plan, tiles, *names):
     chosen = {key: value for key, value in tiles._asdict().items() if key in names}
-    return {"L": call.L, "BT": BT, "DOT": call.dot, "PRECISION": call.precision, "PAIR": call.pair, **call.flags, **chosen}
+    return {"L": call.L, "BT": plan.BJ, "EVEN": plan.BT > plan.BJ, "DOT": call.dot, "PRECISION": call.precision, "PAIR": call.pair, **call.flags, **chosen}

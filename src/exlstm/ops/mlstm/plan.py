@@ -23,79 +23,81 @@ class Tiles(NamedTuple):
 
 
 class TwoPass(NamedTuple):
-    """Chunk length L, rows a program, and the tiles of each kernel in two_pass.py."""
+    """Chunk length L, rows a program, tokens that it reads at once, and the tiles of each kernel in two_pass.py and intra.py."""
 
     L: int
     BT: int
+    BJ: int
     states: Tiles
     intra: Tiles
     outputs: Tiles
     intra_backward: Tiles
-    dqdk: Tiles
+    dq: Tiles
+    dk: Tiles
     dv: Tiles
 
 
 class OnePass(NamedTuple):
-    """Chunk length L, chunks a segment, whether `forward` works the scores out itself, and the tiles of each kernel.
-
-    For few columns of K the scores cost less there than a kernel of their own that writes them and reads them back.
-    """
+    """Chunk length L (rows a program too), whether `forward` works the scores out itself, and tiles; see one_pass.py."""
 
     L: int
-    SEGMENT: int
+    BT: int
+    BJ: int
     SCORES: bool
     intra: Tiles
     forward: Tiles
-    intra_backward: Tiles
-    dq: Tiles
-    dv: Tiles
-    dk: Tiles
 
 
-def choose(q, v, chunk: int) -> TwoPass | OnePass:
+class Plan(NamedTuple):
+    """How the forward goes and how the backward."""
+
+    forward: OnePass | TwoPass
+    backward: TwoPass
+
+
+def choose(q, v, chunk: int) -> Plan:
     """The plan for q, k (B, T, H, K) and v (B, T, H, V), in chunks of `chunk` tokens where not 0."""
-    (batch, time, heads, keys), values = q.shape, v.shape[-1]
-    K, V, rows = power(keys), power(values), batch * heads
+    keys, values, rows = q.shape[-1], v.shape[-1], q.shape[0] * q.shape[2]
+    K, V = power(keys), power(values)
     large = q.dtype == torch.bfloat16 and _shared_memory(q.device) >= 160 << 10
-    if large and not chunk and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
-        return _one_pass(K, V, rows, min(4, power(cdiv(time, 64), 1)))
-    plan = _two_pass(min(K, 128), min(V, 128), q, large, rows * K * V)
+    two = _two_pass(K, V, q, large, rows)
     if chunk:
         length = min(256, max(16, 1 << chunk.bit_length() - 1))
-        plan = plan._replace(L=length, BT=min(plan.BT, length))
-    return plan
+        two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
+    elif large and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
+        return Plan(_one_pass(K, V, rows), two)
+    return Plan(two, two)
 
 
-def padded_length(plan, time: int, save: bool) -> int:
-    """Tokens of a row with what fills its last chunk, or where a backward follows, its last segment."""
-    whole = plan.L * plan.SEGMENT if save and isinstance(plan, OnePass) else plan.L
-    return cdiv(time, whole) * whole
+def padded_length(plan: Plan, time: int, save: bool) -> int:
+    """Tokens of a row with what fills its last chunk, of the backward too where one follows."""
+    length = max(plan.forward.L, plan.backward.L) if save else plan.forward.L
+    return cdiv(time, length) * length
 
 
-def _one_pass(K, V, rows, segment):
+def _one_pass(K, V, rows):
     # Columns of a memory that a program keeps in registers: fewer where there are few sequences and heads.
     BV = min(V, 8192 // K)
     while BV > 32 and rows * V // BV < FEW:
         BV //= 2
-    stages = 3 if K * V <= 8192 else 2
-    small, wide, tall = Tiles(min(K, 64), min(V, 64), 4, 2), Tiles(K, BV, 4, 3), Tiles(max(16, min(K, 16384 // V)), V, 4, stages)
-    return OnePass(64, segment, K <= 64, small, wide, small._replace(STAGES=3), tall, wide, tall)
+    # With one program on a multiprocessor, only its own loads can hide the memory's latency.
+    stages = 2 if rows * V // BV >= 2 * FEW else 3
+    return OnePass(64, 64, 64, K <= 64, Tiles(min(K, 64), 64, 4, 2), Tiles(K, BV, 4, stages))
 
 
-def _two_pass(K, V, q, large, numbers):
+def _two_pass(K, V, q, large, rows):
+    k32, v32, k64, v64 = min(K, 32), min(V, 32), min(K, 64), min(V, 64)
     if q.dtype != torch.bfloat16:
-        small = Tiles(min(K, 32), min(V, 32), 4, 1)
-        states, dqdk = Tiles(min(K, 64), small.BV, 4, 1), Tiles(min(K, 64), small.BV, 4, 1)
-        return TwoPass(64, 32, states, small, Tiles(small.BK, min(V, 64), 4, 1), small, dqdk, small)
-    k64, v64 = min(K, 64), min(V, 64)
+        small = Tiles(k32, v32, 4, 1)
+        return TwoPass(64, 32, 32, Tiles(k64, v32, 4, 1), small, Tiles(k32, v64, 4, 1), small, Tiles(k64, v32, 4, 1), small, small)
     block = Tiles(k64, v64, 4, 2)
     if not large:
-        return TwoPass(64, 64, block, block, block, block, block, block)
-    states = Tiles(K, v64, 4, 3)
-    while states.BK * states.BV > 1024 and numbers < FEW * states.BK * states.BV:
+        return TwoPass(64, 64, 64, *[block] * 7)
+    states = Tiles(min(K, 128), v64, 4, 3)
+    while states.BK * states.BV > 1024 and rows * K * V < FEW * states.BK * states.BV:
         states = states._replace(BV=states.BV // 2) if states.BV > states.BK else states._replace(BK=states.BK // 2)
-    wide = Tiles(k64, V, 4, 3)
-    return TwoPass(256, 64, states, block, wide, block._replace(STAGES=3), Tiles(K, min(V, 32), 4, 4), wide)
+    wide, tall = Tiles(k64, min(V, 256), 8, 3), Tiles(min(K, 256), v64, 8, 3)
+    return TwoPass(256, 128, 64, states, block, wide, block._replace(STAGES=3), tall, tall, wide)
 
 
 def power(width, least=16):

@@ -1,7 +1,7 @@
 """mLSTM on a GPU: the Triton kernels of one_pass.py and two_pass.py behind the operator's signature, with their exact backward.
 
-Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
-every chunk, and for narrow heads a memory every 256 tokens; everything else is worked out again.
+Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), and n of
+every chunk; everything else is worked out again.
 """
 
 import os
@@ -44,30 +44,33 @@ def _kernels(plan):
 def _mlstm_triton(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk, memories at the ends of segments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk."""
     from exlstm.ops.mlstm.gates import Call, aligned, on
 
     plan = choose(q, v, chunk)
-    call = Call(q, v, reset, scale, normalize, plan.L, padded_length(plan, q.shape[1], save))
+    call = Call(q, v, reset, scale, normalize, plan.forward.L, padded_length(plan, q.shape[1], save))
     with on(q.device):
         gates = call.gates(log_i, log_f, m)
-        h, c_last, ns, *saved = _kernels(plan).forward(plan, call, aligned(q), aligned(k), aligned(v), gates, c, n, eps, save)
-    n_last, den = ns[:, -1].reshape(n.shape).clone(), saved[0]
-    saved = [x if save and x is not None else ns.new_empty(0) for x in (den, saved[1], ns, saved[2])]
-    return h, c_last.view(c.shape), n_last, gates.last_m.view(m.shape), *saved
+        kernels, tensors = _kernels(plan.forward), (aligned(q), aligned(k), aligned(v))
+        h, c_last, ns, den, s = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps)
+    memory = c_last.view(c.shape), ns[:, -1].reshape(n.shape).clone(), gates.last_m.view(m.shape)
+    # n at the start of the backward's chunks, which may be longer.
+    kept = ns[:, :: plan.backward.L // plan.forward.L].contiguous()
+    saved = (den, s, kept) if save else (ns.new_empty(0) for _ in range(3))
+    return h, *memory, *saved
 
 
 @torch.library.custom_op("exlstm::mlstm_triton_backward", mutates_args=())
 def _mlstm_triton_backward(
     dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor, cs: Tensor,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor,
     scale: float, normalize: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory."""
     from exlstm.ops.mlstm.gates import Call, aligned, on
 
-    plan = choose(q, v, chunk)
+    plan = choose(q, v, chunk).backward
     call = Call(q, v, reset, scale, normalize, plan.L, den.shape[1])
     dh = torch.zeros_like(h) if dh is None else dh
     if dc is not None or dn is not None:
@@ -76,26 +79,23 @@ def _mlstm_triton_backward(
         gates = call.gates(log_i, log_f, m)
         q, k, v, h, dh = (aligned(x) for x in (q, k, v, h, dh))
         dq, dk, dv, flows, dc, dn = _kernels(plan).backward(
-            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns, cs)
+            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns)
         )
-        dlog_i, dlog_f = call.gate_gradients(log_i, *flows, plan.L * getattr(plan, "SEGMENT", 1))
+        dlog_i, dlog_f = call.gate_gradients(log_i, *flows)
     return dq, dk, dv, dlog_i, dlog_f, dc.view(c.shape), dn.view(n.shape)
 
 
 @_mlstm_triton.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
     memory = [v.new_empty(v.shape), *(x.new_empty(x.shape) for x in (c, n, m))]
-    if not save:
-        return *memory, *(c.new_empty(0) for _ in range(4))
-    plan, (rows, K, V) = choose(q, v, chunk), c.flatten(0, 1).shape
+    plan, rows = choose(q, v, chunk), m.numel()
     tokens = padded_length(plan, q.shape[1], save)
-    segments = rows * (tokens // (plan.L * plan.SEGMENT) + 1) if isinstance(plan, OnePass) else 0
-    saved = ((rows, tokens), (rows, tokens), (rows, tokens // plan.L + 1, K), (segments, K, V) if segments else (0,))
+    saved = [(rows, tokens), (rows, tokens), (rows, tokens // plan.backward.L + 1, q.shape[-1])] if save else [(0,)] * 3
     return *memory, *(c.new_empty(shape) for shape in saved)
 
 
 @_mlstm_triton_backward.register_fake
-def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, cs, scale, normalize, chunk):
+def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, scale, normalize, chunk):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_i, log_f, c, n))
 
 
