@@ -35,6 +35,12 @@ def exact(device):
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
+def on(device):
+    """A context in which kernels start on `device`, at no cost where it is the current one."""
+    current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(device)
+
+
 def cast(x, dtype):
     """x in `dtype`; in decoding a call of `to` that changes nothing would cost as much as the arithmetic."""
     return x if x.dtype == dtype else x.to(dtype)

@@ -1,0 +1,235 @@
+"""Triton kernels beside the two large ones under their laws: here in Triton's interpreter, on a GPU with `pytest -m gpu`.
+
+The interpreter has to be asked for before triton is imported, so these laws run in a process of their own; what is left to
+this one is to compile every kernel for the GPU it was written for.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from exlstm.ops.mlstm.reference import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+law = pytest.mark.filterwarnings("ignore::RuntimeWarning") if INTERPRETED else pytest.mark.gpu
+here = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="wants triton, and as a compiler"
+)
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=str)
+
+
+@here
+def test_the_laws_hold_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(DEVICE, dtype)
+
+
+def flags(*shape, density, seed):
+    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < density).to(DEVICE)
+
+
+def close(found, wanted, limit):
+    """Every tensor of `found` within `limit` of float64 truth, relative to its norm; nothing left unwritten."""
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert a.isfinite().all(), i
+        assert (a.double() - b).norm() <= limit * b.norm() + 1e-12, (i, ((a.double() - b).norm() / b.norm()).item())
+
+
+def equal(found, wanted):
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def doubled(tensors):
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in tensors]
+
+
+# The decoding step
+
+
+def step_case(keys, values, dtype=torch.float32, batch=2, heads=3, gate=1.0, reset=None):
+    """Arguments of `step` up to reset: q, k, v and the gates are strided."""
+    q, k = (normal(batch, 1, heads, 2 * keys, seed=i, dtype=dtype)[..., :keys] for i in (0, 1))
+    v = normal(heads, batch, 1, values, seed=2, dtype=dtype).movedim(0, 2)
+    log_i, log_f = (normal(batch, 1, 2 * heads, seed=3) * gate).chunk(2, -1)
+    sizes = ((keys, values), (keys,), ())
+    memory = [normal(batch, heads, *size, seed=4 + i) for i, size in enumerate(sizes)]
+    return [q, k, v, log_i, logsigmoid(log_f + 3), *memory, reset]
+
+
+def in_place(case, *settings, **options):
+    """[h, c, n, m] of `step_` on copies of the memory, its output poisoned before."""
+    from exlstm.ops.mlstm.step import step_
+
+    *inputs, c, n, m, reset = case
+    memory, h = [x.clone() for x in (c, n, m)], torch.full(case[2].shape, torch.nan, dtype=case[2].dtype, device=DEVICE)
+    assert step_(*inputs, *memory, *settings, h, reset=reset, **options) is h
+    return [h, *memory]
+
+
+SIZES = [
+    (16, 16),
+    (24, 40),
+    (192, 96),
+    *(pytest.param(*size, marks=pytest.mark.gpu) for size in ((96, 192), (512, 512))),
+]
+
+
+@law
+@pytest.mark.parametrize(("keys", "values"), SIZES)
+@dtypes
+def test_step_equals_the_reference(keys, values, dtype):
+    from exlstm.ops.mlstm.step import step
+
+    reset, heads = torch.tensor([[True], [False]], device=DEVICE), 3 if keys < 64 else 1
+    for normalize, eps, given in ((True, 0.0, None), (True, 0.1, reset), (False, 0.0, reset)):
+        case, settings = step_case(keys, values, dtype, heads=heads, reset=given), (0.3, normalize, eps)
+        found, wanted = step(*case, *settings), reference(*doubled(case), *settings)
+        assert found[0].dtype == dtype and all(x.dtype == torch.float32 for x in found[1:])
+        close(found[:1], wanted[:1], LIMITS[dtype])
+        close(found[1:], wanted[1:], 2e-6)
+        equal(in_place(case, *settings), found)
+
+
+@law
+def test_step_beside_the_old_normaliser():
+    case = step_case(64, 128)
+    _, c, n, m = in_place(case, 0.3, True, 0.0)
+    beside = [torch.full_like(x, torch.nan) for x in (n, m)]
+    found = in_place(case, 0.3, True, 0.0, out=beside)
+    equal([found[1], *beside, *found[2:]], [c, n, m, *case[6:8]])
+
+
+@law
+def test_step_does_not_write_to_its_arguments():
+    from exlstm.ops.mlstm.step import step
+
+    case = step_case(24, 40)
+    before = [x.clone() for x in case[:-1]]
+    equal(step(*case, 0.3, True, 0.0), step(*case, 0.3, True, 0.0))
+    equal(before, case[:-1])
+    with pytest.raises(ValueError, match=r"c has strides .* wanted a contiguous tensor to write to"):
+        in_place([*case[:5], case[5].mT.contiguous().mT, *case[6:]], 0.3, True, 0.0)
+
+
+@law
+@pytest.mark.parametrize("fresh", [True, False])
+def test_step_stays_finite_at_extreme_gates(fresh):
+    from exlstm.ops.mlstm.step import step
+
+    *inputs, c, n, m, _ = step_case(16, 24)
+    memory = [x * (not fresh) for x in (c, n, m)]
+    for log_i, log_f, normalize in product((-1e4, 0.0, 1e4, -torch.inf), (-1e4, 0.0), (True, False)):
+        gates = (torch.full_like(inputs[3], value) for value in (log_i, log_f))
+        case = [*inputs[:3], *gates, *memory]
+        for _ in range(2):
+            found = step(*case, None, 0.3, normalize, 0.0)
+            wanted = reference(*case, None, 0.3, normalize, 0.0)
+            close(found, doubled(wanted), 1e-4)
+            case[5:] = found[1:]
+
+
+@law
+def test_steps_equal_the_reference_for_long_and_pass_padding():
+    from exlstm.ops.mlstm.step import step
+
+    case, found, wanted = step_case(16, 24), [], []
+    memory, truth = case[5:8], doubled(case[5:8])
+    for t in range(24):
+        inputs = [normal(2, 1, 3, 16, seed=9 + t), *(x + t * 1e-3 for x in case[1:5])]
+        if t % 4 == 3:
+            inputs[3], inputs[4] = torch.full_like(inputs[3], -torch.inf), torch.zeros_like(inputs[4])
+            h, *after = step(*inputs, *memory, None, 0.25, True, 0.0)
+            close(after, doubled(memory), 1e-7)
+        h, *memory = step(*inputs, *memory, None, 0.25, True, 0.0)
+        y, *truth = reference(*doubled(inputs), *truth, None, 0.25, True, 0.0)
+        found.append(h), wanted.append(y)
+    close([torch.cat(found), *memory], [torch.cat(wanted), *truth], 5e-6)
+
+
+@law
+def test_a_row_does_not_see_its_batch():
+    from exlstm.ops.mlstm.step import step
+
+    case = step_case(24, 40, batch=3)
+    alone = step(*(x[1:2] for x in case[:-1]), None, 0.3, True, 0.0)
+    equal([x[1:2] for x in step(*case, 0.3, True, 0.0)], alone)
+
+
+@law
+def test_step_compiles_whole():
+    from exlstm.ops.mlstm.step import step
+
+    case = step_case(16, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        equal(compiled(*case, 0.3, True, 0.0), step(*case, 0.3, True, 0.0))
+
+
+# Compiled for an H200
+
+
+def compile_kernel(kernel, types, constants, warps):
+    """A kernel built for sm_90 with aligned pointers; arguments without a type are integers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def cost(compiled, path):
+    """(registers a thread, bytes spilled) as the assembler counts them."""
+    from triton import knobs
+
+    path.write_text(compiled.asm["ptx"])
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(path), "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
+    return int(re.search(r"Used (\d+) registers", told).group(1)), spilled
+
+
+STEP_TYPES = {
+    **dict.fromkeys(("log_i", "log_f", "c", "n", "m", "c_out", "n_out", "m_out"), "*fp32"),
+    **dict.fromkeys("qkvh", "*bf16"),
+    **dict.fromkeys(("scale", "eps"), "fp32"),
+    "reset": "*u8",
+}
+
+
+@here
+@pytest.mark.parametrize(("keys", "values"), [(16, 16), (96, 192), (256, 512), (512, 512)])
+def test_step_compiles_without_spills(keys, values, tmp_path: Path):
+    from exlstm.ops.mlstm import step
+
+    cut, height = step.tiles(keys, values), 1 << (keys - 1).bit_length()
+    shared = {"K": keys, "BK": height, "HAS_RESET": True, "OVERLAP": True}
+    own = {"V": values, "BV": cut.columns, "NORMALIZE": True, "WRITE_N": True, "EVICT": cut.evict}
+    for kernel, constants, warps in (
+        (step.mlstm_step_forward_kernel, shared | own, cut.warps),
+        (step.mlstm_step_normaliser_kernel, shared, 1),
+    ):
+        compiled = compile_kernel(kernel, STEP_TYPES, constants, warps)
+        registers, spilled = cost(compiled, tmp_path / "kernel.ptx")
+        assert 16 < registers <= 128 and spilled == 0
+        assert kernel is not step.mlstm_step_forward_kernel or re.search(r"ld\.global[^;]*\.v4", compiled.asm["ptx"])
