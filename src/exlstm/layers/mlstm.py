@@ -92,5 +92,5 @@ class mLSTM(nn.Module):
         k = self.k(mixed).unflatten(-1, (self.n_heads, -1))
         v = self.v(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, V)
         h, memory = mlstm(q, k, v, *self.gates(x), memory, reset=reset, mask=mask, eps=self.eps)
-        y = self.out(self.norm(h) * torch.sigmoid(self.o(x)))
+        y = self.out(self.norm(h, self.o(x)))
         return y, (conv, memory)

@@ -115,5 +115,5 @@ class mLSTMUp(nn.Module):
         q, k, v = self.maps(c, u)
         heads = (t.view(*t.shape[:2], self.n_heads, -1) for t in (q, k, v))  # (B, T, H, inner / H)
         h, memory = mlstm(*heads, *self.gates(q, k, v), memory, reset=reset, mask=mask, eps=self.eps)
-        y = self.out((self.norm(h) + self.skip * c) * F.silu(z))
+        y = self.out(self.norm(h, z, activation="silu", skip=(self.skip, c)))
         return y, (conv, memory)
