@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import exlstm
+from exlstm.ops.conv import causal_conv
 from exlstm.ops.mlstm.reference import reference
 from exlstm.ops.norm import head_norm
 
@@ -57,6 +60,18 @@ def close(found, wanted, limit):
         assert (a.double() - b).norm() <= limit * b.norm() + 1e-12, (i, ((a.double() - b).norm() / b.norm()).item())
 
 
+@contextmanager
+def poisoned():
+    """New memory is filled with NaN, so that nothing may stay unwritten."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def equal(found, wanted):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -88,17 +103,12 @@ def in_place(case, *settings, **options):
     return [h, *memory]
 
 
-SIZES = [
-    (16, 16),
-    (24, 40),
-    (192, 96),
-    *(pytest.param(*size, marks=pytest.mark.gpu) for size in ((96, 192), (512, 512))),
-]
+SIZES = [(24, 40, dtype) for dtype in LIMITS] + [(16, 16, torch.bfloat16), (192, 96, torch.float32)]
+SIZES += [pytest.param(*size, marks=pytest.mark.gpu) for size in product((96, 512), (192, 512), LIMITS)]
 
 
 @law
-@pytest.mark.parametrize(("keys", "values"), SIZES)
-@dtypes
+@pytest.mark.parametrize(("keys", "values", "dtype"), SIZES, ids=str)
 def test_step_equals_the_reference(keys, values, dtype):
     from exlstm.ops.mlstm.step import step
 
@@ -138,7 +148,7 @@ def test_step_does_not_write_to_its_arguments():
 def test_step_stays_finite_at_extreme_gates(fresh):
     from exlstm.ops.mlstm.step import step
 
-    *inputs, c, n, m, _ = step_case(16, 24)
+    *inputs, c, n, m, _ = step_case(16, 24, batch=1, heads=2)
     memory = [x * (not fresh) for x in (c, n, m)]
     for log_i, log_f, normalize in product((-1e4, 0.0, 1e4, -torch.inf), (-1e4, 0.0), (True, False)):
         gates = (torch.full_like(inputs[3], value) for value in (log_i, log_f))
@@ -154,10 +164,10 @@ def test_step_stays_finite_at_extreme_gates(fresh):
 def test_steps_equal_the_reference_for_long_and_pass_padding():
     from exlstm.ops.mlstm.step import step
 
-    case, found, wanted = step_case(16, 24), [], []
+    case, found, wanted = step_case(16, 24, batch=1), [], []
     memory, truth = case[5:8], doubled(case[5:8])
     for t in range(24):
-        inputs = [normal(2, 1, 3, 16, seed=9 + t), *(x + t * 1e-3 for x in case[1:5])]
+        inputs = [normal(1, 1, 3, 16, seed=9 + t), *(x + t * 1e-3 for x in case[1:5])]
         if t % 4 == 3:
             inputs[3], inputs[4] = torch.full_like(inputs[3], -torch.inf), torch.zeros_like(inputs[4])
             h, *after = step(*inputs, *memory, None, 0.25, True, 0.0)
@@ -224,14 +234,16 @@ def plainly(call, leaves, options):
 
 @law
 @pytest.mark.parametrize("name", ["bare", "sigmoid", "skip"])
-@pytest.mark.parametrize("shape", [(2, 15, 3, 16), (1, 65, 2, 96), (2, 2, 1, 192), (3, 1, 2, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 15, 3, 16), (1, 65, 1, 96), (2, 2, 1, 192), (3, 1, 2, 40)], ids=str)
 def test_norm_equals_the_plain_one(name, shape):
     for dtype, limit in LIMITS.items():
         leaves, options = norm_case(name, shape, dtype)
-        found, wanted = gated(leaves, options), plainly(gated, leaves, options)
+        with poisoned():
+            found = gated(leaves, options)
+        wanted = plainly(gated, leaves, options)
         assert [x.dtype for x in found] == [dtype, *(x.dtype for x in leaves)]
         close(found, wanted, limit)
-        equal(gated(leaves, options), found)
+    equal(gated(leaves, options), found)
 
 
 @law
@@ -265,19 +277,109 @@ def test_norm_compiles_whole():
     equal(torch.autograd.grad(compiled(leaves, options), leaves), wanted)
 
 
+# The causal convolution and its activation
+
+
+def conv_case(columns, time, kind, dtype=torch.float32, batch=2, width=20):
+    """(leaves, options) of `causal_conv` on a strided x: with a state, resets or padding as `kind` names."""
+    x = normal(batch, time, 2 * width, seed=0, dtype=dtype)
+    leaves = [x, normal(width, columns, seed=1), normal(width, seed=2)]
+    leaves += [normal(batch, columns - 1, width, seed=3, dtype=dtype)] if "state" in kind else []
+    options = {"activation": "silu" if "silu" in kind else None}
+    options |= {"reset": flags(batch, time, density=0.3, seed=4)} if "reset" in kind else {}
+    options |= {"mask": flags(batch, time, density=0.6, seed=5)} if "mask" in kind else {}
+    return [x.requires_grad_() for x in leaves], options
+
+
+def convolved(leaves, options):
+    """y, the next state, and the gradients of a weighted sum of both."""
+    x, *others = leaves
+    y, state = causal_conv(x.chunk(2, -1)[1], *others, **options)
+    factors = [normal(*z.shape, seed=i, dtype=torch.bfloat16).to(z.dtype) for i, z in enumerate((y, state))]
+    return [y.detach(), state.detach(), *torch.autograd.grad((y, state), leaves, factors)]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """So that few tokens and channels are many tiles and segments."""
+    from exlstm.ops import conv_kernels
+
+    monkeypatch.setattr(conv_kernels, "FORWARD", (8, 16, 4))
+    monkeypatch.setattr(conv_kernels, "BACKWARD", (8, 2, 16, 4))
+
+
+KINDS = ["silu", "state reset", "silu mask", "silu state reset mask"]
+
+
+@law
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("columns", "time"), [(4, 1), (4, 15), (2, 9), (3, 2)])
+def test_conv_equals_the_plain_one(columns, time, kind, small_tiles):
+    leaves, options = conv_case(columns, time, kind)
+    with poisoned():
+        found = convolved(leaves, options)
+    close(found, plainly(convolved, leaves, options), 2e-6)
+
+
+@law
+@pytest.mark.parametrize("time", [65, pytest.param(1000, marks=pytest.mark.gpu)])
+@dtypes
+def test_conv_equals_the_plain_one_for_long(time, dtype):
+    leaves, options = conv_case(4, time, "silu state reset", dtype, batch=1)
+    with poisoned():
+        found = convolved(leaves, options)
+    assert [x.dtype for x in found] == [dtype, dtype, *(x.dtype for x in leaves)]
+    close(found, plainly(convolved, leaves, options), LIMITS[dtype])
+    if dtype == torch.float32:
+        equal(convolved(leaves, options), found)
+
+
+@law
+def test_conv_never_touches_padding_and_what_is_forgotten(small_tiles):
+    leaves, options = conv_case(4, 12, "silu state reset mask")
+    with torch.no_grad():
+        options["reset"][:, 5] = options["mask"][:, 5] = True
+        leaves[0].masked_fill_(~options["mask"][..., None], torch.nan)
+        leaves[0][:, :5] = leaves[3][:] = torch.nan
+    found, _ = causal_conv(leaves[0].chunk(2, -1)[1], *leaves[1:], **options)
+    (dx,) = torch.autograd.grad(found[:, 5:].sum(), leaves[0])
+    assert found[:, 5:].isfinite().all() and dx[:, 5:].isfinite().all() and not dx[:, :5].nan_to_num().any()
+
+
+@law
+def test_conv_compiles_whole_and_is_differentiated_once(small_tiles):
+    leaves, options = conv_case(4, 5, "silu state reset", width=16)
+
+    def loss(leaves, options):
+        return causal_conv(*leaves, **options)[0].square().sum()
+
+    leaves[0] = leaves[0].detach().chunk(2, -1)[1].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    wanted = torch.autograd.grad(loss(leaves, options), leaves, create_graph=True)
+    equal(torch.autograd.grad(compiled(leaves, options), leaves), wanted)
+    with pytest.raises(RuntimeError, match="causal_conv has no second derivative on a GPU"):
+        wanted[0].square().sum().backward()
+
+
 # Compiled for an H200
 
 
 def compile_kernel(kernel, types, constants, warps):
-    """A kernel built for sm_90 with aligned pointers; arguments without a type are integers."""
+    """A kernel built for sm_90 with aligned pointers, widths and strides; arguments without a type are integers."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, constants, aligned)
+    aligned = [p.num for p in kernel.params if signature[p.name].startswith("*") or multiple_of_16(p)]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def multiple_of_16(parameter):
+    """Widths and the strides made of them are, in every model that is used."""
+    return (parameter.name == "D" or parameter.name.startswith("stride_")) and not parameter.do_not_specialize
 
 
 def cost(compiled, path):
@@ -338,3 +440,25 @@ def test_norm_compiles_without_spills(values, full, tmp_path):
         warps = cut.pop("num_warps")
         registers, spilled = cost(compile_kernel(kernel, NORM_TYPES, cut | what, warps), tmp_path / "kernel.ptx")
         assert 16 < registers <= 128 and spilled == 0
+
+
+CONV_TYPES = {
+    **dict.fromkeys(("x", "state", "y", "dy", "dx", "dstate"), "*bf16"),
+    **dict.fromkeys(("weight", "bias", "sums"), "*fp32"),
+    "first": "*u8",
+}
+
+
+@here
+@pytest.mark.parametrize(("columns", "full", "limit"), [(4, False, 128), (4, True, 168), (2, False, 128)])
+def test_conv_compiles_without_spills(columns, full, limit, tmp_path):
+    from exlstm.ops import conv_kernels as kernels
+
+    what = {"W": columns, "HAS_BIAS": True, "HAS_STATE": full, "HAS_FIRST": full, "SILU": True}
+    (tokens, channels, warps), (_, segments, wide, walkers) = kernels.FORWARD, kernels.BACKWARD
+    for kernel, cut, count in (
+        (kernels.causal_conv_forward_kernel, {"BT": tokens, "BD": channels}, warps),
+        (kernels.causal_conv_backward_kernel, {"BS": segments, "BD": wide}, walkers),
+    ):
+        registers, spilled = cost(compile_kernel(kernel, CONV_TYPES, cut | what, count), tmp_path / "kernel.ptx")
+        assert 16 < registers <= limit and spilled == 0

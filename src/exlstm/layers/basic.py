@@ -193,10 +193,16 @@ class CausalConv(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, *, mask: Tensor | None = None, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        activation: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, width-1, D) or None -> y (B, T, D) and the next state."""
-        return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask)
+        return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask, activation=activation)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}"

@@ -86,8 +86,7 @@ class mLSTM(nn.Module):
         conv, memory = state or (None, None)
         mixed = x
         if self.conv is not None:
-            mixed, conv = self.conv(x, conv, mask=mask, reset=reset)
-            mixed = F.silu(mixed)
+            mixed, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")
         q = self.q(mixed).unflatten(-1, (self.n_heads, -1))  # (B, T, H, K)
         k = self.k(mixed).unflatten(-1, (self.n_heads, -1))
         v = self.v(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, V)

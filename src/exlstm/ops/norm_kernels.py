@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from exlstm.ops import backend as backends
+from exlstm.ops.kernels import DTYPES, room, rows_apart, sigmoid
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Features of a head up to which a row stays in registers.
 LARGEST = 4096
 # Numbers in a tile and warps a program, and programs that a backward is spread over.
@@ -33,7 +33,7 @@ def _normed(p_h, keep, eps, V: tl.constexpr):
 @triton.jit
 def _activate(b_g, SILU: tl.constexpr):
     """a(g) and a'(g)."""
-    b_s = tl.sigmoid(b_g)
+    b_s = sigmoid(b_g)
     if SILU:
         return b_g * b_s, b_s * (1 + b_g * (1 - b_s))
     return b_s, b_s * (1 - b_s)
@@ -143,7 +143,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of h, weight, gate, skip and c, empty ones for what is None."""
     _, tensors, strides = _lay(h, weight, gate, skip, c)
-    dh, dweight, dgate, dskip, dc = _gradients(h, weight, gate, skip, c)
+    dh, dweight, dgate, dskip, dc = room(h, weight, gate, skip, c)
     dy = _rows(dy, 1)
     rows, (heads, values) = dy.shape[0], h.shape[-2:]
     cut = _cut(values, BACKWARD)
@@ -171,8 +171,7 @@ def _lay(h, weight, gate, skip, c):
 
 def _rows(x, axes):
     """x (..., the last `axes` axes) with one axis in front, a view where its strides allow it, the last axis contiguous."""
-    x = x.reshape(-1, *x.shape[-axes:])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return rows_apart(x.reshape(-1, *x.shape[-axes:]))
 
 
 def _cut(values, tile):
@@ -190,12 +189,6 @@ def _widest(dtype, *others):
     return dtype
 
 
-def _gradients(*inputs):
-    """Room for a gradient of every input, contiguous, empty for None."""
-    none = inputs[0].new_empty(0)
-    return [none.clone() if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-
-
 @_head_norm.register_fake
 def _(h, weight, gate, skip, c, eps, activation):
     dtypes = (x.dtype for x in (gate, c) if x is not None)
@@ -204,7 +197,7 @@ def _(h, weight, gate, skip, c, eps, activation):
 
 @_backward.register_fake
 def _(dy, h, weight, gate, skip, c, eps, activation):
-    return _gradients(h, weight, gate, skip, c)
+    return room(h, weight, gate, skip, c)
 
 
 def _setup_context(ctx, inputs, output):

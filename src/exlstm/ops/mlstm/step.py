@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from exlstm.ops import backend as backends
+from exlstm.ops.kernels import DTYPES, rows_apart
 
 # As in the reference: exp(-m) is held at e^-60.
 M_MAX = tl.constexpr(60.0)
 # Features of a head up to which a block of columns stays in registers.
 LARGEST = 512
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RUNTIME = ["H", *(f"stride_{x}{axis}" for x in "qkvif" for axis in "bh"), "stride_rb"]
 
 
@@ -78,8 +78,8 @@ def mlstm_step_forward_kernel(
     b_c = tl.load(c + o_c, mask=keep & b_lives, other=0.0, eviction_policy=EVICT)
     b_m, b_decay, b_gate = _gates(b_i, b_f, b_m)
     b_q, b_k, b_v = b_q.to(tl.float32) * scale, b_k.to(tl.float32) * b_gate, b_v.to(tl.float32)
-    b_c = b_decay * b_c + b_k[:, None] * b_v[None, :]
-    b_n = b_decay * b_n + b_k
+    b_c = tl.fma(b_decay, b_c, b_k[:, None] * b_v[None, :])
+    b_n = tl.fma(b_decay, b_n, b_k)
     # In place, no thread may write before every thread of the program has read.
     tl.debug_barrier()
     tl.store(c_out + o_c, b_c, mask=keep, eviction_policy=EVICT)
@@ -112,7 +112,8 @@ def mlstm_step_normaliser_kernel(
     b_i, b_f = tl.load(log_i + i_b * stride_ib + i_h * stride_ih), tl.load(log_f + i_b * stride_fb + i_h * stride_fh)
     b_m, b_decay, b_gate = _gates(b_i, b_f, b_m)
     tl.debug_barrier()
-    tl.store(n + i_bh * K + o_k, b_decay * b_n + b_k.to(tl.float32) * b_gate, mask=keep)
+    # Written out, so that no compiler rounds elsewhere than in the kernel above.
+    tl.store(n + i_bh * K + o_k, tl.fma(b_decay, b_n, b_k.to(tl.float32) * b_gate), mask=keep)
     tl.store(m + i_bh, b_m)
 
 
@@ -171,7 +172,7 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
 
 def _launch(q, k, v, log_i, log_f, reset, old, new, h, scale, normalize, eps, cut):
     """Both kernels on checked tensors; `old` and `new` are (c, n, m), and may be the same."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(rows_apart, (q, k, v))
     (batch, _, heads, keys), values = q.shape, v.shape[-1]
     height, blocks = triton.next_power_of_2(keys), triton.cdiv(values, cut.columns)
     gates = [s for x in (log_i, log_f) for s in (x.stride(0), x.stride(2))]
