@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from exlstm.ops.backend import cast
 from exlstm.ops.conv import causal_conv
+from exlstm.ops.norm import head_norm
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +89,10 @@ class LayerNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm of every head by itself: (..., H, D) -> (..., H·D), in float32, returned in x's dtype."""
+    """LayerNorm of every head by itself: (..., H, D) -> (..., H·D), in float32, returned in x's dtype.
+
+    What stands between the norm and the next map may come along, see `exlstm.ops.norm.head_norm`.
+    """
 
     def __init__(self, n_heads: int, d_head: int, eps: float = 1e-6, *, device=None, dtype=None):
         super().__init__()
@@ -100,9 +104,16 @@ class HeadNorm(nn.Module):
         """Ones: the norm starts as the bare norm."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(_wide(x), (self.d_head,), eps=self.eps).flatten(-2)  # (..., H·D)
-        return cast(y * self.weight, x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        *,
+        activation: str = "sigmoid",
+        skip: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x (..., H, D), gate (..., H·D) or None, skip a pair whose product is added before the gate -> (..., H·D)."""
+        return head_norm(x, self.weight, gate, eps=self.eps, activation=activation, skip=skip)
 
     def extra_repr(self):
         return f"{self.n_heads}, {self.d_head}, eps={self.eps}"
@@ -182,10 +193,16 @@ class CausalConv(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, *, mask: Tensor | None = None, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        activation: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, width-1, D) or None -> y (B, T, D) and the next state."""
-        return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask)
+        return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask, activation=activation)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}"

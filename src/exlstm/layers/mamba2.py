@@ -103,9 +103,11 @@ class Mamba2(nn.Module):
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         z, mixed = self.z(x), self.xbc(x)
-        if self.conv is not None:
-            mixed, conv = self.conv(mixed, conv, mask=mask, reset=reset)
-        v, k, q = F.silu(mixed).split([self.inner, self.d_state, self.d_state], -1)
+        if self.conv is None:
+            mixed = F.silu(mixed)
+        else:
+            mixed, conv = self.conv(mixed, conv, mask=mask, reset=reset, activation="silu")
+        v, k, q = mixed.split([self.inner, self.d_state, self.d_state], -1)
         v = v.unflatten(-1, (self.n_heads, -1))  # (B, T, H, head_dim)
         q, k = (s.unsqueeze(2).expand(-1, -1, self.n_heads, -1) for s in (q, k))  # (B, T, H, d_state)
         y, memory = mlstm(q, k, v, *self.gates(x), memory, reset=reset, mask=mask, scale=1.0, normalize=False)

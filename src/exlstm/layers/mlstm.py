@@ -86,11 +86,10 @@ class mLSTM(nn.Module):
         conv, memory = state or (None, None)
         mixed = x
         if self.conv is not None:
-            mixed, conv = self.conv(x, conv, mask=mask, reset=reset)
-            mixed = F.silu(mixed)
+            mixed, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")
         q = self.q(mixed).unflatten(-1, (self.n_heads, -1))  # (B, T, H, K)
         k = self.k(mixed).unflatten(-1, (self.n_heads, -1))
         v = self.v(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, V)
         h, memory = mlstm(q, k, v, *self.gates(x), memory, reset=reset, mask=mask, eps=self.eps)
-        y = self.out(self.norm(h) * torch.sigmoid(self.o(x)))
+        y = self.out(self.norm(h, self.o(x)))
         return y, (conv, memory)

@@ -64,9 +64,9 @@ class sLSTM(nn.Module):
         bias = self.b.flatten(1)
         if self.conv is None:
             return self._project(x, self.w, bias).unflatten(-1, (4, -1)), None
-        c, conv = self.conv(x, conv, mask=mask, reset=reset)
+        c, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")
         (w_if, w_zo), (b_if, b_zo) = self.w.chunk(2, 1), bias.chunk(2, 1)
-        parts = self._project(F.silu(c), w_if, b_if), self._project(x, w_zo, b_zo)
+        parts = self._project(c, w_if, b_if), self._project(x, w_zo, b_zo)
         return torch.cat(parts, -1).unflatten(-1, (4, -1)), conv
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):

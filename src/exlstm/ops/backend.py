@@ -2,8 +2,11 @@
 
 import os
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 
 import torch
+
+TRITON = find_spec("triton") is not None
 
 # A plain global and no ContextVar: torch.compile traces it, and compiles anew when it changes.
 _chosen: str | None = None
@@ -33,6 +36,21 @@ def chosen(argument: str | None) -> str:
 def exact(device):
     """A context without autocast, at no cost where there is none: gates and state keep their precision."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def kernels(x) -> bool:
+    """Whether Triton may work on x: on a GPU, or in its interpreter, which is asked for by TRITON_INTERPRET=1.
+
+    Never under the backends "reference" and "cpu", which are plain PyTorch.
+    """
+    there = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return there and TRITON and chosen(None) not in ("reference", "cpu")
+
+
+def on(device):
+    """A context in which kernels start on `device`, at no cost where it is the current one."""
+    current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(device)
 
 
 def cast(x, dtype):

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over time with carried state, resets and padding.
+"""Causal depthwise convolution over time with carried state, resets and padding, and the activation behind it.
 
 y_t = bias + sum over j < W of weight[:, W-1-j] · x_{t-j}, x_{t-j} the j-th valid token before t in its document, or 0.
 """
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 
+ACTIVATIONS = {"silu": F.silu}
+
 
 def causal_conv(
     x: Tensor,
@@ -18,6 +20,7 @@ def causal_conv(
     *,
     reset: Tensor | None = None,
     mask: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each channel's own convolution over its last W tokens, any T ≥ 1.
 
@@ -28,6 +31,7 @@ def causal_conv(
         state: the W-1 inputs before the first token (B, W-1, D), oldest first; None is zeros, a fresh start.
         reset: (B, T) bool, everything before token t is forgotten.
         mask: (B, T) bool, False is padding: left out, so that the valid tokens around it are neighbours; y is 0 there.
+        activation: "silu", of y, or None.
 
     Returns:
         y (B, T, D) and the state after the last token (B, W-1, D), both in x's dtype; gradients flow through both.
@@ -38,11 +42,11 @@ def causal_conv(
     >>> y, state = causal_conv(torch.randn(2, 5, 8), torch.randn(8, 4))
     >>> y, state = causal_conv(torch.randn(2, 1, 8), torch.randn(8, 4), state=state)
     """
-    _check(x, weight, bias, state, reset, mask)
+    _check(x, weight, bias, state, reset, mask, activation)
     time, past = x.shape[1], weight.shape[1] - 1
     history = x.new_zeros(x.shape[0], past, x.shape[2]) if state is None else state.to(x.dtype)
     if time == 1:
-        return _step(x, weight, bias, history, reset, mask)
+        return _step(x, weight, bias, history, reset, mask, activation)
     # Tokens are of one document where they have as many resets behind them; the state belongs to document 0.
     document = None if reset is None else reset.cumsum(1)  # (B, T)
     last = None if reset is None else document[:, -1:]
@@ -51,23 +55,46 @@ def causal_conv(
         order = (~mask).byte().argsort(dim=1, stable=True)  # (B, T)
         x = _take(x.masked_fill(~mask[..., None], 0), order)
         document = None if document is None else document.gather(1, order)
-    joined = torch.cat([history, x], 1)  # (B, W-1+T, D)
     first = None
     if document is not None:
         document = F.pad(document, (past, 0))  # (B, W-1+T)
         first = F.pad(document[:, 1:] != document[:, :-1], (1, 0))
-    # A compiler fuses the sums and their gradient by itself.
-    convolve = _convolve if torch.compiler.is_compiling() else _Convolution.apply
-    y = convolve(joined, weight, bias, first)
+    y = _sequence(x, weight, bias, None if state is None else history, history, first, activation)
     if mask is None:
-        state, document = joined[:, time:].clone(), None if document is None else document[:, time:]
+        # The last W-1 of history and x, without a copy of all.
+        state = torch.cat([history, x[:, max(time - past, 0) :]], 1)[:, min(time, past) :]
+        document = None if document is None else document[:, time:]
     else:
         y = _take(y, (mask.cumsum(1) - 1).clamp(min=0)).masked_fill(~mask[..., None], 0)
         end = mask.sum(1, keepdim=True) + torch.arange(past, device=x.device)  # (B, W-1)
-        state, document = _take(joined, end), None if document is None else document.gather(1, end)
+        state, document = _take(torch.cat([history, x], 1), end), None if document is None else document.gather(1, end)
     if document is not None:
         state = state.masked_fill((document != last)[..., None], 0)
     return y, state
+
+
+def _sequence(x, weight, bias, state, history, first, activation):
+    """y (B, T, D) of the tokens and their history, zeros where `state` is None; `first` as in `_convolve`."""
+    kernels = _kernels(x, weight)
+    if kernels is not None:
+        first = None if first is None else first[:, weight.shape[1] - 1 :]
+        return kernels.causal_conv(x, weight, bias, state, first, activation is not None)
+    # A compiler fuses the sums and their gradient by itself.
+    convolve = _convolve if torch.compiler.is_compiling() else _Convolution.apply
+    return _activate(convolve(torch.cat([history, x], 1), weight, bias, first), activation)
+
+
+def _kernels(x, weight):
+    """The module of kernels where they run on these tensors, else None."""
+    if not backends.kernels(x):
+        return None
+    from exlstm.ops import conv_kernels
+
+    return conv_kernels if conv_kernels.takes(x, weight) else None
+
+
+def _activate(y, activation):
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def _take(x, index):
@@ -77,16 +104,21 @@ def _take(x, index):
     return x.reshape(-1, width).index_select(0, rows.flatten()).view(batch, -1, width)
 
 
-def _step(x, weight, bias, history, reset, mask):
+def _step(x, weight, bias, history, reset, mask, activation):
     """One token: the same sums without the machinery of a sequence."""
     if reset is not None:
         history = history.masked_fill(reset[..., None], 0)
     joined = torch.cat([history, x], 1)  # (B, W, D)
-    dtype = _wide(x, weight)
-    y = (backends.cast(joined, dtype) * backends.cast(weight, dtype).t()).sum(1, keepdim=True)
-    if bias is not None:
-        y = y + backends.cast(bias, dtype)
-    y, state = backends.cast(y, x.dtype), joined[:, 1:]
+    kernels = _kernels(x, weight)
+    if kernels is not None:
+        y = kernels.causal_conv(x, weight, bias, history, None, activation is not None)
+    else:
+        dtype = _wide(x, weight)
+        y = (backends.cast(joined, dtype) * backends.cast(weight, dtype).t()).sum(1, keepdim=True)
+        if bias is not None:
+            y = y + backends.cast(bias, dtype)
+        y = _activate(backends.cast(y, x.dtype), activation)
+    state = joined[:, 1:]
     if mask is not None:
         y, state = y.masked_fill(~mask[..., None], 0), torch.where(mask[..., None], state, history)
     return y, state
@@ -151,7 +183,7 @@ def _drop(y, where):
     return y.view(-1, y.shape[-1]).index_fill_(0, where.flatten().nonzero().squeeze(1), 0).view(y.shape)
 
 
-def _check(x, weight, bias, state, reset, mask):
+def _check(x, weight, bias, state, reset, mask, activation):
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, D) with no axis empty")
     batch, _, width = x.shape
@@ -164,5 +196,7 @@ def _check(x, weight, bias, state, reset, mask):
             raise TypeError(f"{name} is {tensor.dtype}, wanted a floating dtype")
     if state is not None:
         backends.check_state((state,), {"conv": (batch, weight.shape[1] - 1, width)}, x.device)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}, None")
     others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     backends.check_companions(x, reset, mask, others)
