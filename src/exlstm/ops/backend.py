@@ -38,13 +38,14 @@ def exact(device):
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def kernels(x) -> bool:
-    """Whether Triton may work on x: on a GPU, or in its interpreter, which is asked for by TRITON_INTERPRET=1.
+def triton_runs(x) -> bool:
+    """Whether Triton can work on x: on a GPU, or in its interpreter, which is asked for by TRITON_INTERPRET=1."""
+    return TRITON and (x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
 
-    Never under the backends "reference" and "cpu", which are plain PyTorch.
-    """
-    there = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return there and TRITON and chosen(None) not in ("reference", "cpu")
+
+def kernels(x) -> bool:
+    """Whether Triton may work on x where nobody named an implementation: never in a `with` of "reference" or "cpu"."""
+    return triton_runs(x) and chosen(None) not in ("reference", "cpu")
 
 
 def on(device):

@@ -8,6 +8,7 @@ from torch import Tensor
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
 from exlstm.ops.mlstm.reference import reference
+from exlstm.ops.mlstm.triton import runs_on, triton
 
 
 class MLSTMState(NamedTuple):
@@ -21,9 +22,7 @@ class MLSTMState(NamedTuple):
     m: Tensor
 
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu}
-# Plain PyTorch in chunks is the fastest there is on every device so far.
-AUTO = "cpu"
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def mlstm(
@@ -70,7 +69,8 @@ def mlstm(
     >>> h, state = mlstm(q, k, v, torch.zeros(2, 5, 4), torch.zeros(2, 5, 4), state)
     """
     _check(q, k, v, log_i, log_f, reset, mask, chunk)
-    implementation = backends.pick(IMPLEMENTATIONS, backend, AUTO)
+    # Plain PyTorch in chunks runs anywhere, and is the fastest there is where the kernels do not run.
+    implementation = backends.pick(IMPLEMENTATIONS, backend, "triton" if runs_on(q) else "cpu")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     c, n, m = _memory(state, q, v, dtype)
     log_i, log_f = backends.cast(log_i, dtype), backends.cast(log_f, dtype)

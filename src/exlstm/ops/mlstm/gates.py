@@ -5,7 +5,6 @@ u, M, α, β and exp(-m) of every token, γ of every chunk. Prefix sums run in f
 what each chunk does to the stabiliser, a scan over the chunks, and the rest. Vectors are (B·H, N·L), N chunks, float32.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -322,11 +321,6 @@ class Call:
             G, L, blocks, self.reset is not None,
         )  # fmt: skip
         return dlog_i, dlog_f
-
-
-def on(device):
-    """Launches go to the tensors' card, whichever is the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def aligned(x):

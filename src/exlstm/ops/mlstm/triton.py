@@ -4,11 +4,10 @@ Kept for the backward are the inputs, h, two numbers a token and head (the denom
 every chunk; everything else is worked out again.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
+from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
 from exlstm.ops.mlstm.plan import OnePass, choose, padded_length
 
@@ -17,18 +16,31 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def triton(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=None):
     """Same signature and result as `reference`, for bfloat16, float16 and float32 on a GPU (or in Triton's interpreter)."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and q.device.type == "cpu"
-    if q.device.type not in ("cuda", "meta") and not interpreted:
-        raise ValueError(f"backend 'triton' runs on a GPU, q is on {q.device}")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"backend 'triton' takes bfloat16, float16 and float32, q is {q.dtype}")
+    if not backends.TRITON:
+        raise ValueError("backend 'triton' needs the package triton, which is not installed")
+    if not (runs_on(q) or q.device.type == "meta"):
+        raise ValueError(f"backend 'triton' takes bfloat16, float16 and float32 on a GPU, q is {q.dtype} on {q.device}")
     m = m.detach()
-    if q.shape[1] == 1:
-        return cpu(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps)
     tensors = (q, k, v, log_i, log_f, c, n)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if q.shape[1] == 1:
+        return _step(q, v, save)(*tensors, m, reset, scale, normalize, eps)
     h, *memory = _mlstm_triton(*tensors, m, reset, scale, normalize, eps, chunk or 0, save)[:4]
     return h, *memory
+
+
+def runs_on(q) -> bool:
+    """Whether the kernels take q: its dtype, and its device, which is a GPU or stands in for one in Triton's interpreter."""
+    return q.dtype in DTYPES and backends.triton_runs(q)
+
+
+def _step(q, v, save):
+    """What does a single token: one kernel, or plain PyTorch where a gradient is wanted or a head is too wide for it."""
+    if save or q.device.type == "meta":
+        return cpu
+    from exlstm.ops.mlstm.step import step, takes
+
+    return step if takes(q, v, torch.float32) else cpu
 
 
 def _kernels(plan):
@@ -46,11 +58,11 @@ def _mlstm_triton(
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk."""
-    from exlstm.ops.mlstm.gates import Call, aligned, on
+    from exlstm.ops.mlstm.gates import Call, aligned
 
     plan = choose(q, v, chunk)
     call = Call(q, v, reset, scale, normalize, plan.forward.L, padded_length(plan, q.shape[1], save))
-    with on(q.device):
+    with backends.on(q.device):
         gates = call.gates(log_i, log_f, m)
         kernels, tensors = _kernels(plan.forward), (aligned(q), aligned(k), aligned(v))
         h, c_last, ns, den, s = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps)
@@ -68,14 +80,14 @@ def _mlstm_triton_backward(
     scale: float, normalize: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory."""
-    from exlstm.ops.mlstm.gates import Call, aligned, on
+    from exlstm.ops.mlstm.gates import Call, aligned
 
     plan = choose(q, v, chunk).backward
     call = Call(q, v, reset, scale, normalize, plan.L, den.shape[1])
     dh = torch.zeros_like(h) if dh is None else dh
     if dc is not None or dn is not None:
         dc, dn = (torch.zeros_like(x) if dx is None else dx for x, dx in ((c, dc), (n, dn)))
-    with on(q.device):
+    with backends.on(q.device):
         gates = call.gates(log_i, log_f, m)
         q, k, v, h, dh = (aligned(x) for x in (q, k, v, h, dh))
         dq, dk, dv, flows, dc, dn = _kernels(plan).backward(
