@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from exlstm.ops.mlstm.plan import cdiv
+from exlstm.ops.mlstm.plan import cdiv, power
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp(-m) would underflow far above e^60, and 0 / 0 follow where q·n vanishes: held there, as in the reference.
@@ -44,27 +44,34 @@ def _after(a_shift, a_floor, b_shift, b_floor):
 
 
 @triton.jit
-def _local_gates(p_i, p_f, p_reset, i_b, i_h, i_n, T, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
-                 G: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
-    """b, u and the running maximum of u (G, L) of chunks i_n … in powers of two, and resets so far in the chunk."""
-    o_n = i_n + tl.arange(0, G)[:, None]
-    o_l = tl.arange(0, L)[None, :]
-    o_t = (o_n * L + o_l).to(tl.int64)
-    inside = (o_n < N) & (o_t < T)
-    log_i = tl.load(p_i + i_b * s_ib + o_t * s_it + i_h * s_ih, mask=inside, other=-float("inf")).to(tl.float64) * LOG2E
-    log_f = tl.load(p_f + i_b * s_fb + o_t * s_ft + i_h * s_fh, mask=inside, other=0.0).to(tl.float64) * LOG2E
+def _local_gates(p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
+                 BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+    """b, u and the running maximum of u (BH, L) of some heads in one chunk in powers of two, and resets so far in the chunk."""
+    o_t = (i_n * L + tl.arange(0, L)).to(tl.int64)[None, :]
+    inside = (o_h < H)[:, None] & (o_t < T)
+    o_h = o_h.to(tl.int64)[:, None]
+    log_i = tl.load(p_i + i_b * s_ib + o_t * s_it + o_h * s_ih, mask=inside, other=-float("inf")).to(tl.float64) * LOG2E
+    log_f = tl.load(p_f + i_b * s_fb + o_t * s_ft + o_h * s_fh, mask=inside, other=0.0).to(tl.float64) * LOG2E
     if RESET:
-        fresh = tl.load(p_reset + i_b * T + o_t, mask=inside, other=0).to(tl.int32)
+        fresh = tl.load(p_reset + i_b * T + o_t + tl.zeros([BH, L], dtype=tl.int64), mask=inside, other=0).to(tl.int32)
         document = tl.cumsum(fresh, 1)
         b, _ = tl.associative_scan((log_f, fresh), 1, _add_since)
         u = log_i - b
         top, _ = tl.associative_scan((u, fresh), 1, _max_since)
     else:
-        document = tl.zeros([G, L], dtype=tl.int32)
+        document = tl.zeros([BH, L], dtype=tl.int32)
         b = tl.cumsum(log_f, 1)
         u = log_i - b
         top = tl.associative_scan(u, 1, _larger)
     return b, u, top, document
+
+
+@triton.jit
+def _some_heads(H, N, BH: tl.constexpr):
+    """Row, chunk and BH heads of this program: heads lie side by side in memory, so that they are read together."""
+    tiles = tl.cdiv(H, BH)
+    i_x = tl.program_id(0) // tiles
+    return (i_x // N).to(tl.int64), i_x % N, (tl.program_id(0) % tiles) * BH + tl.arange(0, BH)
 
 
 @triton.jit
@@ -75,22 +82,19 @@ def _last(x, L: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N"])
 def mlstm_gates_local_kernel(p_i, p_f, p_reset, p_shift, p_floor, T, H, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
-                             G: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+                             BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
     """What each chunk does to the stabiliser: m⁺ = max(m⁻ + shift, floor), both (B·H, N) float64."""
-    blocks = tl.cdiv(N, G)
-    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    i_n = (tl.program_id(0) % blocks) * G
-    b, _, top, document = _local_gates(p_i, p_f, p_reset, i_bh // H, i_bh % H, i_n, T, N,
-                                       s_ib, s_it, s_ih, s_fb, s_ft, s_fh, G, L, RESET)  # fmt: skip
+    i_b, i_n, o_h = _some_heads(H, N, BH)
+    b, _, top, document = _local_gates(p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh, BH, L, RESET)
     total, top = _last(b, L), _last(top, L)
     shift = total
     if RESET:
         fresh = _last(document, L) > 0
         shift = tl.where(fresh, -float("inf"), shift)
         top = tl.where(fresh, tl.maximum(top, 0.0), top)
-    o_n = i_n + tl.arange(0, G)
-    tl.store(p_shift + i_bh * N + o_n, shift, mask=o_n < N)
-    tl.store(p_floor + i_bh * N + o_n, total + top, mask=o_n < N)
+    o = (i_b * H + o_h) * N + i_n
+    tl.store(p_shift + o, shift, mask=o_h < H)
+    tl.store(p_floor + o, total + top, mask=o_h < H)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -113,16 +117,13 @@ def mlstm_gates_scan_kernel(p_shift, p_floor, p_m0, p_m, p_last, N, BN: tl.const
 @triton.jit(do_not_specialize=["T", "N"])
 def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p_alpha, p_beta, p_floor, p_gamma, p_document,
                        T, H, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
-                       G: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr, PAIR: tl.constexpr):  # fmt: skip
+                       BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr, PAIR: tl.constexpr):  # fmt: skip
     """u, M, α, β, exp(-m) (B·H, N·L) and γ (B·H, N); u and M in powers of two, as pairs (high, low) where asked for."""
-    blocks = tl.cdiv(N, G)
-    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
-    i_n = (tl.program_id(0) % blocks) * G
-    b, u, top, document = _local_gates(p_i, p_f, p_reset, i_bh // H, i_bh % H, i_n, T, N,
-                                       s_ib, s_it, s_ih, s_fb, s_ft, s_fh, G, L, RESET)  # fmt: skip
-    o_n = i_n + tl.arange(0, G)
-    m = tl.load(p_m + i_bh * (N + 1) + o_n, mask=o_n < N, other=0.0)
-    before = tl.zeros([G, L], dtype=tl.float64) + m[:, None]
+    i_b, i_n, o_h = _some_heads(H, N, BH)
+    b, u, top, document = _local_gates(p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh, BH, L, RESET)
+    o_bh = i_b * H + o_h
+    m = tl.load(p_m + o_bh * (N + 1) + i_n, mask=o_h < H, other=0.0)
+    before = tl.zeros([BH, L], dtype=tl.float64) + m[:, None]
     if RESET:
         before = tl.where(document > 0, 0.0, before)
     top = tl.maximum(top, before)
@@ -136,8 +137,8 @@ def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p
         beta = tl.where(document > 0, 0.0, beta)
     alpha, gamma = tl.exp2(a.to(tl.float32)), tl.exp2(g.to(tl.float32))
     floor = tl.exp2(-tl.maximum(tl.minimum(b + top, M_MAX), M_MIN).to(tl.float32))
-    o = i_bh * N * L + o_n[:, None] * L + tl.arange(0, L)[None, :]
-    inside = (o_n < N)[:, None] & (tl.arange(0, L) < L)[None, :]
+    o = (o_bh * N + i_n)[:, None] * L + tl.arange(0, L)[None, :]
+    inside = (o_h < H)[:, None] & (tl.arange(0, L) < L)[None, :]
     u_high, top_high = u.to(tl.float32), top.to(tl.float32)
     tl.store(p_u + o, u_high, mask=inside)
     tl.store(p_top + o, top_high, mask=inside)
@@ -148,7 +149,7 @@ def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p
     tl.store(p_alpha + o, alpha, mask=inside)
     tl.store(p_beta + o, beta, mask=inside)
     tl.store(p_floor + o, floor, mask=inside)
-    tl.store(p_gamma + i_bh * N + o_n, gamma, mask=o_n < N)
+    tl.store(p_gamma + o_bh * N + i_n, gamma, mask=o_h < H)
     if RESET:
         tl.store(p_document + o, document, mask=inside)
 
@@ -161,31 +162,27 @@ def tile(d, i_b, i_h, i_t, i_d, BT: tl.constexpr, BD: tl.constexpr, DOT: tl.cons
 
 @triton.jit(do_not_specialize=["T", "N"])
 def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, H, N, rows, tiles_q, tiles_k,
-                                G: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+                                BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
     """dlog_i = k·dk and dlog_f_t = Σ over t ≤ r of (q·dq - k·dk)_r inside chunk and document, plus the inflow, (B, T, H) float32."""
-    count = tl.cdiv(N, G)
-    i_bh, i_n = (tl.program_id(0) // count).to(tl.int64), (tl.program_id(0) % count) * G
-    o_n, o_l = i_n + tl.arange(0, G), tl.arange(0, L)
-    o = (i_bh * N + o_n[:, None]) * L + o_l[None, :]
-    o_t = (o_n[:, None] * L + o_l[None, :]).to(tl.int64)
-    there = (o_n < N)[:, None] & (o_l < L)[None, :]
-    b_q = tl.zeros([G, L], dtype=tl.float64)
-    b_k = tl.zeros([G, L], dtype=tl.float64)
-    b_in = tl.zeros([G], dtype=tl.float64)
+    i_b, i_n, o_h = _some_heads(H, N, BH)
+    o_c, o_l = (i_b * H + o_h) * N + i_n, tl.arange(0, L)
+    o, o_t = o_c[:, None] * L + o_l[None, :], (i_n * L + o_l).to(tl.int64)[None, :]
+    there = (o_h < H)[:, None] & (o_l < L)[None, :]
+    b_q = tl.zeros([BH, L], dtype=tl.float64)
+    b_k = tl.zeros([BH, L], dtype=tl.float64)
+    b_in = tl.zeros([BH], dtype=tl.float64)
     for _ in range(tiles_q):
         b_q += tl.load(p_qdq + o, mask=there, other=0.0).to(tl.float64)
         p_qdq += rows
     for _ in range(tiles_k):
         b_k += tl.load(p_kdk + o, mask=there, other=0.0).to(tl.float64)
-        for i_r in range(BLOCKS):
-            o_in = (i_bh * N + o_n) * BLOCKS + i_r
-            b_in += tl.load(p_inflow + o_in, mask=o_n < N, other=0.0).to(tl.float64)
+        b_in += tl.load(p_inflow + o_c, mask=o_h < H, other=0.0).to(tl.float64)
         p_kdk += rows
-        p_inflow += rows // (L // BLOCKS)
+        p_inflow += rows // L
     b_flow, b_in = b_q - b_k, b_in[:, None]
     if RESET:
         # From the end of the chunk back, a sum restarts where a document ends: at a token whose successor is another one's.
-        p_reset += (i_bh // H) * T
+        p_reset += i_b * T + tl.zeros([BH, L], dtype=tl.int64)
         fresh = tl.load(p_reset + o_t, mask=there & (o_t < T), other=0).to(tl.int32)
         ends = tl.load(p_reset + o_t + 1, mask=there & (o_l < L - 1)[None, :] & (o_t + 1 < T), other=0).to(tl.int32)
         document = tl.cumsum(fresh, 1)
@@ -194,7 +191,7 @@ def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, 
         b_df = tl.where(fresh > 0, 0.0, b_df)
     else:
         b_df = tl.cumsum(b_flow, 1, reverse=True) + b_in
-    o_out = ((i_bh // H) * T + o_t) * H + i_bh % H
+    o_out = (i_b * T + o_t) * H + o_h[:, None]
     tl.store(p_di + o_out, b_k.to(tl.float32), mask=there & (o_t < T))
     tl.store(p_df + o_out, b_df.to(tl.float32), mask=there & (o_t < T))
 
@@ -278,14 +275,19 @@ class Call:
     def vector(self, like, *shape):
         return like.new_empty(shape or (self.rows, self.N * self.L), dtype=torch.float32)
 
+    def _heads_together(self):
+        """Heads a program of the gates' kernels, and how many programs."""
+        BH = min(max(1, 1024 // self.L), power(self.H, 1))
+        return BH, (self.B * self.N * cdiv(self.H, BH),)
+
     def gates(self, log_i, log_f, m) -> Gates:
         """log_i, log_f (B, T, H) in nats, m (B, H)."""
-        L, N, G = self.L, self.N, max(1, 1024 // self.L)
-        grid, BN = (self.rows * cdiv(N, G),), min(1024, 1 << (N - 1).bit_length())
+        L, N, BN = self.L, self.N, min(1024, power(self.N, 1))
+        BH, grid = self._heads_together()
         shift, floor, starts = m.new_empty(3, self.rows, N + 1, dtype=torch.float64)
         last_m = torch.empty_like(m, memory_format=torch.contiguous_format)
         inputs, strides = (log_i, log_f, self.reset), (*log_i.stride(), *log_f.stride())
-        sizes = (self.T, self.H, N, *strides, G, L, self.reset is not None)
+        sizes = (self.T, self.H, N, *strides, BH, L, self.reset is not None)
         mlstm_gates_local_kernel[grid](*inputs, shift, floor, *sizes)
         mlstm_gates_scan_kernel[(self.rows,)](shift, floor, m.contiguous(), starts, last_m, N, BN, num_warps=1)
         u, top, alpha, beta, floor, *lows = self.vector(m, 7 if self.pair else 5, self.rows, N * L)
@@ -296,7 +298,7 @@ class Call:
 
     def normalisers(self, k, gates, start):
         """n (B·H, N + 1, K) at the start of every chunk and after the last, of k (B, T, H, K)."""
-        BK = min(8192 // self.L, 1 << (self.K - 1).bit_length())
+        BK = min(8192 // self.L, power(self.K, 1))
         sums = self.vector(start, self.rows, self.N, self.K)
         mlstm_sums_kernel[(self.rows * self.N * cdiv(self.K, BK),)](
             heads(k, self.L, BK), gates.alpha, sums, self.H, self.N, self.K, self.L, BK
@@ -305,7 +307,7 @@ class Call:
 
     def normaliser_scan(self, sums, gates, start, reverse=False):
         """n at the start of every chunk and after the last, of the sums inside the chunks (B·H, N·parts, K); in reverse dn."""
-        BK, BN = min(32, 1 << (self.K - 1).bit_length()), min(64, 1 << (self.N - 1).bit_length())
+        BK, BN = min(32, power(self.K, 1)), min(64, power(self.N, 1))
         n, empty = self.vector(sums, self.rows, self.N + 1, self.K), start is None
         mlstm_sums_scan_kernel[(self.rows * cdiv(self.K, BK),)](
             sums, gates.gamma, sums if empty else start.contiguous(), n, self.N, self.K, sums.shape[1] // self.N, reverse, empty, BN, BK
@@ -313,12 +315,12 @@ class Call:
         return n
 
     def gate_gradients(self, log_i, qdq, kdk, inflow):
-        """dlog_i, dlog_f (B, T, H) from the sums of the kernels, each (tiles of K, B·H·N·L) or (tiles of K, blocks of rows)."""
-        L, G, blocks = self.L, max(1, 1024 // self.L), inflow.shape[1] * self.L // self.tokens
+        """dlog_i, dlog_f (B, T, H) from the sums of the kernels, each (tiles of K, B·H·N·L), and the inflow (tiles of K, B·H·N)."""
+        BH, grid = self._heads_together()
         dlog_i, dlog_f = (torch.empty_like(log_i, memory_format=torch.contiguous_format) for _ in range(2))
-        mlstm_gate_gradients_kernel[(self.rows * cdiv(self.N, G),)](
+        mlstm_gate_gradients_kernel[grid](
             qdq, kdk, inflow, self.reset, dlog_i, dlog_f, self.T, self.H, self.N, self.tokens, qdq.shape[0], kdk.shape[0],
-            G, L, blocks, self.reset is not None,
+            BH, self.L, self.reset is not None,
         )  # fmt: skip
         return dlog_i, dlog_f
 

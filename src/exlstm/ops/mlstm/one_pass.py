@@ -49,7 +49,7 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_to
             if i_v == 0:
                 tl.store(p_den + o_t, b_den)
         else:
-            b_p = d_p.load([i_bh.to(tl.int32), i_n * L, 0]).reshape(L, L)
+            b_p = d_p.load([(i_bh * N + i_n).to(tl.int32), 0, 0]).reshape(L, L)
             b_den = tl.load(p_den + o_t)
         b_h = tl.dot(b_q, b_c.to(DOT), input_precision="ieee") * b_beta[:, None]
         b_h = tl.dot(b_p, b_v, b_h, input_precision="ieee") * (1.0 / b_den)[:, None]

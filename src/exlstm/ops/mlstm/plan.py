@@ -23,26 +23,22 @@ class Tiles(NamedTuple):
 
 
 class TwoPass(NamedTuple):
-    """Chunk length L, rows a program, tokens that it reads at once, and the tiles of each kernel in two_pass.py and intra.py."""
+    """Chunk length L, tokens that `states` takes at once, and the tiles of each kernel in two_pass.py and intra.py."""
 
     L: int
     BT: int
-    BJ: int
     states: Tiles
     intra: Tiles
     outputs: Tiles
-    intra_backward: Tiles
     dq: Tiles
     dk: Tiles
     dv: Tiles
 
 
 class OnePass(NamedTuple):
-    """Chunk length L (rows a program too), whether `forward` works the scores out itself, and tiles; see one_pass.py."""
+    """Chunk length L, whether `forward` works the scores out itself, and the tiles of each kernel in one_pass.py and intra.py."""
 
     L: int
-    BT: int
-    BJ: int
     SCORES: bool
     intra: Tiles
     forward: Tiles
@@ -62,8 +58,8 @@ def choose(q, v, chunk: int) -> Plan:
     large = q.dtype == torch.bfloat16 and _shared_memory(q.device) >= 160 << 10
     two = _two_pass(K, V, q, large, rows)
     if chunk:
-        length = min(256, max(16, 1 << chunk.bit_length() - 1))
-        two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
+        length = min(two.L, max(16, 1 << chunk.bit_length() - 1))
+        two = two._replace(L=length, BT=min(two.BT, length))
     elif large and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
         return Plan(_one_pass(K, V, rows), two)
     return Plan(two, two)
@@ -82,22 +78,23 @@ def _one_pass(K, V, rows):
         BV //= 2
     # With one program on a multiprocessor, only its own loads can hide the memory's latency.
     stages = 2 if rows * V // BV >= 2 * FEW else 3
-    return OnePass(64, 64, 64, K <= 64, Tiles(min(K, 64), 64, 4, 2), Tiles(K, BV, 4, stages))
+    return OnePass(64, K <= 64, Tiles(min(K, 64), 64, 4, 2), Tiles(K, BV, 4, stages))
 
 
 def _two_pass(K, V, q, large, rows):
-    k32, v32, k64, v64 = min(K, 32), min(V, 32), min(K, 64), min(V, 64)
+    k64, v64, k128, v128 = min(K, 64), min(V, 64), min(K, 128), min(V, 128)
     if q.dtype != torch.bfloat16:
-        small = Tiles(k32, v32, 4, 1)
-        return TwoPass(64, 32, 32, Tiles(k64, v32, 4, 1), small, Tiles(k32, v64, 4, 1), small, Tiles(k64, v32, 4, 1), small, small)
+        # Products in float32 run outside the matrix units and want their operands in registers.
+        small = Tiles(16, 16, 8, 1)
+        return TwoPass(64, 32, Tiles(k64, min(V, 32), 4, 1), small, small, small, small, small)
     block = Tiles(k64, v64, 4, 2)
     if not large:
-        return TwoPass(64, 64, 64, *[block] * 7)
-    states = Tiles(min(K, 128), v64, 4, 3)
+        return TwoPass(64, 64, *[block] * 6)
+    states = Tiles(k128, v64, 4, 4)
     while states.BK * states.BV > 1024 and rows * K * V < FEW * states.BK * states.BV:
         states = states._replace(BV=states.BV // 2) if states.BV > states.BK else states._replace(BK=states.BK // 2)
-    wide, tall = Tiles(k64, min(V, 256), 8, 3), Tiles(min(K, 256), v64, 8, 3)
-    return TwoPass(256, 128, 64, states, block, wide, block._replace(STAGES=3), tall, tall, wide)
+    wide, tall = Tiles(k64, v128, 8, 3), Tiles(k128, v64, 8, 3)
+    return TwoPass(128, 64, states, block, wide, tall, tall, wide)
 
 
 def power(width, least=16):
