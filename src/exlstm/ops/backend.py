@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 
 TRITON = find_spec("triton") is not None
+# Asked for before triton is imported, or not at all; read once, as a step of decoding would feel it.
+INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 # A plain global and no ContextVar: torch.compile traces it, and compiles anew when it changes.
 _chosen: str | None = None
@@ -43,8 +45,8 @@ def kernels(x) -> bool:
 
     Never under the backends "reference" and "cpu", which are plain PyTorch.
     """
-    there = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return there and TRITON and chosen(None) not in ("reference", "cpu")
+    there = (x.is_cuda and TRITON) or (INTERPRETED and x.device.type == "cpu")
+    return there and chosen(None) not in ("reference", "cpu")
 
 
 def on(device):
