@@ -132,6 +132,17 @@ def test_conv_never_touches_padding():
     close(gradients(found, [poisoned, weight, state]), gradients(wanted, [x, weight, state]))
 
 
+@pytest.mark.parametrize("time", [1, 9])
+def test_conv_with_its_activation(time):
+    tensors, options = conv_case(4, time, True, True)
+    found, wanted = causal_conv(*tensors, **options, activation="silu"), plain_conv(*tensors, **options)
+    wanted = F.silu(wanted[0]), wanted[1]
+    close(found, wanted)
+    close(gradients(found, tensors), gradients(wanted, tensors))
+    with pytest.raises(ValueError, match="activation 'relu' is not one of silu, None"):
+        causal_conv(*tensors, activation="relu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
@@ -312,6 +323,18 @@ def test_norms_equal_their_formula(name):
     assert found.dtype == torch.bfloat16
     close([found], [plain_norm(norm, low.double())], 4e-3)
     assert norm(torch.zeros(shape)).isfinite().all()
+
+
+@pytest.mark.parametrize(("activation", "function"), [("sigmoid", torch.sigmoid), ("silu", F.silu)])
+def test_norm_with_its_gate_and_skip(activation, function):
+    norm, x = basic.HeadNorm(3, 4, dtype=torch.float64), draw(2, 5, 3, 4)
+    gate, skip, c = draw(2, 5, 12, seed=1), draw(12, seed=2), draw(2, 5, 12, seed=3)
+    found = [norm(x, gate, activation=activation), norm(x, gate, activation=activation, skip=(skip, c))]
+    wanted = [norm(x) * function(gate), (norm(x) + skip * c) * function(gate)]
+    close(found, wanted)
+    close(gradients(found, [x, gate, skip, c]), gradients(wanted, [x, gate, skip, c]))
+    with pytest.raises(ValueError, match="activation 'relu' is not one of sigmoid, silu"):
+        norm(x, gate, activation="relu")
 
 
 def test_hand_written_gradients_can_be_differentiated():

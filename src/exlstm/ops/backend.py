@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 
 TRITON = find_spec("triton") is not None
+# Asked for before triton is imported, or not at all; read once, as a step of decoding would feel it.
+INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 # A plain global and no ContextVar: torch.compile traces it, and compiles anew when it changes.
 _chosen: str | None = None
@@ -40,7 +42,7 @@ def exact(device):
 
 def triton_runs(x) -> bool:
     """Whether Triton can work on x: on a GPU, or in its interpreter, which is asked for by TRITON_INTERPRET=1."""
-    return TRITON and (x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
+    return (TRITON and x.is_cuda) or (INTERPRETED and x.device.type == "cpu")
 
 
 def kernels(x) -> bool:

@@ -1,6 +1,6 @@
 """What the gates of a sequence amount to, worked out once before the matrix kernels, and the gradients of the gates after them.
 
-The equations stand in `cpu.py`. A chunk of L tokens is rank one in its gates, so a few vectors are all that the other kernels read:
+The equations stand in `cpu.py`. A chunk of L tokens is rank one in its gates, so the other kernels read but a few vectors:
 u, M, α, β and exp(-m) of every token, γ of every chunk. Prefix sums run in float64 and in powers of two, in three small kernels:
 what each chunk does to the stabiliser, a scan over the chunks, and the rest. Vectors are (B·H, N·L), N chunks, float32.
 """
@@ -85,7 +85,9 @@ def mlstm_gates_local_kernel(p_i, p_f, p_reset, p_shift, p_floor, T, H, N, s_ib,
                              BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
     """What each chunk does to the stabiliser: m⁺ = max(m⁻ + shift, floor), both (B·H, N) float64."""
     i_b, i_n, o_h = _some_heads(H, N, BH)
-    b, _, top, document = _local_gates(p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh, BH, L, RESET)
+    b, _, top, document = _local_gates(
+        p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh, BH, L, RESET
+    )
     total, top = _last(b, L), _last(top, L)
     shift = total
     if RESET:
@@ -120,7 +122,9 @@ def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p
                        BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr, PAIR: tl.constexpr):  # fmt: skip
     """u, M, α, β, exp(-m) (B·H, N·L) and γ (B·H, N); u and M in powers of two, as pairs (high, low) where asked for."""
     i_b, i_n, o_h = _some_heads(H, N, BH)
-    b, u, top, document = _local_gates(p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh, BH, L, RESET)
+    b, u, top, document = _local_gates(
+        p_i, p_f, p_reset, i_b, o_h, i_n, T, H, s_ib, s_it, s_ih, s_fb, s_ft, s_fh, BH, L, RESET
+    )
     o_bh = i_b * H + o_h
     m = tl.load(p_m + o_bh * (N + 1) + i_n, mask=o_h < H, other=0.0)
     before = tl.zeros([BH, L], dtype=tl.float64) + m[:, None]
@@ -162,8 +166,8 @@ def tile(d, i_b, i_h, i_t, i_d, BT: tl.constexpr, BD: tl.constexpr, DOT: tl.cons
 
 @triton.jit(do_not_specialize=["T", "N"])
 def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, H, N, rows, tiles_q, tiles_k,
-                                BH: tl.constexpr, L: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
-    """dlog_i = k·dk and dlog_f_t = Σ over t ≤ r of (q·dq - k·dk)_r inside chunk and document, plus the inflow, (B, T, H) float32."""
+                                BH: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+    """dlog_i = k·dk; dlog_f_t = Σ over t ≤ r of (q·dq - k·dk)_r in chunk and document, plus the inflow, (B, T, H) float32."""
     i_b, i_n, o_h = _some_heads(H, N, BH)
     o_c, o_l = (i_b * H + o_h) * N + i_n, tl.arange(0, L)
     o, o_t = o_c[:, None] * L + o_l[None, :], (i_n * L + o_l).to(tl.int64)[None, :]
@@ -176,9 +180,10 @@ def mlstm_gate_gradients_kernel(p_qdq, p_kdk, p_inflow, p_reset, p_di, p_df, T, 
         p_qdq += rows
     for _ in range(tiles_k):
         b_k += tl.load(p_kdk + o, mask=there, other=0.0).to(tl.float64)
-        b_in += tl.load(p_inflow + o_c, mask=o_h < H, other=0.0).to(tl.float64)
+        for i_r in range(BLOCKS):
+            b_in += tl.load(p_inflow + o_c * BLOCKS + i_r, mask=o_h < H, other=0.0).to(tl.float64)
         p_kdk += rows
-        p_inflow += rows // L
+        p_inflow += rows // L * BLOCKS
     b_flow, b_in = b_q - b_k, b_in[:, None]
     if RESET:
         # From the end of the chunk back, a sum restarts where a document ends: at a token whose successor is another one's.
@@ -229,7 +234,9 @@ def mlstm_sums_scan_kernel(p_sums, p_gamma, p_start, p_n, N, K, PARTS: tl.conste
         o_i = i + tl.arange(0, BN)
         o_n = N - 1 - o_i if REVERSE else o_i
         inside = (o_i < N)[:, None] & (o_k < K)[None, :]
-        gamma = tl.load(p_gamma + i_bh * N + o_n, mask=o_i < N, other=1.0)[:, None] + tl.zeros([BN, BK], dtype=tl.float32)
+        gamma = tl.load(p_gamma + i_bh * N + o_n, mask=o_i < N, other=1.0)[:, None] + tl.zeros(
+            [BN, BK], dtype=tl.float32
+        )
         sums = tl.zeros([BN, BK], dtype=tl.float32)
         for i_part in tl.static_range(PARTS):
             sums += tl.load(p_sums + (o_n * PARTS + i_part)[:, None] * K + o_k[None, :], mask=inside, other=0.0)
@@ -310,17 +317,27 @@ class Call:
         BK, BN = min(32, power(self.K, 1)), min(64, power(self.N, 1))
         n, empty = self.vector(sums, self.rows, self.N + 1, self.K), start is None
         mlstm_sums_scan_kernel[(self.rows * cdiv(self.K, BK),)](
-            sums, gates.gamma, sums if empty else start.contiguous(), n, self.N, self.K, sums.shape[1] // self.N, reverse, empty, BN, BK
+            sums,
+            gates.gamma,
+            sums if empty else start.contiguous(),
+            n,
+            self.N,
+            self.K,
+            sums.shape[1] // self.N,
+            reverse,
+            empty,
+            BN,
+            BK,
         )
         return n
 
     def gate_gradients(self, log_i, qdq, kdk, inflow):
-        """dlog_i, dlog_f (B, T, H) from the sums of the kernels, each (tiles of K, B·H·N·L), and the inflow (tiles of K, B·H·N)."""
+        """dlog_i, dlog_f (B, T, H) from the kernels' sums (tiles of K, B·H·N·L) and inflow (tiles of K, blocks of rows)."""
         BH, grid = self._heads_together()
         dlog_i, dlog_f = (torch.empty_like(log_i, memory_format=torch.contiguous_format) for _ in range(2))
         mlstm_gate_gradients_kernel[grid](
             qdq, kdk, inflow, self.reset, dlog_i, dlog_f, self.T, self.H, self.N, self.tokens, qdq.shape[0], kdk.shape[0],
-            BH, self.L, self.reset is not None,
+            BH, self.L, inflow.shape[1] * self.L // self.tokens, self.reset is not None,
         )  # fmt: skip
         return dlog_i, dlog_f
 

@@ -49,7 +49,7 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_to
             if i_v == 0:
                 tl.store(p_den + o_t, b_den)
         else:
-            b_p = d_p.load([(i_bh * N + i_n).to(tl.int32), 0, 0]).reshape(L, L)
+            b_p = d_p.load([i_bh.to(tl.int32), i_n * L, 0]).reshape(L, L)
             b_den = tl.load(p_den + o_t)
         b_h = tl.dot(b_q, b_c.to(DOT), input_precision="ieee") * b_beta[:, None]
         b_h = tl.dot(b_p, b_v, b_h, input_precision="ieee") * (1.0 / b_den)[:, None]
@@ -65,7 +65,7 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_to
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps):
-    """h, the last C, n of every chunk, den and s."""
+    """h, the last C, n of every chunk, den and s; no C of the chunks, which the backward works out again."""
     L, (BK, BV, *_) = plan.L, plan.forward
     ns = call.normalisers(k, gates, n)
     if plan.SCORES:
@@ -76,6 +76,7 @@ def forward(plan, call, q, k, v, gates, c, n, eps):
     mlstm_forward_kernel[(call.rows * cdiv(call.V, BV),)](
         heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(), c_last,
         ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
-        call.H, call.N, call.K, call.V, call.scale, eps, L=L, SCORES=plan.SCORES, DOT=call.dot, **call.flags, **plan.forward._asdict(),
+        call.H, call.N, call.K, call.V, call.scale, eps, L=L, SCORES=plan.SCORES, DOT=call.dot, **call.flags,
+        **plan.forward._asdict(),
     )  # fmt: skip
-    return h.contiguous(), c_last, ns, den, s
+    return h.contiguous(), c_last, ns, den, s, None

@@ -23,22 +23,26 @@ class Tiles(NamedTuple):
 
 
 class TwoPass(NamedTuple):
-    """Chunk length L, tokens that `states` takes at once, and the tiles of each kernel in two_pass.py and intra.py."""
+    """Chunk length L, rows a program, tokens that it reads at once, and the tiles of each kernel in two_pass.py and intra.py."""
 
     L: int
     BT: int
+    BJ: int
     states: Tiles
     intra: Tiles
     outputs: Tiles
+    intra_backward: Tiles
     dq: Tiles
     dk: Tiles
     dv: Tiles
 
 
 class OnePass(NamedTuple):
-    """Chunk length L, whether `forward` works the scores out itself, and the tiles of each kernel in one_pass.py and intra.py."""
+    """Chunk length L (rows a program too), whether `forward` works the scores out itself, and tiles; see one_pass.py."""
 
     L: int
+    BT: int
+    BJ: int
     SCORES: bool
     intra: Tiles
     forward: Tiles
@@ -58,8 +62,8 @@ def choose(q, v, chunk: int) -> Plan:
     large = q.dtype == torch.bfloat16 and _shared_memory(q.device) >= 160 << 10
     two = _two_pass(K, V, q, large, rows)
     if chunk:
-        length = min(two.L, max(16, 1 << chunk.bit_length() - 1))
-        two = two._replace(L=length, BT=min(two.BT, length))
+        length = min(256, max(16, 1 << chunk.bit_length() - 1))
+        two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
     elif large and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
         return Plan(_one_pass(K, V, rows), two)
     return Plan(two, two)
@@ -71,6 +75,12 @@ def padded_length(plan: Plan, time: int, save: bool) -> int:
     return cdiv(time, length) * length
 
 
+def memories(count: int, keys: int, values: int, dtype) -> tuple[int, int, int]:
+    """Shape of `count` memories between the kernels: rows start at multiples of 16 bytes, as the copy engine wants them."""
+    whole = 16 // dtype.itemsize
+    return count, keys, cdiv(values, whole) * whole
+
+
 def _one_pass(K, V, rows):
     # Columns of a memory that a program keeps in registers: fewer where there are few sequences and heads.
     BV = min(V, 8192 // K)
@@ -78,23 +88,35 @@ def _one_pass(K, V, rows):
         BV //= 2
     # With one program on a multiprocessor, only its own loads can hide the memory's latency.
     stages = 2 if rows * V // BV >= 2 * FEW else 3
-    return OnePass(64, K <= 64, Tiles(min(K, 64), 64, 4, 2), Tiles(K, BV, 4, stages))
+    return OnePass(64, 64, 64, K <= 64, Tiles(min(K, 64), 64, 4, 2), Tiles(K, BV, 4, stages))
 
 
 def _two_pass(K, V, q, large, rows):
     k64, v64, k128, v128 = min(K, 64), min(V, 64), min(K, 128), min(V, 128)
     if q.dtype != torch.bfloat16:
         # Products in float32 run outside the matrix units and want their operands in registers.
-        small = Tiles(16, 16, 8, 1)
-        return TwoPass(64, 32, Tiles(k64, min(V, 32), 4, 1), small, small, small, small, small)
+        small = Tiles(min(K, 32), min(V, 32), 4, 1)
+        states, wide, tall = Tiles(k64, small.BV, 4, 1), Tiles(small.BK, v64, 4, 1), Tiles(k64, small.BV, 4, 1)
+        return TwoPass(64, 32, 32, states, small, wide, small, tall, small, small)
     block = Tiles(k64, v64, 4, 2)
     if not large:
-        return TwoPass(64, 64, *[block] * 6)
-    states = Tiles(k128, v64, 4, 4)
-    while states.BK * states.BV > 1024 and rows * K * V < FEW * states.BK * states.BV:
-        states = states._replace(BV=states.BV // 2) if states.BV > states.BK else states._replace(BK=states.BK // 2)
+        return TwoPass(64, 64, 64, *[block] * 7)
+    if K <= 64:
+        # What happens inside the chunks is most of the work, and grows with their length.
+        wide = Tiles(K, v128, 4, 2)
+        return TwoPass(64, 64, 64, _spread(Tiles(K, v128, 8, 3), rows * K * V), block, wide, wide, block, block, wide)
+    states = _spread(Tiles(k128, v64, 4, 4), rows * K * V)
     wide, tall = Tiles(k64, v128, 8, 3), Tiles(k128, v64, 8, 3)
-    return TwoPass(128, 64, states, block, wide, tall, tall, wide)
+    # The wider a head, the more its memories weigh, and the longer the chunks should be.
+    return TwoPass(128 if K <= 128 else 256, 128, 64, states, block, wide, block._replace(STAGES=3), tall, tall, wide)
+
+
+def _spread(tiles, numbers):
+    """Smaller tiles of a memory where `numbers` in all memories would keep too few programs busy."""
+    while tiles.BK * tiles.BV > 1024 and numbers < FEW * tiles.BK * tiles.BV:
+        wider = tiles.BV > tiles.BK
+        tiles = tiles._replace(BV=tiles.BV // 2) if wider else tiles._replace(BK=tiles.BK // 2)
+    return tiles._replace(num_warps=min(tiles.num_warps, 4)) if tiles.BK * tiles.BV < 8192 else tiles
 
 
 def power(width, least=16):

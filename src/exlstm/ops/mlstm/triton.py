@@ -1,7 +1,7 @@
 """mLSTM on a GPU: the Triton kernels of one_pass.py and two_pass.py behind the operator's signature, with their exact backward.
 
-Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), and n of
-every chunk; everything else is worked out again.
+Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
+every chunk, and C of every chunk where the forward wrote it, a third of what q, k, v and h take; the rest is worked out again.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import OnePass, choose, padded_length
+from exlstm.ops.mlstm.plan import OnePass, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,8 +56,8 @@ def _kernels(plan):
 def _mlstm_triton(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk, and C where it was written."""
     from exlstm.ops.mlstm.gates import Call, aligned
 
     plan = choose(q, v, chunk)
@@ -65,18 +65,19 @@ def _mlstm_triton(
     with backends.on(q.device):
         gates = call.gates(log_i, log_f, m)
         kernels, tensors = _kernels(plan.forward), (aligned(q), aligned(k), aligned(v))
-        h, c_last, ns, den, s = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps)
+        h, c_last, ns, den, s, cs = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps)
     memory = c_last.view(c.shape), ns[:, -1].reshape(n.shape).clone(), gates.last_m.view(m.shape)
     # n at the start of the backward's chunks, which may be longer.
     kept = ns[:, :: plan.backward.L // plan.forward.L].contiguous()
-    saved = (den, s, kept) if save else (ns.new_empty(0) for _ in range(3))
+    saved = [x if save and x is not None else ns.new_empty(0) for x in (den, s, kept)]
+    saved.append(cs if save and cs is not None else ns.new_empty(0, dtype=call.dtype))
     return h, *memory, *saved
 
 
 @torch.library.custom_op("exlstm::mlstm_triton_backward", mutates_args=())
 def _mlstm_triton_backward(
     dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor, cs: Tensor,
     scale: float, normalize: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory."""
@@ -91,7 +92,7 @@ def _mlstm_triton_backward(
         gates = call.gates(log_i, log_f, m)
         q, k, v, h, dh = (aligned(x) for x in (q, k, v, h, dh))
         dq, dk, dv, flows, dc, dn = _kernels(plan).backward(
-            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns)
+            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns, cs if cs.numel() else None)
         )
         dlog_i, dlog_f = call.gate_gradients(log_i, *flows)
     return dq, dk, dv, dlog_i, dlog_f, dc.view(c.shape), dn.view(n.shape)
@@ -102,12 +103,15 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
     memory = [v.new_empty(v.shape), *(x.new_empty(x.shape) for x in (c, n, m))]
     plan, rows = choose(q, v, chunk), m.numel()
     tokens = padded_length(plan, q.shape[1], save)
-    saved = [(rows, tokens), (rows, tokens), (rows, tokens // plan.backward.L + 1, q.shape[-1])] if save else [(0,)] * 3
-    return *memory, *(c.new_empty(shape) for shape in saved)
+    chunks = tokens // plan.backward.L
+    saved = [(rows, tokens), (rows, tokens), (rows, chunks + 1, q.shape[-1])] if save else [(0,)] * 3
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else torch.float32
+    kept = memories(rows * chunks, *c.shape[2:], dtype) if save and plan.forward == plan.backward else (0,)
+    return *memory, *(c.new_empty(shape) for shape in saved), c.new_empty(kept, dtype=dtype)
 
 
 @_mlstm_triton_backward.register_fake
-def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, scale, normalize, chunk):
+def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, cs, scale, normalize, chunk):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_i, log_f, c, n))
 
 
