@@ -71,8 +71,8 @@ def mlstm_intra_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_u_low, p_top_low, p_bet
 
 
 @triton.jit(do_not_specialize=["N"])
-def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, p_u_low, p_top_low, p_beta, p_document, p_den, p_s,
-                                p_w, p_wn, p_sums, H, N, K, V, scale,
+def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, p_u_low, p_top_low, p_beta, p_document, p_den,
+                                p_s, p_w, p_wn, p_sums, H, N, K, V, scale,
                                 L: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
                                 RESET: tl.constexpr, PAIR: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
                                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip

@@ -13,7 +13,7 @@ from exlstm.ops.mlstm.plan import cdiv
 
 
 @triton.jit(do_not_specialize=["N"])
-def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta, p_gamma,
+def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta, p_gamma,
                          p_den, p_s, H, N, K, V, scale, eps,
                          L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCORES: tl.constexpr, NORM: tl.constexpr,
                          RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
@@ -25,6 +25,7 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_to
     o_c = i_bh * K * V + o_k[:, None] * V + o_v[None, :]
     inside = (o_k < K)[:, None] & (o_v < V)[None, :]
     b_c = tl.load(p_c0 + o_c, mask=inside, other=0.0)
+    b_n = tl.load(p_n0 + i_bh * K + o_k, mask=o_k < K, other=0.0)
     for i_n in tl.range(0, N, num_stages=STAGES):
         b_q = tile(d_q, i_b, i_h, i_n * L, 0, L, BK, DOT)
         b_k = tile(d_k, i_b, i_h, i_n * L, 0, L, BK, DOT)
@@ -41,7 +42,7 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_to
             b_p = b_s.to(DOT)
             b_den = tl.load(p_floor + o_t)
             if NORM:
-                b_n = tl.load(p_n + (i_bh * (N + 1) + i_n) * K + o_k, mask=o_k < K, other=0.0)
+                tl.store(p_n + (i_bh * (N + 1) + i_n) * K + o_k, b_n, mask=(o_k < K) & (i_v == 0))
                 b_sum = tl.sum(b_s, 1) + b_beta * tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
                 if i_v == 0:
                     tl.store(p_s + o_t, tl.where(tl.abs(b_sum) > b_den, b_sum, 0.0))
@@ -56,26 +57,31 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_n, p_u, p_to
         d_h.store([i_b, i_h, i_n * L, i_v], b_h.to(d_h.dtype).reshape(1, 1, L, BV))
         b_c *= tl.load(p_gamma + i_bh * N + i_n)
         b_w = tl.load(p_alpha + o_t)[:, None]
+        if SCORES:
+            b_n = b_n * tl.load(p_gamma + i_bh * N + i_n) + tl.sum(b_k.to(tl.float32) * b_w, 0)
         # The weights go where there are fewer numbers.
         if BK <= BV:
             b_c = tl.dot((b_k.to(tl.float32) * b_w).to(DOT).T, b_v, b_c, input_precision="ieee")
         else:
             b_c = tl.dot(b_k.T, (b_v.to(tl.float32) * b_w).to(DOT), b_c, input_precision="ieee")
     tl.store(p_c_last + o_c, b_c, mask=inside)
+    if SCORES:
+        tl.store(p_n + (i_bh * (N + 1) + N) * K + o_k, b_n, mask=(o_k < K) & (i_v == 0))
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps):
     """h, the last C, n of every chunk, den and s; no C of the chunks, which the backward works out again."""
     L, (BK, BV, *_) = plan.L, plan.forward
-    ns = call.normalisers(k, gates, n)
     if plan.SCORES:
+        ns = call.vector(n, call.rows, call.N + 1, call.K)
         p, den, s = padded(ns, (1, 1, L), call.dtype), call.vector(ns), call.vector(ns)
     else:
+        ns = call.normalisers(k, gates, n)
         p, den, s = intra(call, plan, q, k, ns, gates, eps)
     h, c_last = padded(v, v.shape), call.vector(den, call.rows, call.K, call.V)
     mlstm_forward_kernel[(call.rows * cdiv(call.V, BV),)](
-        heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(), c_last,
-        ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
+        heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(),
+        n.contiguous(), c_last, ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
         call.H, call.N, call.K, call.V, call.scale, eps, L=L, SCORES=plan.SCORES, DOT=call.dot, **call.flags,
         **plan.forward._asdict(),
     )  # fmt: skip
