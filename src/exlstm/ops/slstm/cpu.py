@@ -37,22 +37,32 @@ def cpu(x, r, h, c, n, m, reset, mask):
 
 
 def _decode(x, r, h, c, n, m):
-    """One token without gradients: the recurrence as it stands."""
-    dtype, (batch, _, heads, _, width) = c.dtype, x.shape
-    with exact(x.device):
-        recurrent = torch.bmm(h.transpose(0, 1), cast(r, dtype).flatten(1, 2).mT)  # (H, B, 4 D)
-        g = recurrent.view(heads, batch, 4, width).permute(2, 1, 0, 3) + cast(x, dtype).squeeze(1).permute(2, 0, 1, 3)
-        i, f, z, o = g  # (B, H, D)
-        f, z, o = (t.numpy() for t in (torch.nn.functional.logsigmoid(f), torch.tanh(z), torch.sigmoid(o)))
-    i, c, n, m = (t.detach().numpy() for t in (i, c, n, m))
+    """One token without gradients."""
+    wide, weights, h = (cast(t.detach(), c.dtype).numpy() for t in (x, r, h))
+    state = decode(recurrent(h, weights) + wide[:, 0].swapaxes(0, 1), c, n, m)
+    return state[0].to(x.dtype, copy=True).unsqueeze(1), *state
+
+
+def recurrent(h, r):
+    """R h (H, B, 4, D) of arrays h (B, H, D) and r (H, 4, D, D)."""
+    heads, gates, width, _ = r.shape
+    products = np.matmul(h.swapaxes(0, 1), r.reshape(heads, -1, width).swapaxes(1, 2))  # (H, B, 4 D)
+    return products.reshape(heads, -1, gates, width)
+
+
+def decode(g, c, n, m):
+    """One token: the recurrence as it stands, from an array of whole gates (H, B, 4, D) and a memory (B, H, D) of tensors."""
+    i, f, z, o = np.ascontiguousarray(g.transpose(2, 1, 0, 3))  # (B, H, D)
+    c, n, m = (t.detach().numpy() for t in (c, n, m))
+    kept = torch.nn.functional.softplus(torch.from_numpy(f), -1, 40).numpy()  # logsigmoid
     with np.errstate(over="ignore", under="ignore"):
-        kept = f + np.where(n > 0, m, -np.inf).astype(m.dtype)
+        kept += m
+        kept[n == 0] = -np.inf
         m = np.maximum(kept, i)
         f, i = np.exp(kept - m), np.exp(i - m)
-        c, n = f * c + i * z, f * n + i
-        h = o * c / n
-    state = [torch.from_numpy(s) for s in (h, c, n, m)]
-    return state[0].to(x.dtype, copy=True).unsqueeze(1), *state
+        c, n = f * c + i * np.tanh(z), f * n + i
+        h = c / (n * (1 + np.exp(-o)))
+    return [torch.from_numpy(s) for s in (h, c, n, m)]
 
 
 @torch.library.custom_op("exlstm::slstm_cpu", mutates_args=())
