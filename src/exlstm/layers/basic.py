@@ -121,6 +121,11 @@ class HeadNorm(nn.Module):
         y = F.layer_norm(_wide(x), (self.d_head,), eps=self.eps).flatten(-2)  # (..., H·D)
         return cast(y * self.weight, x.dtype)
 
+    def decode(self, x):
+        """The same for an array of one token, (B, H, D) -> (B, H·D)."""
+        y = F.layer_norm(torch.from_numpy(x), (self.d_head,), None, None, self.eps).numpy().reshape(len(x), -1)
+        return np.multiply(y, parameter(self, "weight"), out=y)
+
     def extra_repr(self):
         return f"{self.n_heads}, {self.d_head}, eps={self.eps}"
 
@@ -205,8 +210,8 @@ class CausalConv(nn.Module):
         return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask)
 
     def decode(self, x, state):
-        """The same for one token of arrays: x (B, D), state (B, width-1, D) -> SiLU(y) (B, D), next state, a tensor."""
-        y, state = decode(x, array(self.weight), array(self.bias), state)
+        """The same for an array of one token: x (B, D) -> SiLU(y) (B, D), and the next state as a tensor."""
+        y, state = decode(x, parameter(self, "weight"), parameter(self, "bias"), array(state))
         return silu(y), torch.from_numpy(state)
 
     def extra_repr(self):
@@ -270,14 +275,31 @@ def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bo
     return fits and chosen(None) in ("auto", "cpu")
 
 
+# Parts of a layer for one token: functions of arrays, called inside `token_errors`.
+token_errors = np.errstate(over="ignore", under="ignore")
+
+
 def array(x: Tensor):
     """The NumPy array over the memory of a tensor, without its gradient."""
     return x.detach().numpy()
 
 
+def parameter(module: nn.Module, name: str):
+    """The array of a module's parameter; a module's own look-up would take as long as the arithmetic."""
+    held = module._parameters.get(name)
+    return array(getattr(module, name) if held is None else held)
+
+
+def project(linear: nn.Module, x):
+    """linear(x) for x (B, D): by torch, whose threads NumPy's would fight; a plain one without the detour of a module's call."""
+    x, held = torch.from_numpy(x), linear._parameters
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or len(held) != 2:
+        return array(linear(x))
+    return array(F.linear(x, held["weight"], held["bias"]))
+
+
 def silu(x):
-    """x · sigmoid(x) of an array."""
-    with np.errstate(over="ignore"):
-        y = np.exp(-x)
+    """x · sigmoid(x)."""
+    y = np.exp(-x)
     y += 1
     return np.divide(x, y, out=y)

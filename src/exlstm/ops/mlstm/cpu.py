@@ -32,6 +32,8 @@ from exlstm.ops.backend import cast, exact
 M_MAX = 60.0
 # Numbers in flight that a block of chunks may take, so that its matrices stay in a core's cache.
 BLOCK_NUMBERS = 1 << 21
+# Numbers in a memory up to which NumPy reads it faster, on one core.
+SMALL = 1 << 16
 
 
 class Gates(NamedTuple):
@@ -89,7 +91,8 @@ def _step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
 def _decode(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
     """`_step` without gradients and resets."""
     inputs = (cast(x.detach(), c.dtype).numpy()[:, 0] for x in (q, k, v, log_i, log_f))
-    h, *memory = decode(*inputs, c, n, m, scale, normalize, eps)
+    with np.errstate(over="ignore", under="ignore"):
+        h, *memory = decode(*inputs, c, n, m, scale, normalize, eps)
     return torch.from_numpy(h).unsqueeze(1), *memory
 
 
@@ -99,20 +102,23 @@ def decode(q, k, v, log_i, log_f, c, n, m, scale, normalize=True, eps=0.0):
     A call of torch costs more than the arithmetic of a token: NumPy does everything but the two passes over c.
     """
     n, m = n.detach().numpy(), m.detach().numpy()
-    with np.errstate(over="ignore", under="ignore"):
-        kept = log_f + m
-        m = np.maximum(kept, log_i)
-        f = np.exp(kept - m)[..., None]  # (B, H, 1)
-        k = k * np.exp(log_i - m)[..., None]
-        n = n * f
-        n += k
-        denominator = np.exp(-np.minimum(m, M_MAX))
+    kept = log_f + m
+    m = np.maximum(kept, log_i)
+    f = np.exp(kept - m)[..., None]  # (B, H, 1)
+    k = k * np.exp(log_i - m)[..., None]
+    n = n * f
+    n += k
+    denominator = np.exp(-np.minimum(m, M_MAX))
     c = torch.mul(c.detach(), torch.from_numpy(f[..., None]))
     c.addcmul_(torch.from_numpy(k[..., None]), torch.from_numpy(v[..., None, :]))
     if normalize:
-        np.maximum(np.abs(scale * np.einsum("bhk,bhk->bh", q, n)), denominator, out=denominator)
+        inner = np.matmul(q[..., None, :], n[..., None])[..., 0, 0]  # (B, H)
+        np.maximum(np.abs(scale * inner), denominator, out=denominator)
         denominator += eps
-    h = np.matmul(q[..., None, :], c.numpy())[..., 0, :]
+    if c.numel() <= SMALL:
+        h = np.matmul(q[..., None, :], c.numpy())[..., 0, :]
+    else:
+        h = torch.matmul(torch.from_numpy(q[..., None, :]), c).numpy()[..., 0, :]
     h *= (scale / denominator)[..., None]
     return h, c, torch.from_numpy(n), torch.from_numpy(m)
 

@@ -39,7 +39,8 @@ def cpu(x, r, h, c, n, m, reset, mask):
 def _decode(x, r, h, c, n, m):
     """One token without gradients."""
     wide, weights, h = (cast(t.detach(), c.dtype).numpy() for t in (x, r, h))
-    state = decode(recurrent(h, weights) + wide[:, 0].swapaxes(0, 1), c, n, m)
+    with np.errstate(over="ignore", under="ignore"):
+        state = decode(recurrent(h, weights) + wide[:, 0].swapaxes(0, 1), c, n, m)
     return state[0].to(x.dtype, copy=True).unsqueeze(1), *state
 
 
@@ -55,13 +56,12 @@ def decode(g, c, n, m):
     i, f, z, o = np.ascontiguousarray(g.transpose(2, 1, 0, 3))  # (B, H, D)
     c, n, m = (t.detach().numpy() for t in (c, n, m))
     kept = torch.nn.functional.softplus(torch.from_numpy(f), -1, 40).numpy()  # logsigmoid
-    with np.errstate(over="ignore", under="ignore"):
-        kept += m
-        kept[n == 0] = -np.inf
-        m = np.maximum(kept, i)
-        f, i = np.exp(kept - m), np.exp(i - m)
-        c, n = f * c + i * np.tanh(z), f * n + i
-        h = c / (n * (1 + np.exp(-o)))
+    kept += m
+    kept[n == 0] = -np.inf
+    m = np.maximum(kept, i)
+    f, i = np.exp(kept - m), np.exp(i - m)
+    c, n = f * c + i * np.tanh(z), f * n + i
+    h = c / (n * (1 + np.exp(-o)))
     return [torch.from_numpy(s) for s in (h, c, n, m)]
 
 
