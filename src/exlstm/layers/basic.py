@@ -2,13 +2,17 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.ops.backend import cast
-from exlstm.ops.conv import causal_conv
+from exlstm.ops.backend import cast, chosen
+from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.norm import head_norm
+
+# Numbers in a tensor up to which NumPy is the faster one.
+SMALL = 1 << 13
 
 
 class RMSNorm(nn.Module):
@@ -26,12 +30,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = _wide(x), _wide(self.weight)
+        if x.numel() <= SMALL and x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return cast(_rms_norm(wide, weight, self.eps), x.dtype)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return cast(_RMSNorm.apply(wide, weight, self.eps), x.dtype)
         return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def _rms_norm(x, weight, eps):
+    """The same without gradients, where a call of torch costs more than the arithmetic."""
+    x, weight = array(x), array(weight)
+    scale = np.einsum("...d,...d->...", x, x)[..., None]
+    scale *= 1 / x.shape[-1]
+    scale += eps
+    y = x / np.sqrt(scale, out=scale)
+    y *= weight
+    return torch.from_numpy(y)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -114,6 +131,11 @@ class HeadNorm(nn.Module):
     ) -> Tensor:
         """x (..., H, D), gate (..., H·D) or None, skip a pair whose product is added before the gate -> (..., H·D)."""
         return head_norm(x, self.weight, gate, eps=self.eps, activation=activation, skip=skip)
+
+    def decode(self, x):
+        """The same for an array of one token, (B, H, D) -> (B, H·D)."""
+        y = F.layer_norm(torch.from_numpy(x), (self.d_head,), None, None, self.eps).numpy().reshape(len(x), -1)
+        return np.multiply(y, parameter(self, "weight"), out=y)
 
     def extra_repr(self):
         return f"{self.n_heads}, {self.d_head}, eps={self.eps}"
@@ -204,6 +226,11 @@ class CausalConv(nn.Module):
         """x (B, T, D), state (B, width-1, D) or None -> y (B, T, D) and the next state."""
         return causal_conv(x, self.weight, self.bias, state, reset=reset, mask=mask, activation=activation)
 
+    def decode(self, x, state):
+        """The same for an array of one token: x (B, D) -> SiLU(y) (B, D), and the next state as a tensor."""
+        y, state = decode(x, parameter(self, "weight"), parameter(self, "bias"), array(state))
+        return silu(y), torch.from_numpy(state)
+
     def extra_repr(self):
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}"
 
@@ -244,3 +271,52 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
             raise ValueError(f"lengths go from {low} to {high}, wanted 0 to T = {time}")
     valid = torch.arange(time, device=device) < lengths.to(device)[:, None]  # (B, T)
     return valid if mask is None else valid & mask
+
+
+def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bool:
+    """Whether the call is one token on a CPU that nobody differentiates, with a state of tensors of those `shapes` a row, all
+    in the dtype of x and of the layer's `weight`: then NumPy may do what stands between the layer's projections, since a call
+    of torch costs more than the arithmetic of a token. Whatever else comes takes the way that checks and casts."""
+    batch, steps, _ = x.shape
+    if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    dtype, state = x.dtype, memory if conv is None else (conv, *memory)
+    if len(state) != len(shapes) or type(x) is not Tensor or type(weight) is not nn.Parameter:
+        return False
+    for tensor, shape in zip(state, shapes):
+        if type(tensor) is not Tensor or tensor.shape != (batch, *shape) or tensor.dtype != dtype or not tensor.is_cpu:
+            return False
+    fits = x.is_cpu and weight.dtype == dtype and (dtype == torch.float32 or dtype == torch.float64)
+    return fits and chosen(None) in ("auto", "cpu")
+
+
+# Parts of a layer for one token: functions of arrays, called inside `token_errors`.
+token_errors = np.errstate(over="ignore", under="ignore")
+
+
+def array(x: Tensor):
+    """The NumPy array over the memory of a tensor, without its gradient."""
+    return x.detach().numpy()
+
+
+def parameter(module: nn.Module, name: str):
+    """The array of a module's parameter; a module's own look-up would take as long as the arithmetic."""
+    held = module._parameters.get(name)
+    return array(getattr(module, name) if held is None else held)
+
+
+def project(linear: nn.Module, x):
+    """linear(x) for x (B, D): by torch, whose threads NumPy's would fight; a plain one without the detour of a module's call."""
+    x, held = torch.from_numpy(x), linear._parameters
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or len(held) != 2:
+        return array(linear(x))
+    return array(F.linear(x, held["weight"], held["bias"]))
+
+
+def silu(x):
+    """x · sigmoid(x)."""
+    y = np.exp(-x)
+    y += 1
+    return np.divide(x, y, out=y)

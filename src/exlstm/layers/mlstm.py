@@ -4,13 +4,27 @@ q, k = W_q x', W_k x'  (x' = SiLU(conv(x)), or x)    v, o = W_v x, W_o x    ĩ, 
 y = W_out (norm_head(mlstm(q, k, v, ĩ, logsigmoid f̃)) ⊙ sigmoid(o))
 """
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, soft_cap, valid_mask
+from exlstm.layers.basic import (
+    CausalConv,
+    HeadNorm,
+    array,
+    check_input,
+    init_linear,
+    is_token,
+    parameter,
+    project,
+    soft_cap,
+    token_errors,
+    valid_mask,
+)
 from exlstm.ops.backend import cast, exact
-from exlstm.ops.mlstm import mlstm
+from exlstm.ops.mlstm import MLSTMState, mlstm
+from exlstm.ops.mlstm.cpu import decode
 
 
 class mLSTM(nn.Module):
@@ -58,6 +72,8 @@ class mLSTM(nn.Module):
         self.gate = nn.Linear(d_model, 2 * n_heads, **new)  # rows: input gates, forget gates
         self.norm = HeadNorm(n_heads, d_model // n_heads, **new)
         self.out = nn.Linear(d_model, d_model, bias=False, **new)
+        head, past = d_model // n_heads, ((conv - 1, d_model),) * bool(conv)
+        self.shapes = (*past, (n_heads, keys, head), (n_heads, keys), (n_heads,))  # of a row's state
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -80,10 +96,30 @@ class mLSTM(nn.Module):
             log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
             return log_i, F.logsigmoid(f)
 
+    @token_errors
+    def _token(self, x, conv, memory):
+        """`forward` for an array of one token (B, D), in NumPy."""
+        batch, heads, mixed = len(x), self.n_heads, x
+        if self.conv is not None:
+            mixed, conv = self.conv.decode(x, conv)
+        q, k = (project(linear, mixed).reshape(batch, heads, -1) for linear in (self.q, self.k))  # (B, H, K)
+        v = project(self.v, x).reshape(batch, heads, -1)  # (B, H, V)
+        pre = np.matmul(x, parameter(self.gate, "weight").T)  # (B, 2 H)
+        pre += parameter(self.gate, "bias")
+        if self.gate_cap:
+            pre = self.gate_cap * np.tanh(pre / self.gate_cap)
+        log_f = -np.logaddexp(0, -pre[:, heads:])
+        h, *memory = decode(q, k, v, pre[:, :heads], log_f, *memory, q.shape[-1] ** -0.5, eps=self.eps)
+        y = self.norm.decode(h)
+        y /= 1 + np.exp(-project(self.o, x))
+        return torch.from_numpy(project(self.out, y)).unsqueeze(1), (conv, MLSTMState(*memory))
+
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
+        if is_token(x, self.q._parameters.get("weight"), mask, reset, conv, memory, self.shapes):
+            return self._token(array(x)[:, 0], conv, memory)
         mixed = x
         if self.conv is not None:
             mixed, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")

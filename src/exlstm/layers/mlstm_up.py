@@ -4,13 +4,28 @@ u, z = W_up x      c = SiLU(conv(u))      q, k = W_q c, W_k c      v = W_v u    
 ĩ, f̃ = W [q, k, v] + b      y = W_down ((norm_head(mlstm(q, k, v, ĩ, logsigmoid f̃)) + skip ⊙ c) ⊙ SiLU(z))
 """
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, valid_mask, width
+from exlstm.layers.basic import (
+    CausalConv,
+    HeadNorm,
+    array,
+    check_input,
+    init_linear,
+    is_token,
+    parameter,
+    project,
+    silu,
+    token_errors,
+    valid_mask,
+    width,
+)
 from exlstm.ops.backend import cast, exact
-from exlstm.ops.mlstm import mlstm
+from exlstm.ops.mlstm import MLSTMState, mlstm
+from exlstm.ops.mlstm.cpu import decode
 
 
 def _join(blocks, side):
@@ -64,6 +79,8 @@ class mLSTMUp(nn.Module):
         self.norm = HeadNorm(n_heads, inner // n_heads, eps=1e-5, **new)
         self.skip = nn.Parameter(torch.empty(inner, **new))
         self.out = nn.Linear(inner, d_model, bias=False, **new)
+        head = inner // n_heads
+        self.shapes = (conv - 1, inner), (n_heads, head, head), (n_heads, head), (n_heads,)  # of a row's state
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -105,10 +122,36 @@ class mLSTMUp(nn.Module):
             log_i, f = pre.chunk(2, -1)
             return log_i, F.logsigmoid(f)
 
+    @token_errors
+    def _token(self, x, conv, memory):
+        """`forward` for an array of one token (B, D), in NumPy."""
+        x = project(self.up, x)
+        u, z = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]  # (B, inner)
+        qkv = parameter(self, "qkv")
+        batch, heads, blocks, side = len(u), self.n_heads, *qkv.shape[1:3]
+        c, conv = self.conv.decode(u, conv)
+        # The blocks stand last, so that the sum over a block's few inputs runs over long rows.
+        x = np.empty((3, batch, side, 1, blocks), u.dtype)
+        x[:2, :, :, 0] = c.reshape(batch, blocks, side).swapaxes(1, 2)
+        x[2, :, :, 0] = u.reshape(batch, blocks, side).swapaxes(1, 2)
+        products = x * np.ascontiguousarray(qkv.transpose(0, 3, 2, 1))[:, None]  # (3, B, in, out, blocks)
+        qkv = np.add.reduce(products, 2).transpose(1, 0, 3, 2).reshape(batch, -1)  # (B, 3 inner)
+        pre = np.matmul(qkv, parameter(self.gate, "weight").T)  # (B, 2 H)
+        pre += parameter(self.gate, "bias")
+        q, k, v = qkv.reshape(batch, 3, heads, -1).swapaxes(0, 1)  # (B, H, inner / H)
+        log_f = -np.logaddexp(0, -pre[:, heads:])
+        h, *memory = decode(q, k, v, pre[:, :heads], log_f, *memory, q.shape[-1] ** -0.5, eps=self.eps)
+        c *= parameter(self, "skip")
+        c += self.norm.decode(h)
+        c *= silu(z)
+        return torch.from_numpy(project(self.out, c)).unsqueeze(1), (conv, MLSTMState(*memory))
+
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
+        if is_token(x, self._parameters.get("qkv"), mask, reset, conv, memory, self.shapes):
+            return self._token(array(x)[:, 0], conv, memory)
         u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
         c, conv = self.conv(u, conv, mask=mask, reset=reset, activation="silu")
         q, k, v = self.maps(c, u)

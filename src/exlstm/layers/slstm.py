@@ -3,12 +3,24 @@
 g̃ = W_g x (+ conv) + b_g + R_g h_{t-1} for g = i, f, z, o      y = norm_head(slstm(g̃))
 """
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, valid_mask
-from exlstm.ops.slstm import slstm
+from exlstm.layers.basic import (
+    CausalConv,
+    HeadNorm,
+    array,
+    check_input,
+    init_linear,
+    is_token,
+    parameter,
+    token_errors,
+    valid_mask,
+)
+from exlstm.ops.slstm import SLSTMState, slstm
+from exlstm.ops.slstm.cpu import decode, recurrent
 
 
 class sLSTM(nn.Module):
@@ -36,6 +48,7 @@ class sLSTM(nn.Module):
         self.b = nn.Parameter(torch.empty(n_heads, 4, head, **new))
         self.r = nn.Parameter(torch.empty(n_heads, 4, head, head, **new))
         self.norm = HeadNorm(n_heads, head, eps=1e-5, **new)
+        self.shapes = ((conv - 1, d_model),) * bool(conv) + ((n_heads, head),) * 4  # of a row's state
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -69,10 +82,29 @@ class sLSTM(nn.Module):
         parts = self._project(c, w_if, b_if), self._project(x, w_zo, b_zo)
         return torch.cat(parts, -1).unflatten(-1, (4, -1)), conv
 
+    @token_errors
+    def _token(self, x, conv, memory):
+        """`forward` for an array of one token (B, D), in NumPy."""
+        w, h = parameter(self, "w"), array(memory[0])
+        c, half = x, w.shape[1] // 2 if self.conv is not None else 0
+        if self.conv is not None:
+            c, conv = self.conv.decode(x, conv)
+        c, x = (t if self.dense else t.reshape(h.shape).swapaxes(0, 1) for t in (c, x))  # (H, B, D / H)
+        g = np.empty((self.n_heads, len(h), w.shape[1]), x.dtype)  # (H, B, R)
+        np.matmul(c, w[:, :half].swapaxes(1, 2), out=g[..., :half])
+        np.matmul(x, w[:, half:].swapaxes(1, 2), out=g[..., half:])
+        g = g.reshape(self.n_heads, len(h), 4, -1)
+        g += parameter(self, "b")[:, None]
+        g += recurrent(h, parameter(self, "r"))
+        memory = decode(g, *memory[1:])
+        return torch.from_numpy(self.norm.decode(memory[0].numpy())).unsqueeze(1), (conv, SLSTMState(*memory))
+
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
+        if is_token(x, self._parameters.get("w"), mask, reset, conv, memory, self.shapes):
+            return self._token(array(x)[:, 0], conv, memory)
         g, conv = self.pre_activations(x, conv, mask=mask, reset=reset)
         h, memory = slstm(g, self.r, memory, reset=reset, mask=mask)
         return self.norm(h), (conv, memory)

@@ -3,6 +3,7 @@
 y_t = bias + sum over j < W of weight[:, W-1-j] · x_{t-j}, x_{t-j} the j-th valid token before t in its document, or 0.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -122,6 +123,14 @@ def _step(x, weight, bias, history, reset, mask, activation):
     if mask is not None:
         y, state = y.masked_fill(~mask[..., None], 0), torch.where(mask[..., None], state, history)
     return y, state
+
+
+def decode(x, weight, bias, history):
+    """One token of arrays in one dtype, without gradients: x (B, D), history (B, W-1, D) -> y (B, D), the next history."""
+    joined = np.concatenate((history, x[:, None]), 1)  # (B, W, D)
+    y = np.add.reduce(joined * weight.T, 1)
+    y += bias
+    return y, joined[:, 1:]
 
 
 def _wide(x, weight):

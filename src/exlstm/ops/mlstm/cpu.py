@@ -32,7 +32,7 @@ from exlstm.ops.backend import cast, exact
 M_MAX = 60.0
 # Numbers in flight that a block of chunks may take, so that its matrices stay in a core's cache.
 BLOCK_NUMBERS = 1 << 21
-# Numbers in a memory up to which NumPy is the faster one for a single step.
+# Numbers in a memory up to which NumPy reads it faster, on one core.
 SMALL = 1 << 16
 
 
@@ -53,9 +53,8 @@ def cpu(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=None
     """Same signature and result as `reference`; plain PyTorch, so any device."""
     m = m.detach()
     if q.shape[1] == 1:
-        # In decoding a call of torch costs more than the arithmetic of a small memory.
-        small = c.numel() <= SMALL and c.device.type == "cpu" and reset is None and not torch.compiler.is_compiling()
-        step = _decode if small and not torch.is_grad_enabled() else _step
+        bare = reset is None and c.device.type == "cpu" and not torch.compiler.is_compiling()
+        step = _decode if bare and not torch.is_grad_enabled() else _step
         h, *memory = step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps)
         return cast(h, v.dtype), *memory
     tensors = (q, k, v, log_i, log_f, c, n)
@@ -90,24 +89,38 @@ def _step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
 
 
 def _decode(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
-    """`_step` in NumPy, without gradients and resets."""
-    dtype = c.dtype
-    q, k, v, log_i, log_f = (cast(x.detach(), dtype).numpy()[:, 0] for x in (q, k, v, log_i, log_f))
-    c, n, m = (x.detach().numpy() for x in (c, n, m))
+    """`_step` without gradients and resets."""
+    inputs = (cast(x.detach(), c.dtype).numpy()[:, 0] for x in (q, k, v, log_i, log_f))
     with np.errstate(over="ignore", under="ignore"):
-        kept = log_f + m
-        m = np.maximum(kept, log_i)
-        f = np.exp(kept - m)[..., None]  # (B, H, 1)
-        k = k * np.exp(log_i - m)[..., None]
-        c = c * f[..., None]
-        c += k[..., None] * v[..., None, :]
-        n = n * f + k
-        q = q * scale
-        denominator = np.exp(-np.minimum(m, M_MAX))
-        if normalize:
-            denominator = np.maximum(np.abs((q * n).sum(-1)), denominator) + eps
-        h = np.matmul(q[..., None, :], c)[..., 0, :] / denominator[..., None]
-    return torch.from_numpy(h).unsqueeze(1), torch.from_numpy(c), torch.from_numpy(n), torch.from_numpy(m)
+        h, *memory = decode(*inputs, c, n, m, scale, normalize, eps)
+    return torch.from_numpy(h).unsqueeze(1), *memory
+
+
+def decode(q, k, v, log_i, log_f, c, n, m, scale, normalize=True, eps=0.0):
+    """One token of arrays q, k, v (B, H, K or V), log_i, log_f (B, H) and a memory of tensors: h (B, H, V) and the next memory.
+
+    A call of torch costs more than the arithmetic of a token: NumPy does everything but the two passes over c.
+    """
+    n, m = n.detach().numpy(), m.detach().numpy()
+    kept = log_f + m
+    m = np.maximum(kept, log_i)
+    f = np.exp(kept - m)[..., None]  # (B, H, 1)
+    k = k * np.exp(log_i - m)[..., None]
+    n = n * f
+    n += k
+    denominator = np.exp(-np.minimum(m, M_MAX))
+    c = torch.mul(c.detach(), torch.from_numpy(f[..., None]))
+    c.addcmul_(torch.from_numpy(k[..., None]), torch.from_numpy(v[..., None, :]))
+    if normalize:
+        inner = np.matmul(q[..., None, :], n[..., None])[..., 0, 0]  # (B, H)
+        np.maximum(np.abs(scale * inner), denominator, out=denominator)
+        denominator += eps
+    if c.numel() <= SMALL:
+        h = np.matmul(q[..., None, :], c.numpy())[..., 0, :]
+    else:
+        h = torch.matmul(torch.from_numpy(q[..., None, :]), c).numpy()[..., 0, :]
+    h *= (scale / denominator)[..., None]
+    return h, c, torch.from_numpy(n), torch.from_numpy(m)
 
 
 def _gates(log_i, log_f, m, reset, length):

@@ -1,7 +1,8 @@
 """sLSTM on the CPU: one loop over time that writes into preallocated memory, and a hand-written backward without a tape.
 
-A step is a product and a dozen small element-wise operations, so the cost of a call decides: arithmetic and exp go through NumPy
-(a microsecond a call), the other functions and products through torch, over the same memory.
+A step is a product and some twenty small element-wise operations, so the cost of a call decides: arithmetic, exp and tanh go
+through NumPy (a microsecond a call), the other functions and products through torch, over the same memory. What need not wait
+for its turn is done for a block of steps at once: x is laid where a step works on it, h is laid out, the backward's factors made.
 The loop carries q = c/n, a weighted mean of the tanh(z̃) so far, in place of c (the rest is `reference`'s recurrence):
 
     w_t = i'/n_t        q_t = q_{t-1} + w_t (tanh(z̃) - q_{t-1})        h_t = sigmoid(õ) q_t
@@ -17,7 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exlstm.ops.backend import cast, exact
+from exlstm.ops.backend import cast, exact, room
+
+# Numbers a slab of steps may hold that are worked on at once, between or behind the steps themselves.
+BLOCK_NUMBERS = 1 << 16
 
 
 def cpu(x, r, h, c, n, m, reset, mask):
@@ -33,22 +37,32 @@ def cpu(x, r, h, c, n, m, reset, mask):
 
 
 def _decode(x, r, h, c, n, m):
-    """One token without gradients: the recurrence as it stands."""
-    dtype, (batch, _, heads, _, width) = c.dtype, x.shape
-    with exact(x.device):
-        recurrent = torch.bmm(h.transpose(0, 1), cast(r, dtype).flatten(1, 2).mT)  # (H, B, 4 D)
-        g = recurrent.view(heads, batch, 4, width).permute(2, 1, 0, 3) + cast(x, dtype).squeeze(1).permute(2, 0, 1, 3)
-        i, f, z, o = g  # (B, H, D)
-        f, z, o = (t.numpy() for t in (torch.nn.functional.logsigmoid(f), torch.tanh(z), torch.sigmoid(o)))
-    i, c, n, m = (t.detach().numpy() for t in (i, c, n, m))
+    """One token without gradients."""
+    wide, weights, h = (cast(t.detach(), c.dtype).numpy() for t in (x, r, h))
     with np.errstate(over="ignore", under="ignore"):
-        kept = f + np.where(n > 0, m, -np.inf).astype(m.dtype)
-        m = np.maximum(kept, i)
-        f, i = np.exp(kept - m), np.exp(i - m)
-        c, n = f * c + i * z, f * n + i
-        h = o * c / n
-    state = [torch.from_numpy(s) for s in (h, c, n, m)]
+        state = decode(recurrent(h, weights) + wide[:, 0].swapaxes(0, 1), c, n, m)
     return state[0].to(x.dtype, copy=True).unsqueeze(1), *state
+
+
+def recurrent(h, r):
+    """R h (H, B, 4, D) of arrays h (B, H, D) and r (H, 4, D, D)."""
+    heads, gates, width, _ = r.shape
+    products = np.matmul(h.swapaxes(0, 1), r.reshape(heads, -1, width).swapaxes(1, 2))  # (H, B, 4 D)
+    return products.reshape(heads, -1, gates, width)
+
+
+def decode(g, c, n, m):
+    """One token: the recurrence as it stands, from an array of whole gates (H, B, 4, D) and a memory (B, H, D) of tensors."""
+    i, f, z, o = np.ascontiguousarray(g.transpose(2, 1, 0, 3))  # (B, H, D)
+    c, n, m = (t.detach().numpy() for t in (c, n, m))
+    kept = torch.nn.functional.softplus(torch.from_numpy(f), -1, 40).numpy()  # logsigmoid
+    kept += m
+    kept[n == 0] = -np.inf
+    m = np.maximum(kept, i)
+    f, i = np.exp(kept - m), np.exp(i - m)
+    c, n = f * c + i * np.tanh(z), f * n + i
+    h = c / (n * (1 + np.exp(-o)))
+    return [torch.from_numpy(s) for s in (h, c, n, m)]
 
 
 @torch.library.custom_op("exlstm::slstm_cpu", mutates_args=())
@@ -63,68 +77,82 @@ def _slstm_cpu(
     mask: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hs, h, c, n, m, then for the backward w, z, o, q, log_f (5, T, H, B, D) and the initial q (H, B, D)."""
+    """hs, h, c, n, m, then for the backward w, f̃, z, o, q (T, 5, H, B, D) and the initial q (H, B, D)."""
     dtype, (batch, steps, heads, _, width) = c.dtype, x.shape
     h, c, n, m = (s.transpose(0, 1).clone(memory_format=torch.contiguous_format) for s in (h, c, n, m))  # (H, B, D)
     empty = n == 0
     m.masked_fill_(empty, -torch.inf)
     first = (c / n.masked_fill(empty, 1)).masked_fill_(empty, 0)
-    hs = torch.empty(batch, steps, heads, width, dtype=dtype)
-    saved = torch.empty(5, steps if save else 1, heads, batch, width, dtype=dtype)
+    hs = room((batch, steps, heads, width), x.dtype)
+    saved = room((steps if save else _block(first, steps), 5, heads, batch, width), dtype)
     with exact(x.device), np.errstate(under="ignore"):
-        q = _forward_loop(x.to(dtype), r.to(dtype), h, first.clone(), n, m, hs, saved, _rows(reset), _rows(mask, False))
+        q = _forward_loop(x, r.to(dtype), h, first, n, m, hs, saved, _rows(reset, steps), _rows(mask, steps, False))
     m.masked_fill_(n == 0, 0)
     state = [s.transpose(0, 1).contiguous() for s in (h, q * n, n, m)]
     if not save:
-        saved, first = hs.new_empty(0), hs.new_empty(0)
-    return hs.to(x.dtype), *state, saved, first
+        saved, first = saved.new_empty(0), first.new_empty(0)
+    return hs, *state, saved, first
+
+
+def _block(slab, steps):
+    """How many steps share what need not wait for its turn."""
+    return min(steps, max(1, BLOCK_NUMBERS // slab.numel()))
 
 
 def _forward_loop(x, r, h, q, n, m, hs, saved, resets, paddings):
     """Fills `hs` and `saved`, leaves the last h, n, m in their tensors and returns the last q."""
-    heads, batch, width = h.shape
-    xs = x.permute(1, 3, 2, 0, 4).numpy()  # (T, 4, H, B, D), a view
-    weights = r.flatten(1, 2).mT.contiguous()  # (H, D in, 4 D out)
-    product = h.new_empty(heads, batch, 4 * width)
-    recurrent = product.numpy().reshape(heads, batch, 4, width).transpose(2, 0, 1, 3)  # (4, H, B, D), a view
-    gates = h.new_empty(4, heads, batch, width)
-    _, g_f, g_z, g_o = gates
-    a = gates.numpy()
-    a_if, (a_i, a_f, _, _) = a[:2], a
-    out = hs.numpy().transpose(1, 2, 0, 3)  # (T, H, B, D), a view
-    _, t_z, t_o, _, t_f = (s.unbind(0) for s in saved)
-    s_w, s_z, s_o, s_q, s_f = saved.numpy()
-    h_, q_, n_, m_ = (s.numpy() for s in (h, q, n, m))
-    for t in range(x.shape[1]):
-        j = t if len(s_w) > 1 else 0
-        if resets[t] is not None:
-            q_ = q_.copy()
-            h_[:, resets[t]] = q_[:, resets[t]] = n_[:, resets[t]] = 0
-            m_[:, resets[t]] = -np.inf
-        kept = None if paddings[t] is None else [s[:, paddings[t]] for s in (h_, q_, n_, m_)]
-        torch.bmm(h, weights, out=product)
-        np.add(recurrent, xs[t], out=a)
-        torch._C._nn.log_sigmoid(g_f, out=t_f[j])
-        np.add(s_f[j], m_, out=a_f)
-        np.maximum(a_i, a_f, out=m_)
-        np.subtract(a_if, m_, out=a_if)
-        np.exp(a_if, out=a_if)  # i', f'
-        torch.tanh(g_z, out=t_z[j])
-        torch.sigmoid(g_o, out=t_o[j])
-        np.multiply(n_, a_f, out=n_)
-        np.add(n_, a_i, out=n_)
-        w, new = s_w[j], s_q[j]
-        np.divide(a_i, n_, out=w)
-        np.subtract(s_z[j], q_, out=a_f)
-        np.multiply(a_f, w, out=a_f)
-        np.add(q_, a_f, out=new)
-        np.multiply(s_o[j], new, out=h_)
-        out[t] = h_
-        q_ = new
+    xs, out = x.permute(1, 3, 2, 0, 4), hs.permute(1, 2, 0, 3)  # (T, 4, H, B, D) and (T, H, B, D), views
+    steps, block = len(xs), _block(h, len(xs))
+    weights = r.permute(1, 0, 3, 2).flatten(0, 1).contiguous()  # (4 H, D in, D out)
+    # h stands there once a gate, so that the product leaves every gate in one piece.
+    h4 = torch.stack([h] * 4)
+    for start in range(0, steps, block):
+        here = slice(start, min(start + block, steps))
+        part = saved[here] if len(saved) == steps else saved[: here.stop - start]
+        part[:, :4].copy_(xs[here])
+        q = _forward_block(part, weights, h4, q, n, m, resets[here], paddings[here])
+        torch.mul(part[:, 3], part[:, 4], out=out[here])
+    h.copy_(h4[0])
+    return q
+
+
+def _forward_block(saved, weights, h4, q, n, m, resets, paddings):
+    """The steps of one block: turns x in `saved` into what is kept of a step, in place, and returns the last q."""
+    before, h4 = h4.flatten(0, 1), h4.numpy()
+    h, copies = h4[0], h4[1:]
+    q, n, m = (s.numpy() for s in (q, n, m))
+    log_f = saved.new_empty(n.shape)
+    a = log_f.numpy()
+    tensors = zip(saved[:, :4].flatten(1, 2), saved[:, 1], saved[:, 3])
+    for (products, t_f, t_o), (i, _, z, o, new), fresh, padded in zip(tensors, saved.numpy(), resets, paddings):
+        if fresh is not None:
+            q = q.copy()
+            h4[:, :, fresh] = q[:, fresh] = n[:, fresh] = 0
+            m[:, fresh] = -np.inf
+        kept = None if padded is None else [s[..., padded, :] for s in (h4, q, n, m)]
+        products.baddbmm_(before, weights)
+        torch._C._nn.softplus(t_f, -1, 40, out=log_f)  # logsigmoid, in one vectorised pass on one core
+        torch.sigmoid(t_o, out=t_o)
+        np.tanh(z, out=z)
+        np.add(a, m, out=a)
+        np.maximum(i, a, out=m)
+        np.subtract(a, m, out=a)
+        np.exp(a, out=a)
+        np.multiply(n, a, out=n)
+        np.subtract(i, m, out=i)
+        np.exp(i, out=i)
+        np.add(n, i, out=n)
+        np.divide(i, n, out=i)
+        np.subtract(z, q, out=a)
+        np.multiply(a, i, out=a)
+        np.add(q, a, out=new)
+        np.multiply(o, new, out=h)
+        copies[...] = h
+        q = new
         if kept is not None:
-            for s, old in zip((h_, q_, n_, m_), kept, strict=True):
-                s[:, paddings[t]] = old
-    return torch.from_numpy(q_)
+            for s, old in zip((h4, q, n, m), kept, strict=True):
+                s[..., padded, :] = old
+    return torch.from_numpy(q)
 
 
 @torch.library.custom_op("exlstm::slstm_cpu_backward", mutates_args=())
@@ -133,7 +161,6 @@ def _slstm_cpu_backward(
     dh: Tensor | None,
     dc: Tensor | None,
     dn: Tensor | None,
-    x: Tensor,
     r: Tensor,
     h: Tensor,
     n: Tensor,
@@ -142,85 +169,104 @@ def _slstm_cpu_backward(
     first: Tensor,
     reset: Tensor | None,
     mask: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dr, dh, dc, dn, the last three with respect to the initial state."""
-    dtype = saved.dtype
-    q = saved[3]  # (T, H, B, D)
+    """dx in `dtype`, dr, and dh, dc, dn with respect to the initial state."""
+    steps, _, heads, batch, width = saved.shape
     dh, dc, dn = (
         torch.zeros_like(first) if d is None else d.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         for d in (dh, dc, dn)
     )
     last_n, n = last_n.transpose(0, 1), n.transpose(0, 1)
-    dp = (dn + dc * q[-1]) * last_n
+    dp = (dn + dc * saved[-1, 4]) * last_n
     dq = dc * last_n
-    dhs = torch.zeros(x.shape[:3] + x.shape[4:], dtype=dtype) if dhs is None else dhs.to(dtype)
-    with exact(x.device):
-        resets, paddings = _rows(reset), _rows(mask, False)
-        dx = _backward_loop(dhs, dh, dq, dp, r.to(dtype), saved, first, resets, paddings)  # (B, T, H, 4, D)
+    dhs = h.new_zeros(()).expand(batch, steps, heads, width) if dhs is None else dhs
+    with exact(h.device):
+        resets, paddings = _rows(reset, steps), _rows(mask, steps, False)
+        dx = _backward_loop(dhs, dh, dq, dp, r.to(saved.dtype), saved, first, resets, paddings)  # (B, T, H, 4, D)
         before = _outputs_before(saved, h.transpose(0, 1), resets, paddings)  # (B, T, H, D)
         dr = torch.bmm(dx.flatten(3).flatten(0, 1).permute(1, 2, 0), before.flatten(0, 1).transpose(0, 1)).view(r.shape)
     empty = n == 0
     n = n.masked_fill(empty, 1)
     dc, dn = (dq / n).masked_fill(empty, 0), ((dp - dq * first) / n).masked_fill(empty, 0)
-    return dx.to(x.dtype), dr.to(r.dtype), *(d.transpose(0, 1).contiguous() for d in (dh, dc, dn))
+    return dx.to(dtype), dr.to(r.dtype), *(d.transpose(0, 1).contiguous() for d in (dh, dc, dn))
 
 
 def _backward_loop(dhs, dh, dq, dp, r, saved, first, resets, paddings):
     """dg̃ (B, T, H, 4, D); leaves the gradients of the initial h, q and p in dh, dq and dp."""
-    _, steps, heads, batch, width = saved.shape
+    steps, _, heads, batch, width = saved.shape
+    block, outer = _block(first, steps), dhs.permute(1, 2, 0, 3)  # (T, H, B, D), a view
     weights = r.flatten(1, 2)  # (H, 4 D out, D in)
-    dg = saved.new_empty(batch, steps, heads, 4, width)
-    to_dg = dg.numpy().transpose(1, 3, 2, 0, 4)  # (T, 4, H, B, D), a view
-    factors = dg.flatten(3).transpose(0, 2).unbind(1)  # T times (H, B, 4 D), views
-    s_w, s_z, s_o, s_q, _ = saved.numpy()
-    s_f = torch.expm1(saved[4]).neg_().numpy()  # sigmoid(-f̃)
-    outer = dhs.numpy().transpose(1, 2, 0, 3)  # (T, H, B, D), a view
-    a = np.empty((4, heads, batch, width), s_w.dtype)
-    a_i, a_f, a_z, a_o = a
-    e, p = np.empty_like(a_i), np.empty_like(a_i)
-    dh_, dq_, dp_ = dh.numpy(), dq.numpy(), dp.numpy()
-    for t in range(steps - 1, -1, -1):
-        w, z, o, q, q_before = s_w[t], s_z[t], s_o[t], s_q[t], s_q[t - 1] if t else first.numpy()
-        kept = None if paddings[t] is None else [s[:, paddings[t]] for s in (dh_, dq_, dp_)]
-        np.add(outer[t], dh_, out=e)
-        np.multiply(e, o, out=e)
-        np.add(dq_, e, out=dq_)
-        np.multiply(e, q, out=e)
-        np.multiply(e, o, out=a_o)
-        np.subtract(e, a_o, out=a_o)
-        np.multiply(dq_, w, out=p)
-        np.multiply(z, z, out=a_z)
-        np.multiply(a_z, p, out=a_z)
-        np.subtract(p, a_z, out=a_z)
-        np.subtract(z, q_before, out=e)
-        np.multiply(e, p, out=e)
-        np.multiply(e, w, out=a_f)
-        np.subtract(e, a_f, out=e)
-        np.subtract(dq_, p, out=dq_)
-        np.multiply(dp_, w, out=a_i)
-        np.add(a_i, e, out=a_i)
-        np.subtract(dp_, a_i, out=dp_)
-        np.multiply(dp_, s_f[t], out=a_f)
-        if kept is not None:
-            a[:, :, paddings[t]] = 0
-        to_dg[t] = a
-        torch.bmm(factors[t], weights, out=dh)
-        if kept is not None:
-            for s, old in zip((dh_, dq_, dp_), kept, strict=True):
-                s[:, paddings[t]] = old
-        if resets[t] is not None:
-            for s in (dh_, dq_, dp_):
-                s[:, resets[t]] = 0
-    return dg
+    dx = room((batch, steps, heads, 4, width), saved.dtype)
+    by_time = dx.permute(1, 2, 0, 3, 4)  # (T, H, B, 4, D), a view
+    # The gradients that reach the outputs of a block, and in front of them the one that the block hands on.
+    es = saved.new_empty(block + 1, *first.shape)
+    factors, dg = saved.new_empty(block, 5, *first.shape), saved.new_empty(block, heads, batch, 4, width)
+    views = list(
+        zip(es, es.numpy(), es.numpy()[1:], factors.numpy(), dg.flatten(3), dg.numpy().transpose(0, 3, 1, 2, 4))
+    )
+    for start in reversed(range(0, steps, block)):
+        here = slice(start, min(start + block, steps))
+        part, e = saved[here], es[: here.stop - start + 1]
+        e[1:].copy_(outer[here])
+        e[-1].add_(dh)
+        e[0].zero_()
+        _factors(part, saved[start - 1, 4] if start else first, factors[: len(part)])
+        _backward_block(views, dq.numpy(), dp.numpy(), weights, part, resets[here], paddings[here])
+        by_time[here].copy_(dg[: len(part)])
+        dh.copy_(e[0])
+    return dx
+
+
+def _factors(saved, q_before, out):
+    """What the backward steps of a block multiply by: q·o(1-o), w(1-z²), w(1-w)(z - q_{t-1}), sigmoid(-f̃) and 1-w."""
+    w, f, z, o, q = saved.unbind(1)
+    by_o, by_z, by_i, by_f, by_q = out.unbind(1)
+    torch.ops.aten.sigmoid_backward.grad_input(q, o, grad_input=by_o)
+    torch.ops.aten.tanh_backward.grad_input(w, z, grad_input=by_z)
+    torch.sub(z[0], q_before, out=by_i[0])
+    torch.sub(z[1:], q[:-1], out=by_i[1:])
+    torch.ops.aten.sigmoid_backward.grad_input(by_i, w, grad_input=by_i)
+    torch.sigmoid(torch.neg(f, out=by_f), out=by_f)
+    torch.sub(1, w, out=by_q)
+
+
+def _backward_block(views, dq, dp, weights, saved, resets, paddings):
+    """The steps of one block, from the last to the first: fills dg and adds to es, by their views; goes on with dq and dp."""
+    a, b = np.empty_like(dq), np.empty_like(dq)
+    steps = list(zip(views, saved.numpy(), resets, paddings))
+    for (t_next, e_next, e, factors, t_d, d), (w, _, _, o, _), fresh, padded in reversed(steps):
+        (by_o, by_z, by_i, by_f, by_q), (d_i, d_f, d_z, d_o) = factors, d
+        kept = None if padded is None else [s[:, padded] for s in (e, dq, dp)]
+        np.multiply(e, o, out=a)
+        np.add(dq, a, out=dq)
+        np.multiply(e, by_o, out=d_o)
+        np.multiply(dq, by_z, out=d_z)
+        np.multiply(dq, by_i, out=a)
+        np.multiply(dq, by_q, out=dq)
+        np.multiply(dp, w, out=b)
+        np.add(a, b, out=a)
+        np.subtract(dp, a, out=dp)
+        d_i[...] = a
+        np.multiply(dp, by_f, out=d_f)
+        outer = None if fresh is None else e_next[:, fresh]
+        if padded is not None:
+            d[:, :, padded] = 0
+        t_next.baddbmm_(t_d, weights)
+        if padded is not None:
+            e_next[:, padded] += kept[0]
+            dq[:, padded], dp[:, padded] = kept[1:]
+        if fresh is not None:
+            e_next[:, fresh], dq[:, fresh], dp[:, fresh] = outer, 0, 0
 
 
 def _outputs_before(saved, h, resets, paddings):
     """h_{t-1} as step t saw it (B, T, H, D)."""
-    _, steps, heads, batch, width = saved.shape
+    steps, _, heads, batch, width = saved.shape
     before = saved.new_empty(batch, steps, heads, width)
     rows = before.permute(1, 2, 0, 3)  # (T, H, B, D), a view
     rows[0] = h
-    torch.mul(saved[2, :-1], saved[3, :-1], out=rows[1:])
+    torch.mul(saved[:-1, 3], saved[:-1, 4], out=rows[1:])
     for t in range(steps):
         if resets[t] is not None:
             before[resets[t], t] = 0
@@ -229,32 +275,27 @@ def _outputs_before(saved, h, resets, paddings):
     return before
 
 
-def _rows(flags, wanted=True):
+def _rows(flags, steps, wanted=True):
     """For each step the indices of the rows whose flag is as wanted, None where there are none."""
     if flags is None:
-        return _Never()
+        return [None] * steps
     hits = flags.t().numpy() == wanted  # (T, B)
     return [np.flatnonzero(hit) if some else None for hit, some in zip(hits, hits.any(1), strict=True)]
-
-
-class _Never:
-    """No row at any step."""
-
-    def __getitem__(self, t):
-        return None
 
 
 @_slstm_cpu.register_fake
 def _(x, r, h, c, n, m, reset, mask, save):
     batch, steps, heads, _, width = x.shape
     state = [c.new_empty(batch, heads, width) for _ in range(4)]
-    saved = c.new_empty((5, steps, heads, batch, width) if save else 0)
+    saved = c.new_empty((steps, 5, heads, batch, width) if save else 0)
     return x.new_empty(batch, steps, heads, width), *state, saved, c.new_empty((heads, batch, width) if save else 0)
 
 
 @_slstm_cpu_backward.register_fake
-def _(dhs, dh, dc, dn, x, r, h, n, last_n, saved, first, reset, mask):
-    return x.new_empty(x.shape), r.new_empty(r.shape), *(h.new_empty(h.shape) for _ in range(3))
+def _(dhs, dh, dc, dn, r, h, n, last_n, saved, first, reset, mask, dtype):
+    steps, _, heads, batch, width = saved.shape
+    dx = saved.new_empty(batch, steps, heads, 4, width, dtype=dtype)
+    return dx, r.new_empty(r.shape), *(h.new_empty(h.shape) for _ in range(3))
 
 
 def _setup_context(ctx, inputs, output):
@@ -264,11 +305,12 @@ def _setup_context(ctx, inputs, output):
     _, _, _, last_n, m, saved, first = output
     ctx.mark_non_differentiable(m, saved, first)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, r, h, n, last_n, saved, first, reset, mask)
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(r, h, n, last_n, saved, first, reset, mask)
 
 
 def _backward(ctx, dhs, dh, dc, dn, *_):
-    dx, dr, dh, dc, dn = _slstm_cpu_backward(dhs, dh, dc, dn, *ctx.saved_tensors)
+    dx, dr, dh, dc, dn = _slstm_cpu_backward(dhs, dh, dc, dn, *ctx.saved_tensors, ctx.dtype)
     return dx, dr, dh, dc, dn, None, None, None, None
 
 
