@@ -12,9 +12,29 @@ from exlstm.ops.mlstm.intra import intra
 from exlstm.ops.mlstm.plan import cdiv
 
 
+@triton.jit
+def _scores(b_q, b_k, b_n, b_beta, p_u, p_top, p_floor, p_document, o_t, scale, eps,
+            L: tl.constexpr, NORM: tl.constexpr, RESET: tl.constexpr):  # fmt: skip
+    """P = a(QKᵀ)⊙D, the denominators, and the signed sum in them where it is larger than the floor, else 0."""
+    o_l = tl.arange(0, L)
+    b_p = tl.dot(b_q, b_k.T, input_precision="ieee")
+    exponent = tl.load(p_u + o_t)[None, :] - tl.load(p_top + o_t)[:, None]
+    seen = o_l[:, None] >= o_l[None, :]
+    if RESET:
+        seen = seen & (tl.load(p_document + o_t)[:, None] == tl.load(p_document + o_t)[None, :])
+    b_p *= scale * tl.exp2(tl.where(seen, exponent, -float("inf")))
+    b_den = tl.load(p_floor + o_t)
+    b_s = tl.zeros([L], dtype=tl.float32)
+    if NORM:
+        b_sum = tl.sum(b_p, 1) + b_beta * tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
+        b_s = tl.where(tl.abs(b_sum) > b_den, b_sum, 0.0)
+        b_den = tl.maximum(tl.abs(b_sum), b_den) + eps
+    return b_p, b_den, b_s
+
+
 @triton.jit(do_not_specialize=["N"])
-def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta, p_gamma,
-                         p_den, p_s, H, N, K, V, scale, eps,
+def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta,
+                         p_gamma, p_den, p_s, H, N, K, V, scale, eps,
                          L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCORES: tl.constexpr, NORM: tl.constexpr,
                          RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """h of BV columns and the last memory; with SCORES, P, den and s are worked out here and not read."""
@@ -33,21 +53,13 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u
         o_t = (i_bh * N + i_n) * L + o_l
         b_beta = scale * tl.load(p_beta + o_t)
         if SCORES:
-            b_s = tl.dot(b_q, b_k.T, input_precision="ieee")
-            exponent = tl.load(p_u + o_t)[None, :] - tl.load(p_top + o_t)[:, None]
-            seen = o_l[:, None] >= o_l[None, :]
-            if RESET:
-                seen = seen & (tl.load(p_document + o_t)[:, None] == tl.load(p_document + o_t)[None, :])
-            b_s *= scale * tl.exp2(tl.where(seen, exponent, -float("inf")))
-            b_p = b_s.to(DOT)
-            b_den = tl.load(p_floor + o_t)
-            if NORM:
-                tl.store(p_n + (i_bh * (N + 1) + i_n) * K + o_k, b_n, mask=(o_k < K) & (i_v == 0))
-                b_sum = tl.sum(b_s, 1) + b_beta * tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
-                if i_v == 0:
-                    tl.store(p_s + o_t, tl.where(tl.abs(b_sum) > b_den, b_sum, 0.0))
-                b_den = tl.maximum(tl.abs(b_sum), b_den) + eps
+            b_p, b_den, b_s = _scores(
+                b_q, b_k, b_n, b_beta, p_u, p_top, p_floor, p_document, o_t, scale, eps, L, NORM, RESET
+            )
+            b_p = b_p.to(DOT)
             if i_v == 0:
+                tl.store(p_n + (i_bh * (N + 1) + i_n) * K + o_k, b_n, mask=o_k < K)
+                tl.store(p_s + o_t, b_s)
                 tl.store(p_den + o_t, b_den)
         else:
             b_p = d_p.load([i_bh.to(tl.int32), i_n * L, 0]).reshape(L, L)
