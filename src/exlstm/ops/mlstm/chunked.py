@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exlstm.ops.backend import exact
+
 # exp(-m) would underflow far above this, and 0 / 0 follow where q_tᵀ n_t vanishes: it is held at e^-60, as in the reference.
 M_MAX = 60.0
 # How far M may climb inside a chunk: e^50 leaves float32 as much room again on either side.
@@ -60,18 +62,15 @@ class Gates(NamedTuple):
         return self.weight is None
 
 
-class Inside(NamedTuple):
+class Work(NamedTuple):
     """What forward and backward of a block share, chunk-major: N·B·H chunks in the order (N, B, H)."""
 
-    q: Tensor  # (N·B·H, L, K)
-    w: Tensor
-    v: Tensor  # (N·B·H, L, V)
     p: Tensor  # (N·B·H, L, L)
-    d: Tensor | None  # D, where it is not in W
-    e: tuple[Tensor, Tensor]  # E (N, B·H, K, V) and e (N, B·H, K)
-    z: tuple[Tensor, Tensor]  # Z and z, of the same shapes
+    e: Tensor  # (N, B·H, K, V)
+    e_n: Tensor  # e (N, B·H, K)
     x: Tensor  # (N·B·H, L)
     r: Tensor | None  # (N·B·H, L), None without normaliser
+    d: Tensor | None  # D (N·B·H, L, L) where it is not in W
 
 
 class _Space(threading.local):
@@ -94,12 +93,18 @@ class _Space(threading.local):
 _space = _Space()
 
 
+def _fresh(name, like, *shape):
+    """The same, to be kept."""
+    return like.new_empty(shape)
+
+
 def chunked(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=None):
     """Same signature and result as `reference`, for two tokens and more; any device."""
     tensors = (q, k, v, log_i, log_f, c, n)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    h, *memory, _, _, _ = _mlstm_chunked(*tensors, m, reset, scale, normalize, eps, chunk or _chunk_length(q, v), save)
-    return h, *memory
+    # A compiler sees one operator; without one its machinery would cost half a millisecond a call.
+    run = _mlstm_chunked if torch.compiler.is_compiling() or q.device.type == "meta" else _Chunked.apply
+    return run(*tensors, m, reset, scale, normalize, eps, chunk or _chunk_length(q, v), save)[:4]
 
 
 def _chunk_length(q, v):
@@ -256,35 +261,40 @@ def _scale_rows(x, factor):
     return x if factor is None else x * factor.reshape(-1, factor.shape[-1], 1)
 
 
-def _inside(q, k, v, gates, c, n, length, scale, normalize):
-    """What forward and backward of a block share: q, k, v (B, t, H, ·), c (B·H, K, V) and n (B·H, K) before it."""
-    (rows, keys, values), chunks = c.shape, len(gates.u)
+def _laid(q, k, v, gates, like):
+    """Q, W and V (N·B·H, L, ·) of q, k, v (B, t, H, ·)."""
+    chunks, rows, length = gates.u.shape
     laid = []
     for name, x, factor in (("q", q, None), ("w", k, gates.weight), ("v", v, None)):
-        space = _space(name, c, chunks, rows, length, x.shape[-1])
+        space = _space(name, like, chunks, rows, length, x.shape[-1])
         if chunks * length > x.shape[1]:
             space[-1].zero_()
         laid.append(_lay(x, space, factor).flatten(0, 1))
-    q, w, v = laid
+    return laid
+
+
+def _work(q, w, v, gates, c, n, scale, normalize, space):
+    """Work of a block from the memory before it, c (B·H, K, V) and n (B·H, K), and the memory after it."""
+    (rows, keys, values), (chunks, _, length) = c.shape, gates.u.shape
     d = _decay(gates, c.dtype) if gates.steep else None
-    p = _cut(torch.bmm(q, w.mT, out=_space("p", c, len(q), length, length)), d, gates)
+    p = _cut(torch.bmm(q, w.mT, out=space("p", c, len(q), length, length)), d, gates)
     late = _scale_rows(w, gates.last)
-    gain = torch.bmm(late.mT, v, out=_space("z", c, len(q), keys, values)).view(chunks, rows, keys, values)
-    gain_n = late.sum(1).view(chunks, rows, keys)
-    e, e_n = _memories(gain, c, gates, "e"), _memories(gain_n, n, gates, "e_n")
-    x, r = _denominator(p, q, e_n, gates, scale, normalize)
-    return Inside(q, w, v, p, d, (e, e_n), (gain, gain_n), x, r)
+    gain = torch.bmm(late.mT, v, out=_space("gain", c, len(q), keys, values)).view(chunks, rows, keys, values)
+    e, c = _memories(gain, c, gates, space("e", c, *gain.shape))
+    gain = late.sum(1).view(chunks, rows, keys)
+    e_n, n = _memories(gain, n, gates, torch.empty_like(gain))
+    return Work(p, e, e_n, *_denominator(p, q, e_n, gates, scale, normalize), d), (c, n)
 
 
-def _memories(gain, memory, gates, name):
-    """E of every chunk (N, B·H, ...) from the memory before the first (B·H, ...); the gain becomes Z."""
-    e = _space(name, gain, *gain.shape)
+def _memories(gain, memory, gates, e):
+    """Fills E of every chunk (N, B·H, ...) from the memory before the first (B·H, ...); also returns the one after the last."""
     torch.mul(memory, _like(gates.opening, memory), out=e[0])
     for j in range(len(gain)):
+        # Z takes the place of the gain.
         _add_kept(gain[j], e[j], gates, j)
         if j + 1 < len(gain):
             torch.mul(gain[j], _like(gates.carry[j], memory), out=e[j + 1])
-    return e
+    return e, gain[-1] * _like(gates.carry[-1], memory)
 
 
 def _like(factor, memory):
@@ -305,7 +315,8 @@ def _denominator(p, q, e_n, gates, scale, normalize):
     floor = gates.floor.flatten(0, 1)
     if not normalize:
         return scale / floor, None
-    y = torch.bmm(q, e_n.reshape(len(q), -1, 1)).squeeze(-1)
+    # A row times a matrix: a matrix times a column takes four times as long.
+    y = torch.bmm(e_n.view(len(q), 1, -1), q.mT).squeeze(1)
     if gates.first is not None:
         y.mul_(gates.first.flatten(0, 1))
     y.add_(p.sum(-1)).mul_(scale)
@@ -316,30 +327,30 @@ def _denominator(p, q, e_n, gates, scale, normalize):
     return scale / den, y.div_(den).masked_fill_(size <= floor, 0)
 
 
-@torch.library.custom_op("exlstm::mlstm_chunked", mutates_args=())
-def _mlstm_chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
-    scale: float, normalize: bool, eps: float, chunk: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, c, n, m, then C, n and m at the start of every block but the first for the backward."""
-    shape, dtype = c.shape, c.dtype
-    with torch.autocast(q.device.type, enabled=False):
+def _forward(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save, keep):
+    """h, c, n, m, then with `save` C, n and m at the start of every block but the first; with `keep` also Gates and Work
+    of the block where there is only one, else None."""
+    shape, dtype, kept = c.shape, c.dtype, None
+    with exact(q.device):
         h = torch.empty_like(v, memory_format=torch.contiguous_format)
         c, n, m = c.flatten(0, 1), n.flatten(0, 1), _wide(m)
-        empty, reset, starts = not _any(c, n), reset if _any(reset) else None, []
-        for span in _spans(*q.shape[:3], *shape[2:], chunk):
-            gates = _gates(log_i[:, span], log_f[:, span], m, _part(reset, span), chunk, dtype, eps)
-            inside = _inside(q[:, span], k[:, span], v[:, span], gates, c, n, chunk, scale, normalize)
-            x = torch.bmm(inside.p, inside.v, out=_space("x", c, *inside.v.shape))
-            known = len(c) if empty and not starts else 0  # chunks before which nothing has happened
-            q_first = _scale_rows(inside.q, gates.first)
-            x[known:].baddbmm_(q_first[known:], inside.e[0].flatten(0, 1)[known:])
-            _unlay(x, h[:, span], inside.x.view_as(gates.u))
-            (c, n), m = (z[-1] * _like(gates.carry[-1], z[-1]) for z in inside.z), gates.last_m
+        empty, reset, starts = _empty(c, n), reset if _any(reset) else None, []
+        spans = _spans(*q.shape[:3], *shape[2:], chunk)
+        space = _fresh if keep and len(spans) == 1 else _space
+        for span in spans:
             starts.append((c, n, m))
-        none = (c.new_empty(0, *x.shape) for x in (c, n, m))
-        kept = [torch.stack(x) for x in zip(*starts[:-1])] if save and len(starts) > 1 else none
-    return h, c.view(shape), n.view(shape[:-1]), m.to(dtype).view(shape[:2]), *kept
+            gates = _gates(log_i[:, span], log_f[:, span], m, _part(reset, span), chunk, dtype, eps)
+            laid = _laid(q[:, span], k[:, span], v[:, span], gates, c)
+            work, (c, n) = _work(*laid, gates, c, n, scale, normalize, space)
+            m = gates.last_m
+            x = torch.bmm(work.p, laid[2], out=_space("x", c, *laid[2].shape))
+            none = len(c) if empty and len(starts) == 1 else 0  # chunks before which there is no memory
+            x[none:].baddbmm_(_scale_rows(laid[0], gates.first)[none:], work.e.flatten(0, 1)[none:])
+            _unlay(x, h[:, span], work.x.view_as(gates.u))
+            kept = (gates, work) if space is _fresh else None
+        none = (c.new_empty(0, *x.shape) for x in (c, n)), m.new_empty(0, *m.shape)
+        starts = [torch.stack(x) for x in zip(*starts[1:])] if save and len(spans) > 1 else (*none[0], none[1])
+    return (h, c.view(shape), n.view(shape[:-1]), m.to(dtype).view(shape[:2]), *starts), kept
 
 
 def _wide(m):
@@ -347,54 +358,55 @@ def _wide(m):
     return m.flatten().to(torch.float32 if m.device.type == "mps" else torch.float64)
 
 
-def _any(*tensors):
-    """Whether something stands in the tensors; on an accelerator the answer would have to be waited for."""
-    return any(x is not None and (x.device.type != "cpu" or bool(x.any())) for x in tensors)
+def _empty(*memory):
+    """Whether nothing stands in the memory; on an accelerator the answer would have to be waited for."""
+    return memory[0].device.type == "cpu" and all(end == 0 for x in memory for end in x.aminmax())
+
+
+def _any(reset):
+    return reset is not None and (reset.device.type != "cpu" or bool(reset.any()))
 
 
 def _part(x, span):
     return None if x is None else x[:, span]
 
 
-@torch.library.custom_op("exlstm::mlstm_chunked_backward", mutates_args=())
-def _mlstm_chunked_backward(
-    dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, starts_c: Tensor, starts_n: Tensor, starts_m: Tensor,
-    scale: float, normalize: bool, eps: float, chunk: int, memory: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward(dh, dc, dn, saved, kept, scale, normalize, eps, chunk, memory):
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory and empty without `memory`."""
+    q, k, v, log_i, log_f, c, n, m, reset, h, last_c, last_n, *starts = saved
     dtype, shape = c.dtype, c.shape
-    with torch.autocast(q.device.type, enabled=False):
+    with exact(q.device):
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_i, log_f)]
         dh = torch.zeros_like(h) if dh is None else dh
-        end = None if dc is None and dn is None else _end(dc, dn, c, n)
-        starts = [(c.flatten(0, 1), n.flatten(0, 1), _wide(m)), *zip(starts_c, starts_n, starts_m)]
-        empty, reset = not _any(c, n), reset if _any(reset) else None
-        for i, span in reversed(list(enumerate(_spans(*q.shape[:3], *shape[2:], chunk)))):
-            c, n, m = starts[i]
-            gates = _gates(log_i[:, span], log_f[:, span], m, _part(reset, span), chunk, dtype, eps)
-            inside = _inside(q[:, span], k[:, span], v[:, span], gates, c, n, chunk, scale, normalize)
+        end = None
+        if dc is not None or dn is not None:
+            end = [(torch.zeros_like(x) if dx is None else dx.to(dtype)).flatten(0, 1) for dx, x in ((dc, c), (dn, n))]
+        memories = [(c.flatten(0, 1), n.flatten(0, 1), _wide(m)), *zip(*starts)]
+        memories.append((last_c.flatten(0, 1), last_n.flatten(0, 1), None))
+        empty, reset = _empty(c, n), reset if _any(reset) else None
+        spans = _spans(*q.shape[:3], *shape[2:], chunk)
+        for i in reversed(range(len(spans))):
+            span, (c, n, m) = spans[i], memories[i]
+            gates = kept[0] if kept else _gates(
+                log_i[:, span], log_f[:, span], m, _part(reset, span), chunk, dtype, eps
+            )  # fmt: skip
+            laid = _laid(q[:, span], k[:, span], v[:, span], gates, c)
+            work = kept[1] if kept else _work(*laid, gates, c, n, scale, normalize, _space)[0]
             parts = [x[:, span] for x in (dh, h, *grads)]
-            end = _block_backward(*parts, inside, gates, end, memory or i > 0, empty and i == 0)
+            end = _block_backward(*parts, *laid, gates, work, memories[i + 1], end, memory or i > 0, empty and i == 0)
     if not memory:
         return *grads, c.new_empty(0), n.new_empty(0)
     return *grads, end[0].reshape(shape), end[1].reshape(shape[:-1])
 
 
-def _end(dc, dn, c, n):
-    """Gradients of the last memory (B·H, K, V) and (B·H, K), zero where there is only the other."""
-    dc, dn = (torch.zeros_like(x) if dx is None else dx.to(x.dtype) for dx, x in ((dc, c), (dn, n)))
-    return dc.flatten(0, 1), dn.flatten(0, 1)
-
-
-def _block_backward(dh, h, dq, dk, dv, dlog_i, dlog_f, inside, gates, end, memory, empty):
-    """Fills dq ... dlog_f (B, t, H, ·) from dh and `end`, the gradients of the block's last memory (None: zero).
+def _block_backward(dh, h, dq, dk, dv, dlog_i, dlog_f, q, w, v, gates, work, after, end, memory, empty):
+    """Fills dq ... dlog_f (B, t, H, ·) from dh and `end`, the gradients of the memory `after` the block (None: zero).
 
     Returns those of the memory before the block where `memory` asks for them; `empty`: nothing stands in it.
     """
-    q, w, v, p, x, r = inside.q, inside.w, inside.v, inside.p, inside.x, inside.r
+    p, e, e_n, x, r, d = work
     chunks, rows, length = gates.u.shape
-    delta = (dh.to(x.dtype) * h.to(x.dtype)).sum(-1, keepdim=True)  # (B, t, H, 1)
+    delta = torch.mul(dh.to(x.dtype), h.to(x.dtype), out=_space("delta", x, *h.shape)).sum(-1, keepdim=True)
     delta = _lay(delta, x.new_zeros(chunks, rows, length, 1)).view_as(x)
     dx = _space("dx", x, chunks, rows, length, h.shape[-1])
     if chunks * length > h.shape[1]:
@@ -403,8 +415,8 @@ def _block_backward(dh, h, dq, dk, dv, dlog_i, dlog_f, inside, gates, end, memor
     dy = torch.zeros_like(x) if r is None else (delta * x).neg_().mul_(r.sign())
     dy = dy.unsqueeze(-1)  # (N·B·H, L, 1)
     dp = torch.bmm(dx, v.mT, out=_space("dp", x, *p.shape)).add_(dy)
-    _cut(dp, inside.d, gates)
-    dz, dz_n, before = _memory_gradients(dx, dy, inside, gates, end, memory)
+    _cut(dp, _decay(gates, x.dtype) if gates.steep and d is None else d, gates)
+    dz, dz_n, inflow, before = _memory_gradients(q, dx, dy, gates, work, after, end, memory)
     some, none = len(dz), rows if empty else 0  # chunks with a gradient behind them, and with no memory before them
 
     g = torch.bmm(p.mT, dx, out=_space("x", x, *v.shape))
@@ -419,38 +431,43 @@ def _block_backward(dh, h, dq, dk, dv, dlog_i, dlog_f, inside, gates, end, memor
     kdk = torch.mul(w, g, out=_space("kdk", x, *q.shape)).sum(-1)
     _unlay(g, dk, gates.weight)
 
-    g, (e, e_n) = torch.bmm(dp, w, out=g), inside.e
+    g = torch.bmm(dp, w, out=g)
     g[none:].baddbmm_(_scale_rows(dx, gates.first)[none:], e.flatten(0, 1)[none:].mT)
     g[none:].addcmul_(_scale_rows(dy, gates.first)[none:], e_n.view(len(g), 1, -1)[none:])
     _unlay(g, dq)
 
     qdq = delta if r is None else delta * (1 - r.abs())
-    inflow = _inflow(inside.z, dz, dz_n)
     _unlay(kdk.unsqueeze(-1), dlog_i.unsqueeze(-1))
     flow = _forget_gradient((qdq - kdk).view_as(gates.u).to(gates.u.dtype), inflow, gates)
     _unlay(flow.view(-1, length, 1), dlog_f.unsqueeze(-1))
     return before
 
 
-def _memory_gradients(dx, dy, inside, gates, end, memory):
-    """dZ (·, K, V) and dz (·, 1, K) of the chunks whose last memory has a gradient, and that of the memory before all."""
-    (chunks, rows, keys, values), q = inside.e[0].shape, _scale_rows(inside.q, gates.first)
+def _memory_gradients(q, dx, dy, gates, work, after, end, memory):
+    """dZ (·, K, V) and dz (·, 1, K) of the chunks behind which there is a gradient, <Z, dZ> + <z, dz> of those chunks,
+    and the gradient of the memory before all."""
+    (chunks, rows, keys, values), q = work.e.shape, _scale_rows(q, gates.first)
     # What the output hands to E, from the first chunk whose E is asked about.
-    known = 0 if memory else rows
-    size = (chunks - (not memory), rows, keys)
-    out = torch.bmm(q[known:].mT, dx[known:], out=_space("out", dx, len(q) - known, keys, values))
-    out_n = torch.bmm(q[known:].mT, dy[known:])
-    end_c, end_n = (None, None) if end is None else end
-    dz, before_c = _memories_backward(out.view(*size, values), end_c, gates, "dz")
-    dz_n, before_n = _memories_backward(out_n.view(size), end_n, gates, "dz_n")
-    return dz.flatten(0, 1), dz_n.view(-1, 1, keys), (before_c, before_n)
+    known = 0 if memory else 1
+    q, dx, dy = (x[known * rows :] for x in (q, dx, dy))
+    out = torch.bmm(q.mT, dx, out=_space("out", dx, len(q), keys, values)).view(-1, rows, keys, values)
+    out_n = torch.bmm(dy.mT, q).view(-1, rows, keys)
+    ends = (None, None) if end is None else end
+    dz = _memories_backward(out, ends[0], gates, _space("dz", dx, chunks - (end is None), *out.shape[1:]))
+    dz_n = _memories_backward(out_n, ends[1], gates, dx.new_empty(chunks - (end is None), rows, keys))
+    # Z reaches the future through the E of the next chunk, or through the memory after the block.
+    inflow = (work.e[1:] * out[1 - known :]).sum((-2, -1)) + (work.e_n[1:] * out_n[1 - known :]).sum(-1)
+    if end is not None:
+        last = (after[0] * end[0]).sum((-2, -1)) + (after[1] * end[1]).sum(-1)
+        inflow = torch.cat([inflow, last[None]])
+    before = [None if known else x[0] * _like(gates.opening, x[0]) for x in (out, out_n)]
+    return dz.flatten(0, 1), dz_n.view(-1, 1, keys), inflow.unsqueeze(-1), before
 
 
-def _memories_backward(out, end, gates, name):
-    """dZ (·, B·H, ...), and the gradient of the memory before the first chunk where `out` has that chunk; overwrites `out`."""
+def _memories_backward(out, end, gates, dz):
+    """Fills dZ (·, B·H, ...) of the chunks behind which there is a gradient; `out` becomes the gradient of their E."""
     chunks = len(gates.u)
     known = chunks - len(out)
-    dz = _space(name, out, chunks - (end is None), *out.shape[1:])
     if end is not None:
         torch.mul(end, _like(gates.carry[-1], end), out=dz[-1])
     for j in range(chunks - 1, known - 1, -1):
@@ -458,14 +475,7 @@ def _memories_backward(out, end, gates, name):
             _add_kept(out[j - known], dz[j], gates, j)
         if j:
             torch.mul(out[j - known], _like(gates.carry[j - 1], out[0]), out=dz[j - 1])
-    return dz, None if known else out[0] * _like(gates.opening, out[0])
-
-
-def _inflow(z, dz, dz_n):
-    """<Z, dZ> + <z, dz> of the chunks that have a dZ (·, B·H)."""
-    (z, z_n), (keys, values), some = z, dz.shape[1:], len(dz)
-    inflow = torch.bmm(z.view(-1, 1, keys * values)[:some], dz.view(some, keys * values, 1))
-    return inflow.add_(torch.bmm(z_n.view(-1, 1, keys)[:some], dz_n.mT)).view(-1, z.shape[1], 1)
+    return dz
 
 
 def _forget_gradient(flow, inflow, gates):
@@ -484,6 +494,58 @@ def _forget_gradient(flow, inflow, gates):
     return total.masked_fill(first, 0)
 
 
+class _Chunked(torch.autograd.Function):
+    """The operator with its gradient, eager; what a single block has worked out is kept for its backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
+        (h, *memory, last_m, starts_c, starts_n, starts_m), kept = _forward(
+            q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save, keep=save
+        )
+        ctx.mark_non_differentiable(last_m)
+        ctx.set_materialize_grads(False)
+        if save:
+            ctx.settings = (scale, normalize, eps, chunk)
+            kept = () if kept is None else (*kept[0]._replace(eps=None), *kept[1])
+            saved = (q, k, v, log_i, log_f, c, n, m, reset, h, *memory, starts_c, starts_n, starts_m)
+            ctx.save_for_backward(*saved, *kept)
+        return h, *memory, last_m
+
+    @staticmethod
+    def backward(ctx, dh, dc, dn, _):
+        memory = any(ctx.needs_input_grad[5:7])
+        saved, kept = ctx.saved_tensors[:15], ctx.saved_tensors[15:]
+        if torch.is_grad_enabled():
+            # Somebody means to differentiate twice: the operator refuses.
+            grads = _mlstm_chunked_backward(dh, dc, dn, *saved, *ctx.settings, memory)
+        else:
+            cut = len(Gates._fields)
+            kept = (Gates(*kept[:cut]), Work(*kept[cut:])) if kept else None
+            grads = _backward(dh, dc, dn, saved, kept, *ctx.settings, memory)
+        return *(grads if memory else (*grads[:-2], None, None)), *[None] * 7
+
+
+@torch.library.custom_op("exlstm::mlstm_chunked", mutates_args=())
+def _mlstm_chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
+    scale: float, normalize: bool, eps: float, chunk: int, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_forward` as one operator of a compiled graph."""
+    return _forward(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save, keep=False)[0]
+
+
+@torch.library.custom_op("exlstm::mlstm_chunked_backward", mutates_args=())
+def _mlstm_chunked_backward(
+    dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, last_c: Tensor, last_n: Tensor,
+    starts_c: Tensor, starts_n: Tensor, starts_m: Tensor,
+    scale: float, normalize: bool, eps: float, chunk: int, memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_backward` as one operator of a compiled graph."""
+    saved = (q, k, v, log_i, log_f, c, n, m, reset, h, last_c, last_n, starts_c, starts_n, starts_m)
+    return _backward(dh, dc, dn, saved, None, scale, normalize, eps, chunk, memory)
+
+
 @_mlstm_chunked.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
     rows, blocks = q.shape[0] * q.shape[2], len(_spans(*q.shape[:3], *c.shape[2:], chunk))
@@ -494,31 +556,31 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
 
 
 @_mlstm_chunked_backward.register_fake
-def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, starts_c, starts_n, starts_m, scale, normalize, eps, chunk, memory):
+def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, *rest):
     like = (x.new_empty(x.shape) for x in (q, k, v, log_i, log_f))
-    return *like, *(x.new_empty(x.shape if memory else 0) for x in (c, n))
+    return *like, *(x.new_empty(x.shape if rest[-1] else 0) for x in (c, n))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, log_i, log_f, c, n, m, reset, *ctx.settings, save = inputs
+    *tensors, scale, normalize, eps, chunk, save = inputs
     if not save:
         return
-    h, _, _, last_m, *starts = output
+    h, c, n, last_m, *starts = output
+    ctx.settings = (scale, normalize, eps, chunk)
     ctx.mark_non_differentiable(last_m, *starts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_i, log_f, c, n, m, reset, h, *starts)
+    ctx.save_for_backward(*tensors, h, c, n, *starts)
 
 
-def _backward(ctx, dh, dc, dn, *_):
+def _compiled_backward(ctx, dh, dc, dn, *_):
     memory = any(ctx.needs_input_grad[5:7])
-    *grads, dc, dn = _mlstm_chunked_backward(dh, dc, dn, *ctx.saved_tensors, *ctx.settings, memory)
-    memory = (dc, dn) if memory else (None, None)
-    return *grads, *memory, None, None, None, None, None, None, None
+    grads = _mlstm_chunked_backward(dh, dc, dn, *ctx.saved_tensors, *ctx.settings, memory)
+    return *(grads if memory else (*grads[:-2], None, None)), *[None] * 7
 
 
 def _no_double_backward(ctx, *_):
     raise RuntimeError("mlstm has no second derivative on backend 'cpu'; backend='reference' has one")
 
 
-_mlstm_chunked.register_autograd(_backward, setup_context=_setup_context)
+_mlstm_chunked.register_autograd(_compiled_backward, setup_context=_setup_context)
 _mlstm_chunked_backward.register_autograd(_no_double_backward)
