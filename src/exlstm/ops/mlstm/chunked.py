@@ -514,7 +514,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dc, dn, _):
         memory = any(ctx.needs_input_grad[5:7])
-        saved, kept = ctx.saved_tensors[:15], ctx.saved_tensors[15:]
+        tensors = ctx.saved_tensors
+        saved, kept = tensors[:15], tensors[15:]
         if torch.is_grad_enabled():
             # Somebody means to differentiate twice: the operator refuses.
             grads = _mlstm_chunked_backward(dh, dc, dn, *saved, *ctx.settings, memory)
