@@ -176,7 +176,11 @@ def _scaled(u, b, top, before, document, start, dtype, eps):
     row, end = (top, top[..., -1]) if steep else (base, base.expand_as(top)[..., -1])  # scales of P and of Z
     weight = first = last = keep = None
     if steep:
-        first, last, keep = torch.exp(begin.unsqueeze(-1) - top), torch.exp(u - end.unsqueeze(-1)), torch.exp(begin - end)
+        first, last, keep = (
+            torch.exp(begin.unsqueeze(-1) - top),
+            torch.exp(u - end.unsqueeze(-1)),
+            torch.exp(begin - end),
+        )
     else:
         weight = torch.exp(u - base)
     if document is not None:
