@@ -86,7 +86,9 @@ class _Space(threading.local):
         numbers = torch.Size(shape).numel()
         kept = self.kept.get((name, like.dtype))
         if kept is None or kept.numel() < numbers:
-            kept = self.kept[name, like.dtype] = like.new_empty(numbers)
+            # What is born in inference mode could never be written outside of it.
+            with torch.inference_mode(False):
+                kept = self.kept[name, like.dtype] = torch.empty(numbers, dtype=like.dtype)
         return kept[:numbers].view(shape)
 
 
