@@ -19,7 +19,7 @@ from exlstm.train.config import TrainConfig
 VERSION = 1
 SETTINGS = "run.json"
 DEFAULT_SIZE = "tiny"
-# Highest learning rate of a size that was tuned for the default run (docs/log.md); the others take TrainConfig's.
+# Highest learning rate of the size that was tuned for the default run; the others take TrainConfig's.
 RATES = {"tiny": 5e-3}
 ROOMS = {"model": LanguageConfig, "data": DataConfig, "train": TrainConfig}
 # What a run.json says beside the settings.
