@@ -19,6 +19,8 @@ from exlstm.train.config import TrainConfig
 VERSION = 1
 SETTINGS = "run.json"
 DEFAULT_SIZE = "tiny"
+# Highest learning rate of the size that was tuned for the default run; the others take TrainConfig's.
+RATES = {"tiny": 5e-3}
 ROOMS = {"model": LanguageConfig, "data": DataConfig, "train": TrainConfig}
 # What a run.json says beside the settings.
 WRITTEN = ("version", "exlstm", "corpus")
@@ -41,6 +43,9 @@ def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
     for name in (size, values.get("size")):
         if name is not None and name not in SIZES:
             raise ValueError(f"unknown size {name!r}{nearest(name, SIZES)}")
+    chosen = size or values.get("size", DEFAULT_SIZE)
+    rate = {"lr": RATES[chosen]} if chosen in RATES else {}
+    values["train"] = {**rate, **values.get("train", {})}
     parts = {name: from_dict(kind, values.get(name, {}), f"{name}.") for name, kind in ROOMS.items()}
     below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
     parts["model"] = from_dict(LanguageConfig, {**below, **values.get("model", {}), **above}, "model.")

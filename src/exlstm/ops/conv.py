@@ -175,10 +175,12 @@ class _Convolution(torch.autograd.Function):
         dweight = torch.empty_like(taps)
         if first is not None:
             dy = dy.clone(memory_format=torch.contiguous_format)  # `_drop` may write on it
+        product = torch.empty_like(dy, memory_format=torch.contiguous_format)
         for j in reversed(range(columns)):
             x = joined[:, j : j + time]
             dx[:, j : j + time].addcmul_(dy, taps[j])
-            dweight[j] = (dy * x).sum((0, 1))
+            product = dy * x if torch.is_grad_enabled() else torch.mul(dy, x, out=product)
+            dweight[j] = product.flatten(0, 1).sum(0)
             if first is not None:
                 dy = _drop(dy, first[:, j : j + time])
         return dx.to(joined.dtype), dweight.t().to(weight.dtype), dbias, None
