@@ -1,6 +1,6 @@
 """What the gates of a sequence amount to, worked out once before the matrix kernels, and the gradients of the gates after them.
 
-The equations stand in `cpu.py`. A chunk of L tokens is rank one in its gates, so the other kernels read but a few vectors:
+The equations stand in docs/math.md. A chunk of L tokens is rank one in its gates, so the other kernels read but a few vectors:
 u, M, α, β and exp(-m) of every token, γ of every chunk. Prefix sums run in float64 and in powers of two, in three small kernels:
 what each chunk does to the stabiliser, a scan over the chunks, and the rest. Vectors are (B·H, N·L), N chunks, float32.
 """
