@@ -3,8 +3,8 @@
     forward      P = a(QKᵀ)⊙D, and the denominator of every token, for which n of every chunk is known
     backward     P/den and a dS, and what a token weighs in dC and dn
 
-The equations stand in docs/math.md. A program takes BT rows against the blocks of rows before them in the chunk, so these matrices
-are worked out once, however many tiles of values read them.
+The equations stand in docs/math.md. A program takes BT rows against the blocks of rows before them in the chunk, so these
+matrices are worked out once, however many tiles of values read them.
 """
 
 import triton
