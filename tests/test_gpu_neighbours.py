@@ -4,15 +4,8 @@ The interpreter has to be asked for before triton is imported, so these laws run
 this one is to compile every kernel for the GPU it was written for.
 """
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-import warnings
-from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,15 +15,22 @@ import exlstm
 from exlstm.ops.conv import causal_conv
 from exlstm.ops.mlstm.reference import reference
 from exlstm.ops.norm import head_norm
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# NumPy warns of every overflow, and of how the interpreter counts its loops.
-numpy = ("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
-law = pytest.mark.filterwarnings(*numpy) if INTERPRETED else pytest.mark.gpu
-here = pytest.mark.skipif(
-    INTERPRETED or importlib.util.find_spec("triton") is None, reason="wants triton, and as a compiler"
+from gpu import (
+    DEVICE,
+    INTERPRETED,
+    close,
+    compile_kernel,
+    cost,
+    doubled,
+    equal,
+    flags,
+    here,
+    hold_in_the_interpreter,
+    law,
+    normal,
+    poisoned,
 )
+
 # The interpreter cuts a bfloat16 off where a GPU rounds it.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 5e-4}
 dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -38,46 +38,7 @@ dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=str)
 
 @here
 def test_the_laws_hold_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-
-
-def normal(*shape, seed, dtype=torch.float32):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.to(DEVICE, dtype)
-
-
-def flags(*shape, density, seed):
-    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < density).to(DEVICE)
-
-
-def close(found, wanted, limit):
-    """Every tensor of `found` within `limit` of float64 truth, relative to its norm; nothing left unwritten."""
-    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        assert a.isfinite().all(), i
-        assert (a.double() - b).norm() <= limit * b.norm() + 1e-12, (i, ((a.double() - b).norm() / b.norm()).item())
-
-
-@contextmanager
-def poisoned():
-    """New memory is filled with NaN, so that nothing may stay unwritten."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def equal(found, wanted):
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def doubled(tensors):
-    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in tensors]
+    hold_in_the_interpreter(__file__)
 
 
 # The decoding step
@@ -365,34 +326,6 @@ def test_conv_compiles_whole_and_is_differentiated_once(small_tiles):
 # Compiled for an H200
 
 
-def compile_kernel(kernel, types, constants, warps):
-    """A kernel built for sm_90 with aligned pointers, widths and strides; arguments without a type are integers."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [p.num for p in kernel.params if signature[p.name].startswith("*") or multiple_of_16(p)]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-
-
-def multiple_of_16(parameter):
-    """Widths and the strides made of them are, in every model that is used."""
-    return (parameter.name == "D" or parameter.name.startswith("stride_")) and not parameter.do_not_specialize
-
-
-def cost(compiled, path):
-    """(registers a thread, bytes spilled) as the assembler counts them."""
-    from triton import knobs
-
-    path.write_text(compiled.asm["ptx"])
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(path), "-o", os.devnull]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
-    return int(re.search(r"Used (\d+) registers", told).group(1)), spilled
-
-
 STEP_TYPES = {
     **dict.fromkeys(("log_i", "log_f", "c", "n", "m", "c_out", "n_out", "m_out"), "*fp32"),
     **dict.fromkeys("qkvh", "*bf16"),
@@ -403,7 +336,7 @@ STEP_TYPES = {
 
 @here
 @pytest.mark.parametrize(("keys", "values"), [(16, 16), (96, 192), (256, 512), (512, 512)])
-def test_step_compiles_without_spills(keys, values, tmp_path: Path):
+def test_step_compiles_without_spills(keys, values, tmp_path):
     from exlstm.ops.mlstm import step
 
     cut, height = step.tiles(keys, values), 1 << (keys - 1).bit_length()
@@ -414,7 +347,7 @@ def test_step_compiles_without_spills(keys, values, tmp_path: Path):
         (step.mlstm_step_normaliser_kernel, shared, 1),
     ):
         compiled = compile_kernel(kernel, STEP_TYPES, constants, warps)
-        registers, spilled = cost(compiled, tmp_path / "kernel.ptx")
+        registers, spilled = cost(compiled, tmp_path)
         assert 16 < registers <= 128 and spilled == 0
         assert kernel is not step.mlstm_step_forward_kernel or re.search(r"ld\.global[^;]*\.v4", compiled.asm["ptx"])
 
@@ -438,7 +371,7 @@ def test_norm_compiles_without_spills(values, full, tmp_path):
     ):
         cut = kernels._cut(values, tile)
         warps = cut.pop("num_warps")
-        registers, spilled = cost(compile_kernel(kernel, NORM_TYPES, cut | what, warps), tmp_path / "kernel.ptx")
+        registers, spilled = cost(compile_kernel(kernel, NORM_TYPES, cut | what, warps), tmp_path)
         assert 16 < registers <= 128 and spilled == 0
 
 
@@ -460,5 +393,5 @@ def test_conv_compiles_without_spills(columns, full, limit, tmp_path):
         (kernels.causal_conv_forward_kernel, {"BT": tokens, "BD": channels}, warps),
         (kernels.causal_conv_backward_kernel, {"BS": segments, "BD": wide}, walkers),
     ):
-        registers, spilled = cost(compile_kernel(kernel, CONV_TYPES, cut | what, count), tmp_path / "kernel.ptx")
+        registers, spilled = cost(compile_kernel(kernel, CONV_TYPES, cut | what, count), tmp_path)
         assert 16 < registers <= limit and spilled == 0

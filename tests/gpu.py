@@ -1,0 +1,100 @@
+"""What the tests of Triton kernels share: where their laws run, random tensors, and the compiler for an H200.
+
+Laws run in Triton's interpreter, which has to be asked for before triton is imported, so in a process of its own; and on a GPU
+with `pytest -m gpu`.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# NumPy warns of every overflow, and of how the interpreter counts its loops.
+numpy = ("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+law = pytest.mark.filterwarnings(*numpy) if INTERPRETED else pytest.mark.gpu
+here = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="wants triton, and as a compiler"
+)
+
+
+def hold_in_the_interpreter(file):
+    """Every law in `file` holds in a process with Triton's interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def normal(*shape, seed, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(DEVICE, dtype)
+
+
+def flags(*shape, density, seed):
+    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < density).to(DEVICE)
+
+
+def close(found, wanted, limit):
+    """Every tensor of `found` within `limit` of float64 truth, relative to its norm; nothing left unwritten."""
+    limits = [limit] * len(wanted) if isinstance(limit, float) else limit
+    for i, (a, b, limit) in enumerate(zip(found, wanted, limits, strict=True)):
+        assert a.isfinite().all(), i
+        error = (a.double() - b).norm()
+        assert error <= limit * b.norm() + 1e-12, (i, (error / b.norm()).item())
+
+
+@contextmanager
+def poisoned():
+    """New memory is filled with NaN, so that nothing may stay unwritten."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def equal(found, wanted):
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def doubled(tensors):
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in tensors]
+
+
+def compile_kernel(kernel, types, constants, warps):
+    """A kernel built for sm_90 with aligned pointers, widths and strides; arguments without a type are integers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [p.num for p in kernel.params if signature[p.name].startswith("*") or _multiple_of_16(p)]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def _multiple_of_16(parameter):
+    """Widths and the strides made of them are, in every model that is used."""
+    return (parameter.name == "D" or parameter.name.startswith("stride_")) and not parameter.do_not_specialize
+
+
+def cost(compiled, folder):
+    """(registers a thread, bytes spilled) as the assembler counts them."""
+    from triton import knobs
+
+    path = folder / "kernel.ptx"
+    path.write_text(compiled.asm["ptx"])
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(path), "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
+    return int(re.search(r"Used (\d+) registers", told).group(1)), spilled

@@ -1,0 +1,530 @@
+"""The laws of mlstm on its Triton kernels: here in Triton's interpreter, on a GPU with `pytest -m gpu`.
+
+In the interpreter every law runs in float32, with plans cut so small that a few tokens are many chunks, blocks and tiles; on a
+GPU in float32 and bfloat16, with the plans that a user gets.
+"""
+
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+import exlstm
+import exlstm.ops.mlstm.triton as operator
+from exlstm.ops.mlstm import MLSTMState, mlstm
+from exlstm.ops.mlstm.plan import OnePass, Plan, Tiles, choose, power
+from gpu import DEVICE, INTERPRETED, close, doubled, equal, flags, here, hold_in_the_interpreter, law, normal, poisoned
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# ‖x - truth‖ / ‖truth‖ of h; of dq, dk, dv, di, c and what flows into the first memory; and of df.
+# float16 is multiplied in tf32, which has its digits. The interpreter cuts a bfloat16 off where a GPU rounds it.
+LIMITS = {F32: (2e-6, 1e-5, 1e-5), F16: (2e-3, 4e-3, 8e-3), BF16: (4e-3, 8e-3, 1.5e-2)}
+if INTERPRETED:
+    LIMITS[BF16] = (8e-3, 1.6e-2, 3e-2)
+# L, BT, BJ of small plans: one block a chunk, several, and one-pass forwards that read scores or work them out.
+SMALL = {"two": (16, 16, 16), "blocks": (64, 32, 16), "one": (16, 16, 16), "scores": (16, 16, 16)}
+# A case of the laws: in the interpreter every row costs half a second, on a GPU it has what a one-pass forward wants.
+SIZES = {"keys": 16, "values": 16} if INTERPRETED else {"keys": 64, "values": 128, "batch": 4, "heads": 8}
+EACH = [(plan, F32) for plan in SMALL] if INTERPRETED else [("own", F32), ("own", BF16)]
+ENDS = EACH[::3] if INTERPRETED else EACH
+each = pytest.mark.parametrize(("plan", "dtype"), ENDS, ids=str, indirect=["plan"])
+one = pytest.mark.parametrize(("plan", "dtype"), EACH[-1:], ids=str, indirect=["plan"])
+
+
+@here
+def test_the_laws_hold_in_the_interpreter():
+    hold_in_the_interpreter(__file__)
+
+
+def cut(kind, q, v, chunk):
+    """A small plan of `kind`, made from one for bfloat16 and many rows."""
+    wide = [torch.empty(256, 1, 1, x.shape[-1], dtype=BF16, device="meta") for x in (q, v)]
+    plan, (L, BT, BJ) = choose(*wide, 0), SMALL[kind]
+    two = _narrow(plan.backward)._replace(L=L, BT=BT, BJ=BJ)
+    if kind not in ("one", "scores"):
+        return Plan(two, two)
+    assert isinstance(plan.forward, OnePass)
+    one = _narrow(plan.forward)._replace(L=L, BT=BT, BJ=BJ, SCORES=kind == "scores")
+    whole = one.forward._replace(BK=power(q.shape[-1]), BV=max(16, power(v.shape[-1]) // 2))
+    # Its backward has chunks twice as long.
+    return Plan(one._replace(forward=whole), two._replace(L=2 * L, BT=2 * BT))
+
+
+def _narrow(plan):
+    tiles = {name: x._replace(BK=16, BV=16) for name, x in plan._asdict().items() if isinstance(x, Tiles)}
+    return plan._replace(**tiles)
+
+
+@pytest.fixture(autouse=True)
+def plan(request, monkeypatch):
+    """Small plans in the interpreter, "two" unless a test names another; "own" is what the operator chooses."""
+    kind = getattr(request, "param", "two" if INTERPRETED else "own")
+    if kind != "own":
+        monkeypatch.setattr(operator, "choose", partial(cut, kind))
+    return kind
+
+
+def case(steps, keys=16, values=16, batch=1, heads=1, dtype=F32, gate=1.0, bias=0.0, state=True):
+    """q, k, v, log_i, log_f, and c, n and m of a memory unless `state` is False."""
+    sizes = [(batch, steps, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
+    q, k, v, i, f = (normal(*size, seed=seed) for seed, size in enumerate(sizes))
+    memory = [normal(batch, heads, *size, seed=7 + i) for i, size in enumerate(((keys, values), (keys,), ()))]
+    return [*(x.to(dtype) for x in (q, k, v)), gate * i + bias, logsigmoid(gate * f + 3), *(memory if state else ())]
+
+
+def run(inputs, backend="triton", **options):
+    """h, c, n, m, then the gradients of a weighted sum of h, c and n."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:7]]
+    h, state = mlstm(*leaves[:5], memory(inputs, leaves), backend=backend, **options)
+    return [h.detach(), *(x.detach() for x in state), *gradients(h, state, leaves)]
+
+
+def memory(inputs, leaves=None):
+    return MLSTMState(*(leaves or inputs)[5:7], inputs[7]) if len(inputs) > 5 else None
+
+
+def gradients(h, state, leaves, **options):
+    # Weights that every dtype holds exactly.
+    weights = [normal(*x.shape, seed=20 + i, dtype=BF16).to(x.dtype) for i, x in enumerate((h, *state[:2]))]
+    return torch.autograd.grad([h, *state[:2]], leaves, weights, **options)
+
+
+def forward(inputs, backend="triton", **options):
+    with torch.no_grad():
+        h, state = mlstm(*inputs[:5], memory(inputs), backend=backend, **options)
+    return [h, *state]
+
+
+def truth(inputs, **options):
+    """The same in float64, by the recurrence; in chunks where its autograd graph would not fit."""
+    numbers = inputs[2].shape[:3].numel() * inputs[0].shape[-1] * inputs[2].shape[-1]
+    return run(doubled(inputs), "reference" if numbers <= 1 << 24 else "cpu", **options)
+
+
+def limits(dtype):
+    h, most, forget = LIMITS[dtype]
+    return [h, most, 5e-6, 2e-6, most, most, most, most, forget, most, most]
+
+
+def holds(found, wanted, dtype):
+    close(found, wanted, limits(dtype)[: len(wanted)])
+
+
+def check(inputs, dtype, **options):
+    with poisoned():
+        found = run(inputs, **options)
+    assert found[0].dtype == dtype and all(x.dtype == F32 for x in found[1:4])
+    assert [x.dtype for x in found[4:]] == [x.dtype for x in inputs[:7]]
+    options.pop("chunk", None)
+    holds(found, truth(inputs, **options), dtype)
+    return found
+
+
+# Equal to the reference
+
+STEPS = (1, 2, 15, 63, 64, 65)
+if INTERPRETED:
+    LENGTHS = [("two", F32, steps) for steps in STEPS] + [("blocks", F32, 66), ("one", F32, 40), ("scores", F32, 33)]
+else:
+    LENGTHS = [(*row, steps) for row, steps in product(EACH, (*STEPS, 1000))]
+
+
+@law
+@pytest.mark.parametrize(("plan", "dtype", "steps"), LENGTHS, ids=str, indirect=["plan"])
+def test_equals_the_reference(plan, dtype, steps):
+    check(case(steps, dtype=dtype, **SIZES), dtype)
+
+
+if INTERPRETED:
+    WIDTHS = [("two", 8, 12, F32), ("blocks", 24, 40, F32), ("two", 48, 24, BF16), ("two", 24, 40, F16)]
+    WIDTHS += [("scores", 24, 40, BF16), ("one", 40, 24, F16), ("own", 96, 192, F32)]
+else:
+    pairs = [(8, 12), (16, 512), (24, 40), (64, 64), (64, 128), (96, 192), (128, 256), (192, 96), (256, 512), (512, 64)]
+    WIDTHS = [("own", *widths, BF16) for widths in [*pairs, (512, 512)]]
+    WIDTHS += [("own", *widths, dtype) for widths in pairs[2::2] for dtype in (F16, F32)]
+
+
+@law
+@pytest.mark.parametrize(("plan", "keys", "values", "dtype"), WIDTHS, ids=str, indirect=["plan"])
+def test_equals_the_reference_at_every_width(plan, keys, values, dtype):
+    check(case(18 if INTERPRETED else 300, keys, values, dtype=dtype, state=keys != 96), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("keys", "values"), [(64, 128), (128, 256), (256, 512)])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 7), (16, 16)])
+def test_equals_the_reference_for_few_rows_and_many(keys, values, batch, heads):
+    check(case(520, keys, values, batch, heads, BF16), BF16)
+
+
+FLAGS = [(*row, kind) for row, kind in product(EACH, ["reset", "mask", "both", "every"])]
+if INTERPRETED:
+    # A scan with resets takes the interpreter a second.
+    FLAGS = [row for row in FLAGS if (row[0] == "two") == (row[2] != "reset") and row[0] != "one"]
+
+
+@law
+@pytest.mark.parametrize(("plan", "dtype", "kind"), FLAGS, ids=str, indirect=["plan"])
+def test_resets_and_padding(plan, dtype, kind):
+    sizes = (1, 34) if INTERPRETED else (SIZES["batch"], 700)
+    options = {"reset": flags(*sizes, density=1.0 if kind == "every" else 0.1, seed=1)} if kind != "mask" else {}
+    options |= {"mask": flags(*sizes, density=0.7, seed=2)} if kind in ("mask", "both") else {}
+    check(case(sizes[1], dtype=dtype, **SIZES), dtype, **options)
+
+
+OPTIONS = [{"normalize": False, "scale": 1.0}, {"eps": 0.1, "scale": 0.3}]
+
+
+@law
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@each
+def test_options(plan, dtype, options):
+    check(case(34 if INTERPRETED else 300, dtype=dtype, state=False, **SIZES), dtype, **options)
+
+
+@law
+@one
+def test_small_input_gates(plan, dtype):
+    """The bias of -10 that trained models start from: the floor exp(-m) is far above every q·n."""
+    check(case(34 if INTERPRETED else 600, dtype=dtype, bias=-10.0, **SIZES), dtype)
+
+
+@law
+@pytest.mark.parametrize("plan", ["own"], indirect=True)
+def test_chunk_length_does_not_matter(plan):
+    inputs, chunks = case(40, **SIZES), (1000,) if INTERPRETED else (1, 16, 33, 64, 100, 128, 1000)
+    for chunk in chunks:
+        check(inputs, F32, chunk=chunk)
+
+
+# Hard gates
+
+
+def hard(kind, steps, **sizes):
+    """Gates drawn `kind` times as wide, or all at ± `kind`."""
+    if kind[0] != "±":
+        return case(steps, gate=float(kind[1:]), **sizes)
+    q, k, v, i, f, *memory = case(steps, **sizes)
+    size = float(kind[1:])
+    return [q, k, v, size * i.sign(), logsigmoid(size * f.sign()), *memory]
+
+
+@law
+@pytest.mark.parametrize("kind", ["×4", "×10", "±15", "±40"])
+@pytest.mark.parametrize("plan", ["two"] if INTERPRETED else ["own"], indirect=True)
+def test_hard_gates_are_as_exact_as_the_recurrence(plan, kind):
+    """At most twice the error of the plain recurrence in float32."""
+    inputs = hard(kind, 50, **SIZES) if INTERPRETED else hard(kind, 200, keys=32, values=64, batch=2, heads=4)
+    found, plain, exact = run(inputs), run(inputs, "reference"), truth(inputs)
+    for i, (a, b, c) in enumerate(zip(found, plain, exact, strict=True)):
+        error, usual = ((x.double() - c).norm() / c.norm().clamp(min=1e-12) for x in (a, b))
+        assert error <= 2 * usual + 2e-6, (i, error.item(), usual.item())
+
+
+@law
+@pytest.mark.parametrize("normalize", [True, False])
+@each
+def test_extreme_gates_stay_finite(plan, dtype, normalize):
+    """Every pair of extremes in a head of its own, all open and all closed among them, and queries that are zero."""
+    if INTERPRETED and normalize != (plan == "two"):
+        pytest.skip("one way each will do in the interpreter")
+    pairs = list(product((-1e4, 0.0, 1e4), repeat=2))[:: (2 if normalize else 4) if INTERPRETED else 1]
+    i, f = (torch.tensor(x, device=DEVICE) for x in zip(*pairs))
+    inputs = case(18 if INTERPRETED else 300, heads=len(pairs), dtype=dtype, state=normalize)
+    inputs[0][:, ::3] = 0
+    inputs[3][:], inputs[4][:] = i, logsigmoid(f)
+    if not INTERPRETED:
+        # Heads whose gates stay, and heads whose gates jump.
+        inputs[3][:, 1::2, ::2] = i.flip(0)[::2]
+        inputs[4][:, 2::3, ::2] = logsigmoid(f.flip(0))[::2]
+    with poisoned():
+        found = run(inputs, normalize=normalize)
+    assert all(x.isfinite().all() for x in found)
+
+
+# Time, rows, padding
+
+
+@law
+@each
+def test_a_split_changes_nothing(plan, dtype):
+    steps, at = (40, 19) if INTERPRETED else (300, 113)
+    inputs = case(steps, dtype=dtype, **SIZES)
+    leaves = [x.detach().requires_grad_() for x in inputs[:7]]
+    state, hs = memory(inputs, leaves), []
+    for part in (slice(0, at), slice(at, steps)):
+        h, state = mlstm(*(x[:, part] for x in leaves[:5]), state, backend="triton")
+        hs.append(h)
+    h = torch.cat(hs, 1)
+    holds([h, *state, *gradients(h, state, leaves)], truth(inputs), dtype)
+
+
+@law
+@each
+def test_single_steps_equal_one_call(plan, dtype):
+    steps = 7 if INTERPRETED else 70
+    inputs = case(steps, dtype=dtype, **SIZES)
+    found, state = [], memory(inputs)
+    for t in range(steps):
+        h, *state = forward([*(x[:, t : t + 1] for x in inputs[:5]), *state])
+        found.append(h)
+    holds([torch.cat(found, 1), *state], truth(inputs)[:4], dtype)
+    holds(forward(inputs), truth(inputs)[:4], dtype)
+
+
+@law
+@each
+def test_no_future_leaks_and_rows_are_alone(plan, dtype):
+    steps, at = (34, 19) if INTERPRETED else (300, 131)
+    inputs = case(steps, dtype=dtype, state=False, **{**SIZES, "batch": 2 if INTERPRETED else 4})
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[0, at:] += 1
+        x[1] += 1
+    (h, *_), (g, *_) = forward(inputs), forward(changed)
+    assert torch.equal(h[0, :at], g[0, :at]) and not torch.allclose(h[0, at:], g[0, at:])
+    alone = forward([x[:1] for x in inputs])
+    if dtype == F32:
+        equal(alone[:1], [h[:1]])
+    else:
+        # Fewer rows may be cut into other tiles, which round differently.
+        holds(alone, truth([x[:1] for x in inputs])[:4], dtype)
+
+
+@law
+@each
+def test_padding_changes_nothing(plan, dtype):
+    """Left, right or scattered: the tokens, the memory and all gradients are those of the tokens alone."""
+    short, long = (12, 20) if INTERPRETED else (200, 290)
+    inputs = case(short, dtype=dtype, **SIZES | {"batch": 1})
+    wanted = truth(inputs)
+    scattered = torch.randperm(long, generator=torch.Generator().manual_seed(1))[:short].sort().values
+    places = [scattered] if INTERPRETED else [torch.arange(short), torch.arange(long - short, long), scattered]
+    for kept in (x.to(DEVICE) for x in places):
+        mask = torch.zeros(1, long, dtype=torch.bool, device=DEVICE)
+        mask[:, kept] = True
+        padded = [x.new_full((1, long, *x.shape[2:]), 7.0).index_copy(1, kept, x) for x in inputs[:5]]
+        leaves = [x.requires_grad_() for x in (*padded, *(x.detach().clone() for x in inputs[5:7]))]
+        h, state = mlstm(*leaves[:5], memory(inputs, leaves), mask=mask, backend="triton")
+        assert not h[~mask].any()
+        h = h[:, kept]
+        grads = gradients(h, state, leaves)
+        assert not any(x[~mask].any() for x in grads[:5])
+        holds([h, *state, *(x[:, kept] for x in grads[:5]), *grads[5:]], wanted, dtype)
+
+
+@law
+def test_an_empty_row_keeps_its_state():
+    inputs = case(18, batch=2)
+    mask = torch.tensor([[False], [True]], device=DEVICE).expand(2, 18)
+    h, *state = forward(inputs, mask=mask)
+    assert not h[0].any()
+    close([x[0] for x in state], doubled([x[0] for x in inputs[5:]]), 2e-7)
+    h, *state = forward(inputs[:5], mask=torch.zeros_like(mask))
+    assert not any(x.any() for x in (h, *state))
+
+
+@law
+@each
+def test_a_reset_is_a_fresh_start(plan, dtype):
+    steps, at = (20, 9) if INTERPRETED else (300, 150)
+    inputs = case(steps, dtype=dtype, **SIZES)
+    reset = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=DEVICE)
+    reset[:, at] = True
+    h, *state = forward(inputs, reset=reset)
+    holds([h[:, at:], *state], truth([x[:, at:] for x in inputs[:5]])[:4], dtype)
+    holds([h[:, :at]], truth([x[:, :at] for x in inputs[:5]] + inputs[5:])[:1], dtype)
+
+
+# What comes in and what goes out
+
+
+@law
+@one
+def test_strides_do_not_matter(plan, dtype):
+    """Heads first, features behind an odd offset, and a gradient that is one number expanded."""
+    inputs = case(20 if INTERPRETED else 200, dtype=dtype, state=False, **SIZES)
+    q, k, v, i, f = inputs
+    odd = torch.cat([k[..., :1], k, k[..., :2]], -1)[..., 1:-2]
+    strided = [q.transpose(1, 2).contiguous().transpose(1, 2), odd, torch.stack([v, v], 3)[:, :, :, 1]]
+    strided += [x.movedim(1, 2).contiguous().movedim(2, 1) for x in (i, f)]
+    results = []
+    for tensors in (inputs, strided):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        h, _ = mlstm(*leaves, backend="triton")
+        results.append([h, *torch.autograd.grad(h, leaves, h.new_ones(()).expand(h.shape))])
+    equal(*results)
+
+
+@law
+@each
+def test_same_inputs_same_bits_and_nothing_is_written_into_an_argument(plan, dtype):
+    inputs = case(20 if INTERPRETED else 600, dtype=dtype, **SIZES)
+    before = [x.clone() for x in inputs]
+    once = run(inputs)
+    equal(run(inputs), once)
+    equal(before, inputs)
+    # Without gradients nothing is kept, and the result is the same.
+    equal(forward(inputs), once[:4])
+
+
+@law
+def test_double_backward_is_refused_in_one_sentence():
+    inputs = case(18)
+    leaves = [x.requires_grad_() for x in inputs[:7]]
+    h, state = mlstm(*leaves[:5], memory(inputs, leaves), backend="triton")
+    grads = gradients(h, state, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"mlstm has no second derivative on backend 'triton'; .* has one"):
+        sum(x.sum() for x in grads).backward()
+
+
+def summed(inputs, reset, mask):
+    h, state = mlstm(*inputs[:5], memory(inputs), reset=reset, mask=mask, backend="triton")
+    return h.float().square().sum() + state.c.sum() + state.n.sum()
+
+
+@law
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamic", [False] if INTERPRETED else [False, True])
+@pytest.mark.parametrize("dtype", [F32] if INTERPRETED else [F32, BF16])
+def test_compiled_equals_eager(dtype, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        summed, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor", dynamic=dynamic
+    )
+    for steps in (18,) if INTERPRETED else (130, 200, 1):
+        inputs = case(steps, dtype=dtype, **SIZES)
+        batch = inputs[0].shape[0]
+        options = [None, None] if INTERPRETED else [flags(batch, steps, density=0.1, seed=i) for i in (1, 2)]
+        leaves = [x.requires_grad_() for x in inputs[:7]]
+        wanted = torch.autograd.grad(summed([*leaves, inputs[7]], *options), leaves)
+        found = torch.autograd.grad(compiled([*leaves, inputs[7]], *options), leaves)
+        close(found, doubled(wanted), 1e-5 if dtype == F32 else 1e-2)
+    torch._dynamo.reset()
+
+
+# Which implementation runs
+
+
+@here
+def test_a_cpu_tensor_gets_one_sentence_or_the_row_for_a_cpu():
+    inputs = [x.cpu() for x in (torch.ones(1, 3, 1, 16),) * 3] + [torch.zeros(1, 3, 1)] * 2
+    with pytest.raises(ValueError, match=r"takes bfloat16, float16 and float32 on a GPU, q is torch\.float32 on cpu"):
+        mlstm(*inputs, backend="triton")
+    equal(mlstm(*inputs)[:1], mlstm(*inputs, backend="cpu")[:1])
+
+
+@here
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_meta_tensors_give_shapes(dtype):
+    q, v, gate = (torch.empty(2, 70, 3, *width, device="meta", requires_grad=True) for width in ((24,), (40,), ()))
+    h, state = mlstm(q.to(dtype), q.to(dtype), v.to(dtype), gate, gate, backend="triton")
+    assert h.shape == v.shape and h.dtype == dtype and h.device.type == "meta"
+    assert [x.shape for x in state] == [(2, 3, 24, 40), (2, 3, 24), (2, 3)]
+    assert [x.shape for x in torch.autograd.grad(h, (q, v, gate), h)] == [q.shape, v.shape, gate.shape]
+
+
+@law
+def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
+    called = []
+    for name, row in exlstm.ops.mlstm.IMPLEMENTATIONS.items():
+        watched = lambda *args, name=name, row=row: called.append(name) or row(*args)  # noqa: E731
+        monkeypatch.setitem(exlstm.ops.mlstm.IMPLEMENTATIONS, name, watched)
+    inputs = case(3)
+    for x in (inputs, [x.bfloat16() for x in inputs[:3]] + inputs[3:], doubled(inputs)):
+        forward(x, None)
+    with exlstm.backend("cpu"):
+        forward(inputs, None)
+    assert called == ["triton", "triton", "cpu", "cpu"]
+    with pytest.raises(ValueError, match=r"takes bfloat16, float16 and float32 on a GPU, q is torch\.float64 on"):
+        forward(doubled(inputs))
+
+
+# Only on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("keys", "values"), [(64, 128), (128, 256), (256, 512)])
+def test_a_graph_replays_forward_backward_and_step(keys, values):
+    inputs = case(300, keys, values, 4, 8, BF16)
+    token = [x[:, :1].contiguous() for x in inputs[:5]]
+    leaves = [x.requires_grad_() for x in inputs[:7]]
+
+    def work():
+        h, state = mlstm(*leaves[:5], memory(inputs, leaves), backend="triton")
+        return [h, *state, *gradients_of_ones(h, state, leaves), *forward([*token, *(x.detach() for x in state)])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+    with torch.no_grad():
+        for x in (*leaves, *token):
+            x.mul_(0.9)
+    wanted = [x.clone() for x in work()]
+    for x in found:
+        x.detach().fill_(torch.nan)
+    graph.replay()
+    equal(found, wanted)
+
+
+def gradients_of_ones(h, state, leaves):
+    return torch.autograd.grad([h, *state[:2]], leaves, [torch.ones_like(x) for x in (h, *state[:2])])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_autocast_leaves_the_gates_alone(dtype):
+    inputs = case(300, dtype=dtype, **SIZES)
+    wanted = run(inputs)
+    with torch.autocast("cuda", torch.bfloat16):
+        equal(run(inputs), wanted)
+        equal(forward([x[:, :1] for x in inputs[:5]]), forward([x[:, :1].contiguous() for x in inputs[:5]]))
+
+
+@pytest.mark.gpu
+def test_memory_for_the_backward_is_flat():
+    """Kept beside the inputs and h: two numbers a token and head, and n of every chunk."""
+    kept = []
+    for steps in (1024, 4096):
+        leaves = [x.requires_grad_() for x in case(steps, dtype=BF16, state=False, **SIZES)]
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.setdefault(x.untyped_storage().data_ptr(), x) if x is not None else x,
+            lambda x: x,
+        ):
+            h, _ = mlstm(*leaves, backend="triton")
+        own = {x.untyped_storage().data_ptr() for x in (*leaves, h)}
+        kept.append(sum(x.untyped_storage().nbytes() for at, x in sizes.items() if at not in own) / leaves[3].numel())
+    assert kept[1] < 1.05 * kept[0] and kept[1] < 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "steps", "heads", "keys", "values", "backward"),
+    [(2, 131_200, 32, 64, 256, True), (2, 131_200, 32, 256, 256, False), (4400, 3, 16, 16, 16, True)],
+    ids=["2^31 values", "2^31 keys", "70,400 rows"],
+)
+def test_large_tensors(batch, steps, heads, keys, values, backward):
+    """Beyond 2^31 numbers, and beyond 65,535 programs: the last row is what it is alone."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    sizes = [(batch, steps, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
+    inputs = [
+        torch.randn(size, device="cuda", dtype=BF16 if len(size) > 3 else F32, generator=draw, requires_grad=backward)
+        for size in sizes
+    ]
+    last = [x.detach()[-1:, :, -1:].clone().requires_grad_(backward) for x in inputs]
+    results = []
+    for q, k, v, i, f in (inputs, last):
+        h, (c, n, m) = mlstm(q, k, v, i, logsigmoid(f + 3), backend="triton")
+        grads = torch.autograd.grad(h, (q, k, v, i, f), torch.ones_like(h)) if backward else []
+        results.append([x[-1:, :, -1:] for x in (h, *grads)] + [x[-1:, -1:] for x in (c, n, m)])
+        del h, c, n, m, grads
+    close(results[0], doubled(x.detach() for x in results[1]), 3e-2)
+    torch.cuda.empty_cache()
