@@ -116,6 +116,12 @@ def mlstm_gates_scan_kernel(p_shift, p_floor, p_m0, p_m, p_last, N, BN: tl.const
     tl.store(p_last + i_bh, (m / LOG2E).to(tl.float32))
 
 
+@triton.jit
+def _power_of_two(x, EXACT: tl.constexpr):
+    """2^x in float32 of a float64 x; the hardware's own has an error of two units in the last place."""
+    return tl.exp2(x).to(tl.float32) if EXACT else tl.exp2(x.to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["T", "N"])
 def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p_alpha, p_beta, p_floor, p_gamma, p_document,
                        T, H, N, s_ib, s_it, s_ih, s_fb, s_ft, s_fh,
@@ -133,14 +139,14 @@ def mlstm_gates_kernel(p_i, p_f, p_reset, p_m, p_u, p_top, p_u_low, p_top_low, p
     top = tl.maximum(top, before)
     last = _last(top, L)
     a, g = u - last[:, None], m - last
-    beta = tl.exp2((before - top).to(tl.float32))
+    beta = _power_of_two(before - top, PAIR)
     if RESET:
         behind = _last(document, L)
         a = tl.where(document == behind[:, None], a, -float("inf"))
         g = tl.where(behind > 0, -float("inf"), g)
         beta = tl.where(document > 0, 0.0, beta)
-    alpha, gamma = tl.exp2(a.to(tl.float32)), tl.exp2(g.to(tl.float32))
-    floor = tl.exp2(-tl.maximum(tl.minimum(b + top, M_MAX), M_MIN).to(tl.float32))
+    alpha, gamma = _power_of_two(a, PAIR), _power_of_two(g, PAIR)
+    floor = _power_of_two(-tl.maximum(tl.minimum(b + top, M_MAX), M_MIN), PAIR)
     o = (o_bh * N + i_n)[:, None] * L + tl.arange(0, L)[None, :]
     inside = (o_h < H)[:, None] & (tl.arange(0, L) < L)[None, :]
     u_high, top_high = u.to(tl.float32), top.to(tl.float32)

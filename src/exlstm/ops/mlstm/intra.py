@@ -14,6 +14,16 @@ from exlstm.ops.mlstm.gates import heads, matrices, padded, tile
 
 
 @triton.jit
+def _exact_power_of_two(x):
+    """2^x for x ≤ 0 to the last digit, where the hardware's own is two units off: its series around the nearest whole number."""
+    whole = tl.floor(tl.maximum(x, -126.0) + 0.5)
+    f = tl.maximum(x, -126.0) - whole
+    series = 0.0013333558146428443 + f * (0.00015403530393381608 + f * 1.525273380405984e-05)
+    series = 0.2402265069591007 + f * (0.05550410866482158 + f * (0.009618129107628477 + f * series))
+    return tl.where(x < -126.0, 0.0, tl.exp2(whole) * (1.0 + f * (0.6931471805599453 + f * series)))
+
+
+@triton.jit
 def _decay(p_u, p_top, p_u_low, p_top_low, p_document, o_t, o_j, RESET: tl.constexpr, PAIR: tl.constexpr):
     """D (rows, columns) = 2^(u_j - M_t) for tokens o_t and o_j of one sequence, 0 in the future and across a reset."""
     exponent = tl.load(p_u + o_j)[None, :] - tl.load(p_top + o_t)[:, None]
@@ -22,7 +32,8 @@ def _decay(p_u, p_top, p_u_low, p_top_low, p_document, o_t, o_j, RESET: tl.const
     seen = o_t[:, None] >= o_j[None, :]
     if RESET:
         seen = seen & (tl.load(p_document + o_t)[:, None] == tl.load(p_document + o_j)[None, :])
-    return tl.exp2(tl.where(seen, exponent, -float("inf")))
+    exponent = tl.where(seen, exponent, -float("inf"))
+    return _exact_power_of_two(exponent) if PAIR else tl.exp2(exponent)
 
 
 @triton.jit(do_not_specialize=["N"])
