@@ -5,13 +5,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module, util
+from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
 from exlstm.bench import BENCHES, config, parity, peers, quality, timing
+from exlstm.bench import mlstm as on_gpu
+from exlstm.cli import main
 from exlstm.models.config import LanguageConfig
 from exlstm.models.language import LanguageModel
+from exlstm.ops.mlstm import mlstm
 from exlstm.recipes import RunConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
@@ -25,6 +30,9 @@ def toys(tmp_path):
     return {
         "kernels": config.KernelsConfig(
             slstm=((2, 6, 2, 4),), mlstm=((1, 24, 2, 8, 4),), growth=(16, 64), rounds=2, **shared
+        ),
+        "mlstm": config.MLSTMConfig(
+            shapes=((2, 8, 4),), lengths=(8, 16), tokens=32, batches=(1,), error_length=8, device="cpu", **shared
         ),
         "training": config.TrainingConfig(batch=1, length=8, rounds=2, **shared),
         "decoding": config.DecodingConfig(batches=(1, 2), tokens=4, rounds=2, **shared),
@@ -41,8 +49,17 @@ def small_default():
     return replace(run, data=replace(run.data, context=16, batch_size=2), train=replace(run.train, sample_every=10**6))
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """Lets the benchmark for a GPU run on this CPU, where every call takes a millisecond."""
+    monkeypatch.setattr(on_gpu, "_wants_gpu", lambda _: None)
+    monkeypatch.setattr(on_gpu, "_peaks", lambda _: (100.0, 1.0))
+    monkeypatch.setattr(on_gpu, "_milliseconds", lambda call, quick=False: call() is None or 1.0)
+    monkeypatch.setattr(on_gpu, "_replayed", lambda call, device: call() is None or 0.01)
+
+
 @pytest.mark.parametrize("name", BENCHES)
-def test_every_benchmark_runs(name, tmp_path, monkeypatch, capsys):
+def test_every_benchmark_runs(name, tmp_path, monkeypatch, card, capsys):
     monkeypatch.setattr(quality, "sized", small_default)
     before = torch.get_num_threads()
     settings = toys(tmp_path)[name]
@@ -78,6 +95,66 @@ def test_absent_peers_are_told_and_ours_is_still_measured(tmp_path, monkeypatch,
         assert f"{package}" in told.split("cannot be imported")[0]
         unit = "ms/token" if name == "decoding" else "ms"
         assert any(row[f"ours {unit}"] > 0 and row["ours/peer"] is None for row in rows)
+
+
+def their_kernels(kernel):
+    """A package like mlstm_kernels, whose `kernel` gets (B, H, T, ·), and whose step fails."""
+    package = ModuleType("mlstm_kernels.torch")
+    package.get_mlstm_kernel = lambda name: kernel
+
+    def step(**_):
+        raise RuntimeError("no step\nfor you")
+
+    package.get_mlstm_step_kernel = lambda name: step
+    return package
+
+
+def test_the_mlstm_beside_its_peers(tmp_path, monkeypatch, card, capsys):
+    def kernel(q, k, v, i, f, return_last_states, chunk_size):
+        tensors = (x.transpose(1, 2) for x in (q, k, v, i, logsigmoid(f)))
+        return 1.5 * mlstm(*tensors)[0].transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "mlstm_kernels.torch", their_kernels(kernel))
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
+    rows = on_gpu.run(toys(tmp_path)["mlstm"])
+    told = capsys.readouterr().out
+    cases = ["B2 T16 2×8/4", "B4 T8 2×8/4", "B1 T32 2×8/4"]
+    for side in ("ours", "mlstm_kernels xl_chunk 128"):
+        assert [row["case"] for row in rows if row["side"] == side] == cases
+    assert all(row["peer/ours infer"] == 1 for row in rows if row["side"] == "ours")
+    assert "step of mlstm_kernels B1 T1 2×8/4: failed with RuntimeError: no step for you\n" in told
+    assert "fla.ops.simple_gla cannot be imported here" in told
+    with open(tmp_path / "out" / "mlstm_errors.csv", newline="", encoding="utf-8") as file:
+        errors = {(row["side"][:5], row[""]): row for row in csv.DictReader(file)}
+    assert len(errors) == 4
+    # Half too large, and so are its gradients; ours is as exact as bfloat16 is on so few tokens.
+    for name in on_gpu.GRADIENTS:
+        assert 0.4 < float(errors["mlstm", "any dh"][name]) < 0.6
+        assert float(errors["ours", "any dh"][name]) < 0.1
+
+
+def test_the_mlstm_counts_work_and_bytes():
+    case = on_gpu.Case(2, 10, 3, 4, 8)
+    assert case.work == 60 * (4 * 32 + 64 * 12)
+    assert case.traffic == 60 * (2 * (4 + 4 + 8 + 8) + 2 * 4)
+    assert case.traffic_both == case.traffic + 60 * (2 * (4 + 4 + 8 + 8) + 2 * (4 + 4 + 8) + 2 * 4 + 2 * 4)
+    assert on_gpu.Case(2, 10, 3, 4, 8, causal=True).work == 60 * 10 * 12
+
+
+def test_the_mlstm_bench_restricts_itself_and_keeps_to_its_time(tmp_path, monkeypatch, card, capsys):
+    toy = toys(tmp_path)["mlstm"]
+    rows = on_gpu.run(replace(toy, only=("ours",), quick=True))
+    assert [row["case"] for row in rows] == ["B2 T16 2×8/4"]
+    assert on_gpu.run(replace(toy, seconds=-1.0)) == []
+    assert "ours: left out, the time is up (--seconds)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="side 'theirs' is not one of ours, cudnn"):
+        on_gpu.run(replace(toy, only=("theirs",)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+def test_the_mlstm_bench_wants_a_gpu_in_one_sentence(capsys):
+    assert main(["bench", "mlstm"]) == 2
+    assert capsys.readouterr().err == "exlstm: bench mlstm measures kernels on an NVIDIA GPU, there is none here\n"
 
 
 def test_a_benchmark_without_text_says_so(tmp_path, capsys):

@@ -3,6 +3,7 @@
 # name -> (module with `run(config)`, its settings in `exlstm.bench.config`, one line of help); free of torch
 BENCHES = {
     "kernels": ("exlstm.bench.kernels", "KernelsConfig", "the two operators beside nn.LSTM and mlstm_kernels"),
+    "mlstm": ("exlstm.bench.mlstm", "MLSTMConfig", "the mLSTM on a GPU beside mlstm_kernels, attention and fla"),
     "training": ("exlstm.bench.training", "TrainingConfig", "forward and backward of the stack in xlstm's README"),
     "decoding": ("exlstm.bench.decoding", "DecodingConfig", "greedy decoding of that stack, milliseconds a token"),
     "parity": ("exlstm.bench.parity", "ParityConfig", "state tracking: parity of strings longer than in training"),

@@ -27,6 +27,34 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class MLSTMConfig:
+    """The mLSTM on a GPU beside mlstm_kernels, causal attention and fla: time, share of the card, memory, errors, decoding."""
+
+    shapes: tuple[tuple[int, int, int], ...] = ((8, 256, 512), (16, 128, 256), (32, 64, 128))
+    """shapes H K V of the heads"""
+    lengths: tuple[int, ...] = (2048, 8192, 32768)
+    """tokens a sequence, with as many sequences as --tokens holds"""
+    tokens: int = 65536
+    """tokens at once; as a single sequence too, in the first shape"""
+    batches: tuple[int, ...] = (1, 16, 128)
+    """sequences of a decoding step, in the first shape; empty: no step is measured"""
+    error_length: int = 2048
+    """tokens of the sequence whose errors against float64 are measured; 0 leaves them out"""
+    only: tuple[str, ...] = ()
+    """sides that are measured, out of ours, mlstm_kernels, fla, cudnn, flash; empty: all"""
+    quick: bool = False
+    """one length, one batch and few repetitions"""
+    seconds: float = 120.0
+    """what has not begun by then is left out, and told; ours comes first"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cuda"
+    """the GPU"""
+    out: Path = Path("runs/bench")
+    """folder for the tables (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Forward and backward of the stack in the README of xlstm (6 mLSTM + 1 sLSTM, width 128), ours beside theirs."""
 
