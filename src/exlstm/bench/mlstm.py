@@ -4,8 +4,11 @@ Useful work of a forward, the causal products in chunks of 64 tokens: 4·K·V + 
 works and however. Least traffic: q, k, v and the gates are read and h is written once; a backward reads q, k, v, dh and the
 gates, and writes their gradients. Times are medians of `triton.testing.do_bench`, which empties the L2 cache before every run;
 inputs are random, every side gets them in its own layout, and the logsigmoid of the forget gate is part of the time.
+"graph ms" is the forward without gradients out of a CUDA graph: the card alone, without what the CPU takes to launch it; shares
+of the card are of that time.
 """
 
+import math
 import time
 from functools import partial
 from typing import NamedTuple
@@ -214,8 +217,10 @@ def _measured(name, side, case, config):
 
     with torch.no_grad():
         inference = _milliseconds(forward, config.quick)
+    graph = _attempt(f"{name} {case} in a graph", math.inf, partial(_replayed, forward, config.device))
     times = [inference, *(_milliseconds(call, config.quick) for call in (forward, both))]
     columns = dict(zip(("infer ms", "fwd ms", "fwd+bwd ms"), (round(t, 3) for t in times), strict=True))
+    columns["graph ms"] = graph and round(graph, 3)
     print(f"{name} {case}: {columns}", flush=True)
     return {"case": str(case), "side": LABELS.get(name, name), **columns, "extra GiB": _extra(both, config.device)}
 
@@ -233,8 +238,9 @@ def _extra(call, device):
 
 def _shares(case, found, product, copy):
     """What a forward without gradients makes of the card, and what forward and backward make of its memory."""
-    speed = case.work / found["infer ms"] / 1e9
-    moved, moved_both = case.traffic / found["infer ms"] / 1e9, case.traffic_both / found["fwd+bwd ms"] / 1e9
+    forward = found["graph ms"] or found["infer ms"]
+    speed = case.work / forward / 1e9
+    moved, moved_both = case.traffic / forward / 1e9, case.traffic_both / found["fwd+bwd ms"] / 1e9
     return {
         "TFLOP/s": round(speed),
         "% product": round(100 * speed / product, 1),

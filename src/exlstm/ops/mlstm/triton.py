@@ -25,7 +25,10 @@ def triton(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=N
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if q.shape[1] == 1:
         return _step(q, v, save)(*tensors, m, reset, scale, normalize, eps)
-    h, *memory = _mlstm_triton(*tensors, m, reset, scale, normalize, eps, chunk or 0, save)[:4]
+    # What nobody differentiates or traces goes without the operator's machinery, a tenth of a millisecond on the CPU.
+    traced = torch.compiler.is_compiling() or type(q) is not Tensor or q.device.type == "meta"
+    forward = _mlstm_triton if save or traced else _forward
+    h, *memory = forward(*tensors, m, reset, scale, normalize, eps, chunk or 0, save)[:4]
     return h, *memory
 
 
@@ -52,8 +55,7 @@ def _kernels(plan):
     return kernels
 
 
-@torch.library.custom_op("exlstm::mlstm_triton", mutates_args=())
-def _mlstm_triton(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -72,6 +74,9 @@ def _mlstm_triton(
     saved = [x if save and x is not None else ns.new_empty(0) for x in (den, s, kept)]
     saved.append(cs if save and cs is not None else ns.new_empty(0, dtype=call.dtype))
     return h, *memory, *saved
+
+
+_mlstm_triton = torch.library.custom_op("exlstm::mlstm_triton", _forward, mutates_args=())
 
 
 @torch.library.custom_op("exlstm::mlstm_triton_backward", mutates_args=())
