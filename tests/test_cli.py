@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -161,19 +162,37 @@ def test_plot_draws_loss_and_gates(trained, capsys):
 def test_doctor_names_what_runs_and_finds_it_right(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for told in ("torch", "mlstm on cpu", "slstm on cpu", "reference", "ok"):
+    for told in ("torch", "mlstm on cpu: cpu runs, chosen by itself", "slstm on cpu", "reference", "ok", "in bfloat16"):
         assert told in out
     assert "WRONG" not in out
+    assert re.search(
+        r"triton     not here: backend 'triton' (takes .* on a GPU, q is torch\.float32 on cpu|needs)", out
+    )
+
+
+@pytest.mark.gpu
+def test_doctor_checks_the_kernels_on_a_gpu(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "mlstm on cuda: triton runs, chosen by itself" in out
+    assert out.count("triton     ok, outputs and gradients off by") == 1
 
 
 def test_doctor_sees_a_wrong_implementation(monkeypatch, capsys):
-    def wrong(*arguments):
-        h, *memory = mlstm.IMPLEMENTATIONS["reference"](*arguments)
-        return 1.01 * h, *memory
+    def wrong(factor, dtype):
+        def run(q, *arguments):
+            h, *memory = mlstm.IMPLEMENTATIONS["reference"](q, *arguments)
+            return h * (factor if q.dtype == dtype else 1), *memory
 
-    monkeypatch.setitem(mlstm.IMPLEMENTATIONS, "wrong", wrong)
+        return run
+
+    monkeypatch.setitem(mlstm.IMPLEMENTATIONS, "wrong", wrong(1.01, torch.float32))
+    monkeypatch.setitem(mlstm.IMPLEMENTATIONS, "coarse", wrong(1.1, torch.bfloat16))
+    monkeypatch.setitem(mlstm.IMPLEMENTATIONS, "lost", wrong(float("nan"), torch.bfloat16))
     assert main(["doctor"]) == 1
-    assert "wrong      WRONG" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(f"{name:10} WRONG" in out for name in ("wrong", "coarse", "lost"))
+    assert f"{'reference':10} ok" in out
 
 
 def test_doctor_refuses_an_unknown_backend(monkeypatch, capsys):

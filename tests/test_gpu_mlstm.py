@@ -4,6 +4,7 @@ In the interpreter every law runs in float32, with plans cut so small that a few
 GPU in float32 and bfloat16, with the plans that a user gets.
 """
 
+import re
 from functools import partial
 from itertools import product
 
@@ -15,7 +16,21 @@ import exlstm
 import exlstm.ops.mlstm.triton as operator
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.plan import OnePass, Plan, Tiles, choose, power
-from gpu import DEVICE, INTERPRETED, close, doubled, equal, flags, here, hold_in_the_interpreter, law, normal, poisoned
+from gpu import (
+    DEVICE,
+    INTERPRETED,
+    close,
+    compile_only,
+    cost,
+    doubled,
+    equal,
+    flags,
+    here,
+    hold_in_the_interpreter,
+    law,
+    normal,
+    poisoned,
+)
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # ‖x - truth‖ / ‖truth‖ of h; of dq, dk, dv, di, c and what flows into the first memory; and of df.
@@ -440,6 +455,46 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
     assert called == ["triton", "triton", "cpu", "cpu"]
     with pytest.raises(ValueError, match=r"takes bfloat16, float16 and float32 on a GPU, q is torch\.float64 on"):
         forward(doubled(inputs))
+
+
+# Compiled for an H200
+
+# Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 84 each way, and it pays.
+SPILLS = {("mlstm_forward_kernel", 64): 192}
+
+
+@here
+@pytest.mark.parametrize(
+    ("heads", "keys", "values", "with_reset"), [(8, 256, 512, False), (16, 128, 256, True), (32, 64, 128, False)]
+)
+def test_compiles_as_it_is_launched(heads, keys, values, with_reset, monkeypatch, tmp_path):
+    """Every kernel of a forward and a backward in bfloat16: real code, matrix instructions where matrices meet, few spills."""
+    import triton
+
+    from exlstm.ops.mlstm import gates
+
+    init = gates.Call.__init__
+
+    def as_on_a_gpu(self, q, *rest):
+        init(self, q, *rest)
+        self.dtype, self.dot = BF16, triton.language.bfloat16
+
+    monkeypatch.setattr(gates.Call, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(operator, "runs_on", lambda q: True)
+    reset = torch.zeros(8, 1024, dtype=torch.bool) if with_reset else None
+    sizes = [(8, 1024, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
+    leaves = [torch.zeros(size, dtype=BF16 if len(size) > 3 else F32).requires_grad_() for size in sizes]
+    found = compile_only(monkeypatch)
+    h, state = mlstm(*leaves, reset=reset, backend="triton")
+    torch.autograd.grad([h, *state[:2]], leaves, [h, *state[:2]])
+    assert len(found) > 10
+    for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
+        name, ptx = kernel.__name__, built.asm["ptx"]
+        registers, spilled = cost(built, tmp_path)
+        assert len(re.findall(r"(?m)^\s+(?:@%p\d+ )?[a-z][\w.:]+ .*;$", ptx)) > 50, name
+        assert re.search(r"st\.global|bulk\.tensor.*\.global\.shared", ptx), name
+        assert ("tl.dot(" in kernel.src) == ("wgmma.mma_async" in ptx), name
+        assert registers > 16 and spilled <= SPILLS.get((name, keys), 64), (name, registers, spilled)
 
 
 # Only on a GPU
