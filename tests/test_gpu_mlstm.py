@@ -459,8 +459,9 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 
 # Compiled for an H200
 
-# Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 84 each way, and it pays.
-SPILLS = {("mlstm_forward_kernel", 64): 192}
+# Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 150 each way, with n on chip
+# as well, which takes 0.53 ms where n from a pass of its own took 0.59.
+SPILLS = {("mlstm_forward_kernel", 64): 320}
 
 
 @here
