@@ -45,7 +45,7 @@ SIZES = {"keys": 16, "values": 16} if INTERPRETED else {"keys": 64, "values": 12
 EACH = [(plan, F32) for plan in SMALL] if INTERPRETED else [("own", F32), ("own", BF16)]
 ENDS = EACH[::3] if INTERPRETED else EACH
 each = pytest.mark.parametrize(("plan", "dtype"), ENDS, ids=str, indirect=["plan"])
-one = pytest.mark.parametrize(("plan", "dtype"), EACH[-1:], ids=str, indirect=["plan"])
+last = pytest.mark.parametrize(("plan", "dtype"), EACH[-1:], ids=str, indirect=["plan"])
 
 
 @here
@@ -153,8 +153,8 @@ def test_equals_the_reference(plan, dtype, steps):
 
 
 if INTERPRETED:
-    WIDTHS = [("two", 8, 12, F32), ("blocks", 24, 40, F32), ("two", 48, 24, BF16), ("two", 24, 40, F16)]
-    WIDTHS += [("scores", 24, 40, BF16), ("one", 40, 24, F16), ("own", 96, 192, F32)]
+    WIDTHS = [("two", 8, 12, F32), ("blocks", 24, 40, F32), ("scores", 24, 40, BF16), ("one", 40, 24, F16)]
+    WIDTHS += [("own", 96, 192, F32)]
 else:
     pairs = [(8, 12), (16, 512), (24, 40), (64, 64), (64, 128), (96, 192), (128, 256), (192, 96), (256, 512), (512, 64)]
     WIDTHS = [("own", *widths, BF16) for widths in [*pairs, (512, 512)]]
@@ -174,10 +174,11 @@ def test_equals_the_reference_for_few_rows_and_many(keys, values, batch, heads):
     check(case(520, keys, values, batch, heads, BF16), BF16)
 
 
-FLAGS = [(*row, kind) for row, kind in product(EACH, ["reset", "mask", "both", "every"])]
 if INTERPRETED:
-    # A scan with resets takes the interpreter a second.
-    FLAGS = [row for row in FLAGS if (row[0] == "two") == (row[2] != "reset") and row[0] != "one"]
+    # Resets take the interpreter seconds.
+    FLAGS = [("scores", F32, "reset"), ("two", F32, "mask"), ("blocks", F32, "both"), ("two", F32, "every")]
+else:
+    FLAGS = [(*row, kind) for row, kind in product(EACH, ["reset", "mask", "both", "every"])]
 
 
 @law
@@ -200,7 +201,7 @@ def test_options(plan, dtype, options):
 
 
 @law
-@one
+@last
 def test_small_input_gates(plan, dtype):
     """The bias of -10 that trained models start from: the floor exp(-m) is far above every q·n."""
     check(case(34 if INTERPRETED else 600, dtype=dtype, bias=-10.0, **SIZES), dtype)
@@ -227,7 +228,7 @@ def hard(kind, steps, **sizes):
 
 
 @law
-@pytest.mark.parametrize("kind", ["×4", "×10", "±15", "±40"])
+@pytest.mark.parametrize("kind", ["×4", "×10"] + ["±15", "±40"] * (not INTERPRETED))
 @pytest.mark.parametrize("plan", ["two"] if INTERPRETED else ["own"], indirect=True)
 def test_hard_gates_are_as_exact_as_the_recurrence(plan, kind):
     """At most twice the error of the plain recurrence in float32."""
@@ -357,7 +358,7 @@ def test_a_reset_is_a_fresh_start(plan, dtype):
 
 
 @law
-@one
+@last
 def test_strides_do_not_matter(plan, dtype):
     """Heads first, features behind an odd offset, and a gradient that is one number expanded."""
     inputs = case(20 if INTERPRETED else 200, dtype=dtype, state=False, **SIZES)
@@ -374,7 +375,7 @@ def test_strides_do_not_matter(plan, dtype):
 
 
 @law
-@each
+@last
 def test_same_inputs_same_bits_and_nothing_is_written_into_an_argument(plan, dtype):
     inputs = case(20 if INTERPRETED else 600, dtype=dtype, **SIZES)
     before = [x.clone() for x in inputs]
