@@ -280,7 +280,7 @@ class Call:
         # float16 would overflow in a memory of many tokens: its products run in tf32, which holds its digits.
         # And Triton's interpreter multiplies no bfloat16.
         wide = q.dtype != torch.bfloat16 or q.device.type == "cpu"
-        fast = q.dtype == torch.float16 or torch.backends.cuda.matmul.allow_tf32
+        fast = q.dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.dtype = torch.float32 if wide else torch.bfloat16
         self.dot = tl.float32 if wide else tl.bfloat16
         self.precision = "tf32" if wide and fast else "ieee"
