@@ -8,6 +8,7 @@ from torch import Tensor
 from exlstm.ops import backend as backends
 from exlstm.ops.slstm.cpu import cpu
 from exlstm.ops.slstm.reference import reference
+from exlstm.ops.slstm.triton import runs_on, triton
 
 
 class SLSTMState(NamedTuple):
@@ -19,7 +20,7 @@ class SLSTMState(NamedTuple):
     m: Tensor
 
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu}
+IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def slstm(
@@ -51,7 +52,8 @@ def slstm(
     >>> h, state = slstm(torch.randn(2, 5, 4, 4, 16), torch.zeros(4, 4, 16, 16))
     """
     _check(x, r, reset, mask)
-    implementation = backends.pick(IMPLEMENTATIONS, backend, "cpu" if x.device.type in ("cpu", "meta") else "reference")
+    auto = "triton" if runs_on(x) else "cpu" if x.device.type in ("cpu", "meta") else "reference"
+    implementation = backends.pick(IMPLEMENTATIONS, backend, auto)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (x.shape[0], x.shape[2], x.shape[4])
     if state is None:
