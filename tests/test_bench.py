@@ -34,6 +34,9 @@ def toys(tmp_path):
         "mlstm": config.MLSTMConfig(
             shapes=((2, 8, 4),), lengths=(8, 16), tokens=32, batches=(1,), error_length=8, device="cpu", **shared
         ),
+        "decode": config.DecodeConfig(
+            sizes=("toy",), batches=(1, 2), contexts=(4, 8), prompt=8, tokens=3, device="cpu", **shared
+        ),
         "training": config.TrainingConfig(batch=1, length=8, rounds=2, **shared),
         "decoding": config.DecodingConfig(batches=(1, 2), tokens=4, rounds=2, **shared),
         "parity": config.ParityConfig(steps=3, batch=8, d_model=8, n_heads=2, seeds=(0, 1), **shared),
@@ -52,7 +55,9 @@ def small_default():
 @pytest.fixture
 def card(monkeypatch):
     """Lets the benchmark for a GPU run on this CPU, where every call takes a millisecond."""
-    monkeypatch.setattr(on_gpu, "_wants_gpu", lambda _: None)
+    monkeypatch.setattr(timing, "wants_gpu", lambda *_: None)
+    monkeypatch.setattr(peers, "SIZES", {"toy": (32, 2, 2)})
+    monkeypatch.setattr(peers, "VOCABULARY", 64)
     monkeypatch.setattr(on_gpu, "_peaks", lambda _: (100.0, 1.0))
     monkeypatch.setattr(on_gpu, "_milliseconds", lambda call, quick=False: call() is None or 1.0)
     monkeypatch.setattr(on_gpu, "_replayed", lambda call, device: call() is None or 0.01)

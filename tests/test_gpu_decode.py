@@ -12,20 +12,32 @@ from torch.nn import functional as F
 
 import exlstm
 from exlstm.models.config import LanguageConfig, MLSTMOptions
+from exlstm.models.engine import Engine
 from exlstm.models.language import LanguageModel
+from exlstm.models.reading import leaves
+from exlstm.models.sequence import Request
+from exlstm.models.stack import BLOCKS
 from exlstm.models.step import Step
-from gpu import DEVICE, INTERPRETED, close, equal, here, hold_in_the_interpreter, law, normal
+from gpu import DEVICE, INTERPRETED, close, compile_only, cost, equal, here, hold_in_the_interpreter, law, normal
 
 # The interpreter cuts a bfloat16 off where a GPU rounds it.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 5e-4}
 dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=str)
-# One row, some, and as many as the products of PyTorch do.
-rows = pytest.mark.parametrize("rows", [1, 3, 70])
+# One row, some, and as many as PyTorch's products take.
+some = pytest.mark.parametrize("rows", [1, 3, 5], indirect=True)
 
 
 @here
 def test_the_laws_hold_in_the_interpreter():
     hold_in_the_interpreter(__file__)
+
+
+@pytest.fixture
+def rows(request, monkeypatch):
+    from exlstm.ops import token_kernels as kernels
+
+    monkeypatch.setattr(kernels, "WIDEST", 4)
+    return request.param
 
 
 def room(*shape, dtype=torch.float32):
@@ -38,7 +50,7 @@ def normed(x, norm):
 
 
 @law
-@rows
+@some
 @dtypes
 def test_maps_equal_the_plain_ones(rows, dtype):
     from exlstm.ops import token_kernels as kernels
@@ -69,7 +81,7 @@ def gate_case(rows, dtype, heads=3, keys=24, width=48):
 
 
 @law
-@rows
+@some
 @dtypes
 def test_maps_of_the_mlstm(rows, dtype):
     from exlstm.ops import token_kernels as kernels
@@ -100,7 +112,9 @@ def test_gates_keep_their_digits():
     for bias in (-1e4, -100.0, -9.0, -1e-4, 0.0, 5.0, 14.0, 30.0, 1e4):
         weights[5].fill_(bias)
         kernels.mlstm_maps(x, weights, alive, outs, cap=0.0)
-        torch.testing.assert_close(outs[4][:, 3:], F.logsigmoid(torch.full_like(outs[4][:, 3:], bias)), rtol=3e-6, atol=0)
+        torch.testing.assert_close(
+            outs[4][:, 3:], F.logsigmoid(torch.full_like(outs[4][:, 3:], bias)), rtol=3e-6, atol=0
+        )
 
 
 @law
@@ -146,8 +160,7 @@ def model_of(conv, blocks=("mlstm", "slstm"), **settings):
 
 
 @law
-@pytest.mark.parametrize("conv", [0, 4])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("conv", "rows"), [(0, 1), (4, 1), (4, 3)], indirect=["rows"])
 def test_a_step_equals_the_models_forward(conv, rows):
     from exlstm.models import step as steps
 
@@ -166,11 +179,11 @@ def test_a_step_equals_the_models_forward(conv, rows):
             step.tokens.copy_(tokens[:, 4 + t])
             step()
             close([step.logits], [wanted[:, t].double()], 1e-5)
-        close(steps.leaves(step.state), [x.double() for x in steps.leaves(after)], 1e-5)
-        kept = [x.clone() for x in (*steps.leaves(step.state), step.logits)]
+        close(leaves(step.state), [x.double() for x in leaves(after)], 1e-5)
+        kept = [x.clone() for x in (*leaves(step.state), step.logits)]
         step.alive[0] = False
         step()
-        now = [*steps.leaves(step.state), step.logits]
+        now = [*leaves(step.state), step.logits]
         equal([x[:1] for x in now], [x[:1] for x in kept])
         assert rows == 1 or not torch.equal(now[-1][1:], kept[-1][1:])
 
@@ -186,3 +199,90 @@ def test_what_kernels_do_not_take_goes_the_ordinary_way():
         with exlstm.backend("cpu"):
             assert type(Step(model, 2)._parts[1]) is steps._Ffn
         assert type(Step(model.double(), 2)._parts[1]) is steps._Ffn
+
+
+# Only on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [(kind,) for kind in BLOCKS] + [("mlstm",) * 7 + ("slstm",)], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graphs_change_nothing(blocks, dtype):
+    """Engine and generate with graphs write what they write without, rule by rule."""
+    model = model_of(4, blocks).to(dtype)
+    rules = [
+        {"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 7}, {"seed": 3, "top_p": 0.8, "repetition_penalty": 1.2}
+    ]  # fmt: skip
+    found = []
+    for captures in (True, False):
+        engine = Engine(model, 5)
+        engine.captures = engine.captures and captures
+        assert engine.captures == (captures and "attention" not in blocks)
+        sequences = engine.admit(*(Request([1, 2, 3 + i], 70, eos=40, **rule) for i, rule in enumerate(rules)))
+        for _ in range(20):
+            engine.step()
+        sequences.append(engine.fork(sequences[1]))
+        for _ in engine.run():
+            pass
+        found.append([[s.tokens for s in sequences], [engine.state(s) for s in sequences]])
+    assert found[0][0] == found[1][0]
+    if "attention" not in blocks:
+        equal(leaves(found[0][1]), leaves(found[1][1]))
+    for i, rule in enumerate(rules):
+        given = {"eos": 40, **rule}
+        whole = model.generate([1, 2, 3 + i], 70, **given)
+        assert whole == list(model.generate([1, 2, 3 + i], 70, stream=True, **given))
+        model.held.take, take = (lambda *_: None), model.held.take
+        plain = model.generate([1, 2, 3 + i], 70, **given)
+        model.held.take = take
+        assert dtype != torch.float32 or whole == plain
+
+
+@pytest.mark.gpu
+def test_a_long_loop_in_a_graph_equals_the_model():
+    model = model_of(4, n_layers=2)
+    (tokens,) = model.generate([[1, 2, 3]], 500, temperature=0)
+    logits, _ = model(torch.tensor([[1, 2, 3, *tokens]], device=DEVICE))
+    likeliest = logits[0, 2:-1].argmax(-1).tolist()
+    assert sum(a != b for a, b in zip(tokens, likeliest, strict=True)) <= 1
+
+
+# Compiled for the GPU they were written for
+
+
+@here
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize(("width", "hidden", "heads"), [(4096, 10944, 8), (1024, 2752, 4), (768, 2048, 6)])
+def test_kernels_compile_without_spills(rows, width, hidden, heads, overlap, tmp_path, monkeypatch):
+    from exlstm.ops import token_kernels as kernels
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, dtype=dtype)
+
+    monkeypatch.setattr(kernels, "OVERLAP", overlap)
+    found = compile_only(monkeypatch)
+    x, y, norm = empty(rows, width), empty(rows, width), kernels.Norm(empty(width), 1e-6)
+    shapes = [(width // 2, width)] * 2 + [(width, width)] * 2 + [(2 * heads, width), (2 * heads,)]
+    weights, alive = [empty(*shape) for shape in shapes], torch.ones(rows, dtype=torch.bool)
+    outs = [empty(rows, len(w)) for w in weights[:4]] + [empty(rows, 2 * heads, dtype=torch.float32)]
+    kernels.mlstm_maps(x, weights, alive, outs, cap=15.0, norm=norm, room=y)
+    kernels.gated(x, empty(hidden, width), empty(hidden, width), empty(rows, hidden), norm=norm, room=y)
+    kernels.linear(empty(rows, hidden), empty(width, hidden), x, add=True)
+    kernels.linear(x, empty(1000, width), empty(rows, 1000, dtype=torch.float32), norm=norm, cap=30.0, room=y)
+    kernels.conv_step(x, empty(width, 4), empty(width), empty(rows, 3, width), alive, y)
+    n, m = (empty(rows, heads, *more, dtype=torch.float32) for more in ((width // heads // 2,), ()))
+    kernels.settle(empty(rows, 1, heads, width // heads), empty(width), y, x, (n, m), (n, m), 1e-6)
+    names = {kernel.__name__ for kernel, _ in found}
+    assert len(names) == (6 if rows > 1 else 5)
+    for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
+        name, ptx = kernel.__name__, built.asm["ptx"]
+        registers, spilled = cost(built, tmp_path)
+        assert 16 < registers <= 128 and spilled == 0, (name, registers, spilled)
+        assert ("griddepcontrol.wait" in ptx) == overlap, name
+        if name in ("map_kernel", "gated_kernel", "mlstm_maps_kernel"):
+            # Weights in lines of 16 bytes a thread: into registers for one row, into shared memory for a matrix product.
+            assert ("ld.global.L1::evict_first.v4" in ptx or ".v4.b32" in ptx) if rows == 1 else "cp.async.cg" in ptx, (
+                name
+            )
+            assert rows == 1 or "mma" in ptx, name

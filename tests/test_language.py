@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from exlstm.data.tokenizer import Bytes, Characters
 from exlstm.models.config import LanguageConfig
 from exlstm.models.language import LanguageModel
+from exlstm.models.reading import PIECE, GenerationState
 from exlstm.models.sampling import Sampling, Uniform
 from exlstm.models.stack import BLOCKS
-from exlstm.models.reading import PIECE, GenerationState
 
 VOCABULARY = 61
 KINDS = [(kind,) for kind in BLOCKS] + [("mlstm", "slstm")]

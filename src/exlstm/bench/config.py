@@ -55,6 +55,32 @@ class MLSTMConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """Decoding on a GPU with random bfloat16 weights: ms a step, time to the first token, beside xLSTMLarge and Llama."""
+
+    sizes: tuple[str, ...] = ("6.9B", "1.4B", "400M", "160M")
+    """models, out of 6.9B, 1.4B, 400M, 160M parameters"""
+    batches: tuple[int, ...] = (1, 32)
+    """sequences decoded at once"""
+    contexts: tuple[int, ...] = (128, 131072)
+    """tokens that were read before; the second and further ones with the first batch alone"""
+    prompt: int = 16384
+    """tokens of the prompt whose first token is waited for, batch 1, in the largest model; 0 leaves it out"""
+    tokens: int = 64
+    """tokens that are timed"""
+    only: tuple[str, ...] = ()
+    """sides that are measured, out of ours, ours 7:1, xlstm, llama; empty: all"""
+    seconds: float = 240.0
+    """what has not begun by then is left out, and told; ours comes first"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cuda"
+    """the GPU"""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Forward and backward of the stack in the README of xlstm (6 mLSTM + 1 sLSTM, width 128), ours beside theirs."""
 

@@ -1,4 +1,4 @@
-"""The next token of every row at once, each by rules of its own, without a wait: what `Sampling.choose` does, with settings in tensors.
+"""The next token of every row at once, each by rules of its own: `Sampling.choose` with its settings in tensors, without a wait.
 
 A row also ends here: after its last token, or with one of its `eos`; then it is no longer alive, and its tokens are -1.
 """

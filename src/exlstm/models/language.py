@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from exlstm.layers.basic import RMSNorm, init_linear, soft_cap, valid_mask
 from exlstm.models import checkpoint
 from exlstm.models.config import LanguageConfig, nearest
-from exlstm.models.sampling import Ends, Sampling, is_whole
-from exlstm.models.stack import Stack
 from exlstm.models.engine import Held
 from exlstm.models.reading import GenerationState
+from exlstm.models.sampling import Ends, Sampling, is_whole
+from exlstm.models.stack import Stack
 from exlstm.models.writing import Writing
 from exlstm.ops.loss import linear_cross_entropy
 

@@ -71,11 +71,12 @@ class Step:
         return self._rooms[key]
 
     def keep(self, new, old):
-        """`old`, overwritten with `new` in the rows that are alive; where shapes differ, `new` itself."""
+        """`old`, overwritten with `new` in the rows that are alive; another tensor where the new one is longer."""
         if isinstance(old, Tensor):
+            alive = self.alive.view(-1, *[1] * (old.ndim - 1))
             if old.shape != new.shape:
-                return new
-            return torch.where(self.alive.view(-1, *[1] * (old.ndim - 1)), new, old, out=old)
+                return torch.where(alive, new, _longer(old, new.shape[1], front=False))
+            return torch.where(alive, backends.cast(new, old.dtype), old, out=old)
         if isinstance(old, tuple | list):
             kept = [self.keep(a, b) for a, b in zip(new, old, strict=True)]
             return type(old)(*kept) if hasattr(old, "_fields") else type(old)(kept)
@@ -157,7 +158,13 @@ class _MLSTM:
         weights = [*(linear.weight for linear in maps), mixer.gate.bias]
         source = room if self.conv is not None else x
         kernels.mlstm_maps(
-            source, weights, step.alive, [z.flatten(1) for z in (q, k, v, o, gates)], cap=mixer.gate_cap, room=room, **options
+            source,
+            weights,
+            step.alive,
+            [z.flatten(1) for z in (q, k, v, o, gates)],
+            cap=mixer.gate_cap,
+            room=room,
+            **options,
         )
         n, m = (step.room(name, *old.shape[1:], dtype=old.dtype) for name, old in zip(("n⁺", "m⁺"), self.memory[1:]))
         log_i, log_f = gates.unbind(2)
@@ -230,7 +237,11 @@ def _takes_mlstm(step, block) -> bool:
 
     head = mixer.d_model // mixer.n_heads
     layer = type(block.norm) is basic.LayerNorm
-    return kernels.takes(step.x.dtype, mixer.d_model) and max(head, len(mixer.q.weight) // mixer.n_heads) <= LARGEST and not layer
+    return (
+        kernels.takes(step.x.dtype, mixer.d_model)
+        and max(head, len(mixer.q.weight) // mixer.n_heads) <= LARGEST
+        and not layer
+    )
 
 
 # Rows of a state
@@ -256,21 +267,22 @@ def _seated(index, fixed, old, new):
     return _longer(old, size).index_copy(0, index, _longer(new, size).to(old.dtype))
 
 
-def _longer(x, size):
-    """x (B, S, ...) with places in front that nobody sees, up to `size`."""
+def _longer(x, size, front=True):
+    """x (B, S, ...) with places that nobody sees, in front or behind, up to `size`."""
     missing = size - x.shape[1] if x.ndim > 1 else 0
     if not missing:
         return x
     fill = 0 if x.dtype.is_floating_point else -1
-    return torch.cat([x.new_full((len(x), missing, *x.shape[2:]), fill), x], 1)
+    places = x.new_full((len(x), missing, *x.shape[2:]), fill)
+    return torch.cat([places, x] if front else [x, places], 1)
 
 
 def _trimmed(state, flags):
-    """A growing state without the places in front that no row sees any more."""
+    """A growing state without the places in front and behind that no row sees any more."""
     places = next((x for x, grows in zip(leaves(state), flags) if grows and not x.dtype.is_floating_point), None)
     if places is None:
         return state
-    used = (places >= 0).any(0).nonzero()
-    start = int(used[0]) if len(used) else places.shape[1]
+    used = (places >= 0).any(0).nonzero().flatten().tolist()
+    start, end = (used[0], used[-1] + 1) if used else (0, 0)
     grows = iter(flags)
-    return mapped(lambda x: x[:, start:] if next(grows) else x, state)
+    return mapped(lambda x: x[:, start:end] if next(grows) else x, state)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from exlstm.models.engine import Request, Sequence, check_finite
+from exlstm.models.engine import check_finite
 from exlstm.models.reading import GenerationState, mapped, mark, quiet, read, read_prompt, released
 from exlstm.models.sampling import Ends, Row, Sampling, Uniform, check_range, check_whole, is_token
+from exlstm.models.sequence import Request, Sequence
 
 # Fills rows of a tensor result that ended early; the loss takes it for "not predicted".
 FILL = -100

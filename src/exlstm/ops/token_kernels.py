@@ -51,7 +51,9 @@ def _whole(w, o_n, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
     """Rows o_n of w (N, K), whole."""
     o_k = tl.arange(0, BK)
     keep = (o_n < N)[:, None] & (o_k < K)[None, :]
-    return tl.load(w + o_n.to(tl.int64)[:, None] * K + o_k[None, :], mask=keep, other=0.0, eviction_policy="evict_first")
+    return tl.load(
+        w + o_n.to(tl.int64)[:, None] * K + o_k[None, :], mask=keep, other=0.0, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
@@ -211,7 +213,9 @@ def mlstm_maps_kernel(
         o_n += (i - 2 * keys - 2 * values) * BN
         b_g = _product(x, norm, w_g, o_n, rows, eps, 2 * H, K, BN, BB, BK, NORM, OVERLAP)
         b_g += tl.load(bias + o_n, mask=o_n < 2 * H, other=0.0).to(tl.float32)[:, None]
-        _store(gates, _gates(b_g, alive, o_n[:, None], tl.arange(0, BB)[None, :], rows, cap, H, CAP), o_n, rows, 2 * H, BB)
+        _store(
+            gates, _gates(b_g, alive, o_n[:, None], tl.arange(0, BB)[None, :], rows, cap, H, CAP), o_n, rows, 2 * H, BB
+        )
 
 
 @triton.jit
@@ -248,9 +252,7 @@ def norm_kernel(x, weight, y, eps, K: tl.constexpr, BK: tl.constexpr, LAYER: tl.
 
 
 @triton.jit
-def conv_step_kernel(
-    x, weight, bias, history, alive, y, D, W: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr
-):
+def conv_step_kernel(x, weight, bias, history, alive, y, D, W: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr):
     """Programs (D / BD, B): y = SiLU of the convolution at a token x; its history (B, W-1, D) moves on by one where alive."""
     _begin(OVERLAP)
     o_b, o_d = tl.program_id(1).to(tl.int64), tl.program_id(0) * BD + tl.arange(0, BD)
@@ -347,7 +349,9 @@ def _normed(x, norm, room):
     return room, x, 0.0, False
 
 
-def linear(x: Tensor, w: Tensor, y: Tensor, *, norm=None, cap: float = 0.0, add: bool = False, room: Tensor | None = None):
+def linear(
+    x: Tensor, w: Tensor, y: Tensor, *, norm=None, cap: float = 0.0, add: bool = False, room: Tensor | None = None
+):
     """y (B, N) becomes, or with `add` gains, w (N, K) times x (B, K), or times Norm(x), which wants `room` like x."""
     x, weight, eps, fused = _normed(x, norm, room)
     rows, (count, features) = len(x), w.shape
