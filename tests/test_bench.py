@@ -37,6 +37,9 @@ def toys(tmp_path):
         "decode": config.DecodeConfig(
             sizes=("toy",), batches=(1, 2), contexts=(4, 8), prompt=8, tokens=3, device="cpu", **shared
         ),
+        "train": config.TrainConfig(
+            size="toy", lengths=(8, 32), tokens=16, only=("ours", "ours 7:1"), device="cpu", **shared
+        ),
         "training": config.TrainingConfig(batch=1, length=8, rounds=2, **shared),
         "decoding": config.DecodingConfig(batches=(1, 2), tokens=4, rounds=2, **shared),
         "parity": config.ParityConfig(steps=3, batch=8, d_model=8, n_heads=2, seeds=(0, 1), **shared),

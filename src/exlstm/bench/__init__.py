@@ -9,6 +9,11 @@ BENCHES = {
         "DecodeConfig",
         "decoding on a GPU: language models up to 6.9 B beside two peers",
     ),
+    "train": (
+        "exlstm.bench.train",
+        "TrainConfig",
+        "training on a GPU: tokens a second over the length, beside two peers",
+    ),
     "training": ("exlstm.bench.training", "TrainingConfig", "forward and backward of the stack in xlstm's README"),
     "decoding": ("exlstm.bench.decoding", "DecodingConfig", "greedy decoding of that stack, milliseconds a token"),
     "parity": ("exlstm.bench.parity", "ParityConfig", "state tracking: parity of strings longer than in training"),

@@ -81,6 +81,28 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class TrainConfig:
+    """Training on a GPU, whole steps in bfloat16 by autocast: tokens a second and memory over the length, beside two peers."""
+
+    size: str = "400M"
+    """the model, out of 6.9B, 1.4B, 400M, 160M parameters"""
+    lengths: tuple[int, ...] = (2048, 16384, 131072)
+    """tokens a sequence"""
+    tokens: int = 32768
+    """tokens a step; a longer sequence stands alone, and its blocks run again in the backward"""
+    only: tuple[str, ...] = ()
+    """sides that are measured, out of ours; ours, compiled; ours 7:1; attention; mamba2; xlstm; llama; empty: all"""
+    seconds: float = 400.0
+    """what has not begun by then is left out, and told; ours comes first"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cuda"
+    """the GPU"""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Forward and backward of the stack in the README of xlstm (6 mLSTM + 1 sLSTM, width 128), ours beside theirs."""
 

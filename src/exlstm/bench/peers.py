@@ -67,11 +67,17 @@ SIZES = {"6.9B": (4096, 32, 8), "1.4B": (2048, 24, 8), "400M": (1024, 24, 4), "1
 VOCABULARY = 50304
 
 
-def language(size: str, blocks=("mlstm",), device="cuda", dtype=None):
-    """Ours, with random weights: blocks without convolution as in xLSTM 7B."""
+def language(size: str, blocks=("mlstm",), device="cuda", dtype=None, depth: int = 1):
+    """Ours, with random weights: blocks without convolution as in xLSTM 7B, attention as in `llama`; `depth` times as deep."""
     width, layers, heads = SIZES[size]
+    heads = _attention_heads(width) if blocks == ("attention",) else heads
     config = LanguageConfig(
-        d_model=width, n_layers=layers, n_heads=heads, vocab_size=VOCABULARY, blocks=blocks, mlstm=MLSTMOptions(conv=0)
+        d_model=width,
+        n_layers=depth * layers,
+        n_heads=heads,
+        vocab_size=VOCABULARY,
+        blocks=blocks,
+        mlstm=MLSTMOptions(conv=0),
     )
     return LanguageModel(config, device=device, dtype=dtype)
 
@@ -96,9 +102,14 @@ def llama(size: str, device="cuda", dtype=None, length: int = 2048):
         return None
     width, layers, _ = SIZES[size]
     config = package.LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // (128 if width >= 2048 else 64),
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=_attention_heads(width),
         intermediate_size=basic.width(8 / 3, width), vocab_size=VOCABULARY, max_position_embeddings=length,
         attn_implementation="sdpa",
     )  # fmt: skip
     with torch.device(device):
         return package.LlamaForCausalLM(config).to(dtype or torch.float32)
+
+
+def _attention_heads(width: int) -> int:
+    """Heads of 128 features, of 64 in narrow models."""
+    return max(1, width // (128 if width >= 2048 else 64))
