@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from exlstm.bench import BENCHES, config, parity, peers, quality, timing
 from exlstm.bench import mlstm as on_gpu
+from exlstm.bench import slstm as recurrent
 from exlstm.cli import main
 from exlstm.models.config import LanguageConfig
 from exlstm.models.language import LanguageModel
@@ -34,6 +35,15 @@ def toys(tmp_path):
         "mlstm": config.MLSTMConfig(
             shapes=((2, 8, 4),), lengths=(8, 16), tokens=32, batches=(1,), error_length=8, device="cpu", **shared
         ),
+        "slstm": config.SLSTMConfig(
+            shapes=((2, 4),), batches=(1, 2), length=6, error_length=5, only=("ours", "lstm"), device="cpu", **shared
+        ),
+        "decode": config.DecodeConfig(
+            sizes=("toy",), batches=(1, 2), contexts=(4, 8), prompt=8, tokens=3, device="cpu", **shared
+        ),
+        "train": config.TrainConfig(
+            size="toy", lengths=(8, 32), tokens=16, only=("ours", "ours 7:1"), device="cpu", **shared
+        ),
         "training": config.TrainingConfig(batch=1, length=8, rounds=2, **shared),
         "decoding": config.DecodingConfig(batches=(1, 2), tokens=4, rounds=2, **shared),
         "parity": config.ParityConfig(steps=3, batch=8, d_model=8, n_heads=2, seeds=(0, 1), **shared),
@@ -52,7 +62,10 @@ def small_default():
 @pytest.fixture
 def card(monkeypatch):
     """Lets the benchmark for a GPU run on this CPU, where every call takes a millisecond."""
-    monkeypatch.setattr(on_gpu, "_wants_gpu", lambda _: None)
+    monkeypatch.setattr(timing, "wants_gpu", lambda *_: None)
+    monkeypatch.setattr(peers, "SIZES", {"toy": (32, 2, 2)})
+    monkeypatch.setattr(peers, "VOCABULARY", 64)
+    monkeypatch.setattr(recurrent, "_microseconds", lambda call, config: call() is None or 1.0)
     monkeypatch.setattr(on_gpu, "_peaks", lambda _: (100.0, 1.0))
     monkeypatch.setattr(on_gpu, "_milliseconds", lambda call, quick=False: call() is None or 1.0)
     monkeypatch.setattr(on_gpu, "_replayed", lambda call, device: call() is None or 0.01)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from exlstm.data.tokenizer import Bytes, Characters
 from exlstm.models.config import LanguageConfig
 from exlstm.models.language import LanguageModel
+from exlstm.models.reading import PIECE, GenerationState
 from exlstm.models.sampling import Sampling, Uniform
 from exlstm.models.stack import BLOCKS
-from exlstm.models.writing import PIECE, GenerationState
 
 VOCABULARY = 61
 KINDS = [(kind,) for kind in BLOCKS] + [("mlstm", "slstm")]
@@ -434,7 +434,7 @@ def test_a_state_is_a_value():
 def test_long_prompts_are_read_in_pieces(monkeypatch):
     model, prompts = build(), [tokens_of(n, seed=n).tolist() for n in (50, 7, 33)]
     whole = model.generate(prompts, 4, temperature=0, return_state=True)
-    monkeypatch.setattr("exlstm.models.writing.PIECE", 16)
+    monkeypatch.setattr("exlstm.models.reading.PIECE", 16)
     pieces = model.generate(prompts, 4, temperature=0, return_state=True)
     assert pieces[0] == whole[0]
     torch.testing.assert_close(pieces[1].logits, whole[1].logits, atol=1e-5, rtol=1e-5)

@@ -13,6 +13,8 @@ _HOMES = {
     "StackConfig": "models.config",
     "LanguageModel": "models.language",
     "LanguageConfig": "models.config",
+    "Engine": "models.engine",
+    "Request": "models.sequence",
     "backend": "ops.backend",
 }
 __all__ = ["__version__", *_HOMES]

@@ -4,6 +4,17 @@
 BENCHES = {
     "kernels": ("exlstm.bench.kernels", "KernelsConfig", "the two operators beside nn.LSTM and mlstm_kernels"),
     "mlstm": ("exlstm.bench.mlstm", "MLSTMConfig", "the mLSTM on a GPU beside mlstm_kernels, attention and fla"),
+    "decode": (
+        "exlstm.bench.decode",
+        "DecodeConfig",
+        "decoding on a GPU: language models up to 6.9 B beside two peers",
+    ),
+    "train": (
+        "exlstm.bench.train",
+        "TrainConfig",
+        "training on a GPU: tokens a second over the length, beside two peers",
+    ),
+    "slstm": ("exlstm.bench.slstm", "SLSTMConfig", "the sLSTM on a GPU beside cuDNN's LSTM and FlashRNN"),
     "training": ("exlstm.bench.training", "TrainingConfig", "forward and backward of the stack in xlstm's README"),
     "decoding": ("exlstm.bench.decoding", "DecodingConfig", "greedy decoding of that stack, milliseconds a token"),
     "parity": ("exlstm.bench.parity", "ParityConfig", "state tracking: parity of strings longer than in training"),

@@ -55,6 +55,80 @@ class MLSTMConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """Decoding on a GPU with random bfloat16 weights: ms a step, time to the first token, beside xLSTMLarge and Llama."""
+
+    sizes: tuple[str, ...] = ("6.9B", "1.4B", "400M", "160M")
+    """models, out of 6.9B, 1.4B, 400M, 160M parameters"""
+    batches: tuple[int, ...] = (1, 32)
+    """sequences decoded at once"""
+    contexts: tuple[int, ...] = (128, 131072)
+    """tokens that were read before; the second and further ones with the first batch alone"""
+    prompt: int = 16384
+    """tokens of the prompt whose first token is waited for, batch 1, in the largest model; 0 leaves it out"""
+    tokens: int = 64
+    """tokens that are timed"""
+    only: tuple[str, ...] = ()
+    """sides that are measured, out of ours, ours 7:1, xlstm, llama; empty: all"""
+    seconds: float = 240.0
+    """what has not begun by then is left out, and told; ours comes first"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cuda"
+    """the GPU"""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training on a GPU, whole steps in bfloat16 by autocast: tokens a second and memory over the length, beside two peers."""
+
+    size: str = "400M"
+    """the model, out of 6.9B, 1.4B, 400M, 160M parameters"""
+    lengths: tuple[int, ...] = (2048, 16384, 131072)
+    """tokens a sequence"""
+    tokens: int = 32768
+    """tokens a step; a longer sequence stands alone, and its blocks run again in the backward"""
+    only: tuple[str, ...] = ()
+    """sides that are measured, out of ours; ours, compiled; ours 7:1; attention; mamba2; xlstm; llama; empty: all"""
+    seconds: float = 400.0
+    """what has not begun by then is left out, and told; ours comes first"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cuda"
+    """the GPU"""
+    out: Path = Path("runs/bench")
+    """folder for the table (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class SLSTMConfig:
+    """The sLSTM alone on a GPU, microseconds a step of time, forward and both ways, and its error against float64."""
+
+    shapes: tuple[tuple[int, int], ...] = ((12, 64), (6, 128), (4, 192), (4, 256), (4, 512))
+    """heads and units a head"""
+    batches: tuple[int, ...] = (16, 1, 64, 128)
+    """sequences; the first shape is measured with all of them, the others with the first"""
+    length: int = 1024
+    """tokens a sequence"""
+    error_length: int = 256
+    """tokens of the sequences whose errors are measured, 0 for none"""
+    only: tuple[str, ...] = ()
+    """sides to measure; empty for all: ours, lstm, flashrnn-triton, flashrnn-cuda"""
+    seconds: float = 300.0
+    """time to begin new cases in; what is left then is named and left out"""
+    quick: bool = False
+    """the first shape and batch alone"""
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cuda"
+    """where it runs: cuda, cuda:1, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the tables (CSV) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Forward and backward of the stack in the README of xlstm (6 mLSTM + 1 sLSTM, width 128), ours beside theirs."""
 

@@ -110,7 +110,7 @@ LABELS = {
 
 def run(config: MLSTMConfig) -> list[dict]:
     """Measures, prints and writes; returns the rows of the main table."""
-    _wants_gpu(config)
+    timing.wants_gpu(config, "mlstm")
     for name in config.only:
         if name not in SIDES:
             raise ValueError(f"side {name!r} is not one of {', '.join(SIDES)}")
@@ -121,7 +121,7 @@ def run(config: MLSTMConfig) -> list[dict]:
         product, copy = _peaks(config.device)
         facts |= {"product TFLOP/s": round(product), "copy TB/s": round(copy, 2)}
         for name in config.only or SIDES:
-            side = _attempt(name, deadline, SIDES[name])
+            side = timing.attempt(name, deadline, SIDES[name])
             if side is None:
                 continue
             if name in ("ours", "mlstm_kernels"):
@@ -129,7 +129,7 @@ def run(config: MLSTMConfig) -> list[dict]:
                 errors += _errors(name, side, config, deadline)
             for case in _cases(config, name):
                 call = partial(_measured, name, side, case, config)
-                found = _attempt(f"{name} {case}", deadline, call)
+                found = timing.attempt(f"{name} {case}", deadline, call)
                 if found is not None:
                     rows[name, case] = found | _shares(case, found, product, copy)
     for report, table in (("mlstm_errors", errors), ("mlstm_steps", steps)):
@@ -139,12 +139,6 @@ def run(config: MLSTMConfig) -> list[dict]:
     rows = list(rows.values())
     timing.report("mlstm", rows, config, facts, _roofline(rows, product, copy) if rows else None)
     return rows
-
-
-def _wants_gpu(config):
-    if not (torch.cuda.is_available() and config.device.startswith("cuda")):
-        here = f"device is {config.device!r}" if torch.cuda.is_available() else "there is none here"
-        raise ValueError(f"bench mlstm measures kernels on an NVIDIA GPU, {here}")
 
 
 def _cases(config, name):
@@ -157,22 +151,6 @@ def _cases(config, name):
             yield Case(max(1, config.tokens // length), length, *shape, attention)
     if config.shapes and not (attention or config.quick):
         yield Case(1, config.tokens, *config.shapes[0])
-
-
-def _attempt(what, deadline, call):
-    """What `call` returns; None with one printed sentence where it fails, or where there is no time left."""
-    if time.monotonic() > deadline:
-        print(f"{what}: left out, the time is up (--seconds)")
-        return None
-    try:
-        return call()
-    except Exception as error:
-        told = " ".join(str(error).split())
-        print(f"{what}: failed with {type(error).__name__}{': ' * bool(told)}{told[:160]}")
-        return None
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _milliseconds(call, quick=False) -> float:
@@ -217,7 +195,7 @@ def _measured(name, side, case, config):
 
     with torch.no_grad():
         inference = _milliseconds(forward, config.quick)
-    graph = _attempt(f"{name} {case} in a graph", math.inf, partial(_replayed, forward, config.device))
+    graph = timing.attempt(f"{name} {case} in a graph", math.inf, partial(_replayed, forward, config.device))
     times = [inference, *(_milliseconds(call, config.quick) for call in (forward, both))]
     columns = dict(zip(("infer ms", "fwd ms", "fwd+bwd ms"), (round(t, 3) for t in times), strict=True))
     columns["graph ms"] = graph and round(graph, 3)
@@ -264,7 +242,7 @@ def _errors(name, side, config, deadline):
     shapes = (config.shapes[:1] if config.quick else config.shapes) if config.error_length else ()
     cases = [Case(1, config.error_length, *shape) for shape in shapes]
     calls = {f"errors of {name} {case}": partial(_error_rows, name, side, case, config.device) for case in cases}
-    return [row for what, call in calls.items() for row in _attempt(what, deadline, call) or []]
+    return [row for what, call in calls.items() for row in timing.attempt(what, deadline, call) or []]
 
 
 def _error_rows(name, side, case, device):
@@ -294,7 +272,7 @@ def _steps(name, config, deadline):
     rows, make = [], _our_step if name == "ours" else _their_step
     batches = config.batches[:1] if config.quick else config.batches
     for case in (Case(batch, 1, *shape) for shape in config.shapes[:1] for batch in batches):
-        ms = _attempt(
+        ms = timing.attempt(
             f"step of {name} {case}", deadline, lambda c=case: _replayed(make(c, config.device), config.device)
         )
         if ms is not None:

@@ -2,10 +2,13 @@
 
 from importlib import import_module
 
+import torch
 from torch import nn
 
+from exlstm.layers import basic
 from exlstm.layers.basic import LayerNorm
-from exlstm.models.config import SLSTMOptions, StackConfig
+from exlstm.models.config import LanguageConfig, MLSTMOptions, SLSTMOptions, StackConfig
+from exlstm.models.language import LanguageModel
 from exlstm.models.stack import Stack
 
 # The stack in the README of xlstm 2.0.6, in our words and in theirs.
@@ -57,3 +60,56 @@ def their_stack(length: int, device="cpu"):
         slstm_at=[SLSTM_AT],
     )
     return xlstm.xLSTMBlockStack(config).to(device)
+
+
+# Language models of the sizes of xLSTM 7B and its smaller kin: width, blocks, heads; and of a Llama of as many parameters.
+SIZES = {"6.9B": (4096, 32, 8), "1.4B": (2048, 24, 8), "400M": (1024, 24, 4), "160M": (768, 12, 6)}
+VOCABULARY = 50304
+
+
+def language(size: str, blocks=("mlstm",), device="cuda", dtype=None, depth: int = 1):
+    """Ours, with random weights: blocks without convolution as in xLSTM 7B, attention as in `llama`; `depth` times as deep."""
+    width, layers, heads = SIZES[size]
+    heads = _attention_heads(width) if blocks == ("attention",) else heads
+    config = LanguageConfig(
+        d_model=width,
+        n_layers=depth * layers,
+        n_heads=heads,
+        vocab_size=VOCABULARY,
+        blocks=blocks,
+        mlstm=MLSTMOptions(conv=0),
+    )
+    return LanguageModel(config, device=device, dtype=dtype)
+
+
+def large(size: str, device="cuda", dtype=None, **settings):
+    """xLSTMLarge of the package xlstm, or None where it is not installed; `settings` as in its config."""
+    package = find("xlstm.xlstm_large.model")
+    if package is None:
+        return None
+    width, layers, heads = SIZES[size]
+    config = package.xLSTMLargeConfig(
+        embedding_dim=width, num_heads=heads, num_blocks=layers, vocab_size=VOCABULARY, **settings
+    )
+    with torch.device(device):
+        return package.xLSTMLarge(config).to(dtype or torch.float32)
+
+
+def llama(size: str, device="cuda", dtype=None, length: int = 2048):
+    """Llama of transformers with heads of 128 (of 64 below a width of 2048), or None where it is not installed."""
+    package = find("transformers")
+    if package is None:
+        return None
+    width, layers, _ = SIZES[size]
+    config = package.LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=_attention_heads(width),
+        intermediate_size=basic.width(8 / 3, width), vocab_size=VOCABULARY, max_position_embeddings=length,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device(device):
+        return package.LlamaForCausalLM(config).to(dtype or torch.float32)
+
+
+def _attention_heads(width: int) -> int:
+    """Heads of 128 features, of 64 in narrow models."""
+    return max(1, width // (128 if width >= 2048 else 64))

@@ -39,7 +39,7 @@ def paired(ours, peer=None, *, rounds: int, device="cpu", warmup: int = 2) -> Ti
     gc.collect()
     gc.disable()
     try:
-        times = [[_milliseconds(side, device) for side in sides] for _ in range(rounds)]
+        times = [[milliseconds(side, device) for side in sides] for _ in range(rounds)]
     finally:
         if collecting:
             gc.enable()
@@ -51,7 +51,7 @@ def paired(ours, peer=None, *, rounds: int, device="cpu", warmup: int = 2) -> Ti
     return Timing(*columns, statistics.median(ratios), min(ratios), max(ratios), best / best_peer)
 
 
-def _milliseconds(call, device) -> float:
+def milliseconds(call, device) -> float:
     _wait(device)
     start = time.perf_counter()
     call()
@@ -138,6 +138,29 @@ def cores(config):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def wants_gpu(config, name: str):
+    """ValueError where a benchmark of kernels has no NVIDIA GPU to run on."""
+    if not (torch.cuda.is_available() and config.device.startswith("cuda")):
+        here = f"device is {config.device!r}" if torch.cuda.is_available() else "there is none here"
+        raise ValueError(f"bench {name} measures kernels on an NVIDIA GPU, {here}")
+
+
+def attempt(what, deadline, call):
+    """What `call` returns; None with one printed sentence where it fails, or where there is no time left."""
+    if time.monotonic() > deadline:
+        print(f"{what}: left out, the time is up (--seconds)")
+        return None
+    try:
+        return call()
+    except Exception as error:
+        told = " ".join(str(error).split())
+        print(f"{what}: failed with {type(error).__name__}{': ' * bool(told)}{told[:160]}")
+        return None
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def table(rows: list[dict]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from exlstm.data.tokenizer import tokenizer_from_dict
 from exlstm.models.config import LanguageConfig, from_dict, nearest
-from exlstm.models.writing import GenerationState
+from exlstm.models.reading import GenerationState
 from exlstm.train.checkpoint import MANIFEST, step_folder, steps_in, verify, write_folder
 
 FORMAT, STATE_FORMAT, VERSION = "exlstm", "exlstm-state", 1

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from exlstm.layers.basic import RMSNorm, init_linear, soft_cap, valid_mask
 from exlstm.models import checkpoint
 from exlstm.models.config import LanguageConfig, nearest
+from exlstm.models.engine import Held
+from exlstm.models.reading import GenerationState
 from exlstm.models.sampling import Ends, Sampling, is_whole
 from exlstm.models.stack import Stack
-from exlstm.models.writing import GenerationState, Writing
+from exlstm.models.writing import Writing
 from exlstm.ops.loss import linear_cross_entropy
 
 IGNORE = -100
@@ -39,6 +41,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = None
+        self.held = Held()
         new = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, **new)
         self.stack = Stack(config, **new)

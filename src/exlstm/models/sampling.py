@@ -65,6 +65,13 @@ class Sampling:
         return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
+def numbers_of(seed: int, row: int, block: int, generator: torch.Generator) -> Tensor:
+    """The random numbers (BLOCK,) of tokens from block · BLOCK on; `generator` is only a tool."""
+    digest = hashlib.sha256(f"{int(seed)} {row} {block}".encode()).digest()
+    generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(BLOCK, generator=generator)
+
+
 class Uniform:
     """Random numbers in [0, 1), one stream a row, from position `drawn` on."""
 
@@ -74,9 +81,7 @@ class Uniform:
         self.blocks = [self._block(row, at // BLOCK) for row, at in enumerate(drawn)]
 
     def _block(self, row, block) -> list[float]:
-        digest = hashlib.sha256(f"{int(self.seed)} {row} {block}".encode()).digest()
-        self.generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.rand(BLOCK, generator=self.generator).tolist()
+        return numbers_of(self.seed, row, block, self.generator).tolist()
 
     def __call__(self) -> Tensor:
         numbers = []

@@ -1,42 +1,15 @@
 """Writing on from a prompt: it is read once, then a batch gets one token a row at a time, whole or as a stream."""
 
-from contextlib import contextmanager
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from exlstm.models.sampling import (
-    Ends,
-    Row,
-    Sampling,
-    Uniform,
-    check_range,
-    check_whole,
-    is_token,
-    is_whole,
-    token_list,
-)
+from exlstm.models.engine import check_finite
+from exlstm.models.reading import GenerationState, mapped, mark, quiet, read, read_prompt, released
+from exlstm.models.sampling import Ends, Row, Sampling, Uniform, check_range, check_whole, is_token
+from exlstm.models.sequence import Request, Sequence
 
-# Prompts are read in pieces, so that the activations of a long one never stand whole.
-PIECE = 8192
 # Fills rows of a tensor result that ended early; the loss takes it for "not predicted".
 FILL = -100
-
-
-class GenerationState(NamedTuple):
-    """What goes on: the state after every token of prompt and result, and what choosing the next one needs.
-
-    `layers` is the state that the model's forward takes; forward also takes the whole.
-    """
-
-    layers: tuple
-    logits: Tensor
-    """of the token that comes next (B, V)"""
-    seen: Tensor
-    """tokens of prompt and result so far (B, V) bool, for the repetition penalty"""
-    drawn: Tensor
-    """number of tokens chosen so far (B,) int64: where the random numbers go on"""
 
 
 class Writing:
@@ -53,7 +26,7 @@ class Writing:
             seed = torch.randint(2**62, ()).item()
         self.seed = seed
         self.prompt = prompt
-        self.is_text, self.is_one, rows = _read_prompt(model, prompt)
+        self.is_text, self.is_one, rows = read_prompt(model, prompt)
         for i, row in enumerate(rows):
             where = "prompt" if self.is_one else f"prompt {i}"
             check_range(where, row, model)
@@ -63,15 +36,15 @@ class Writing:
         self.rows = [Row(ends, None) for _ in rows]
         with quiet(model):
             self.start = read(model, rows, state)
-        if not self.start.logits.isfinite().all():
-            raise ValueError("the logits after the prompt are not finite: weights or state hold NaN or infinities")
+        check_finite(self.start)
+        self.after = None
 
     def finish(self, return_state: bool):
         """The whole result, shaped like the prompt; with `return_state` and the state."""
         if self.ends.strings:
             self._decode_along()
         with quiet(self.model):
-            for _ in self._steps(watch=bool(self.ends)):
+            for _ in self._steps(bool(self.ends), return_state):
                 pass
             return (self.result(), self.state()) if return_state else self.result()
 
@@ -87,8 +60,38 @@ class Writing:
         for row in self.rows:
             row.decoder = self.model.tokenizer.decoder()
 
-    def _steps(self, watch: bool):
+    def _steps(self, watch: bool, return_state: bool):
         """Chooses and feeds tokens until all rows are done; yields after each one if somebody watches."""
+        held = self.model.held
+        kept = held.take(self.model, len(self.rows))
+        if kept is None:
+            yield from self._eager_steps(watch)
+            return
+        try:
+            yield from self._engine_steps(kept[0], return_state)
+        finally:
+            held.give(kept)
+
+    def _engine_steps(self, engine, return_state):
+        """The same out of the graphs of an engine with a slot for every row."""
+        rules, sequences = self.rules, []
+        for i, row in enumerate(self.rows):
+            state = mapped(lambda x, i=i: x[i : i + 1], self.start)
+            request = Request(
+                [], self.max_tokens, rules.temperature, rules.top_k, rules.top_p, rules.min_p, rules.repetition_penalty,
+                seed=self.seed, state=state,
+            )  # fmt: skip
+            sequences.append(Sequence(self.model, request, row, stream=i))
+            sequences[-1].limit = self.limit
+        engine.seat(sequences, self.start)
+        while not all(sequence.done for sequence in sequences):
+            if engine.step():
+                yield
+        if return_state:
+            states = [engine.state(sequence) for sequence in sequences]
+            self.after = mapped(lambda *rows: torch.cat(rows), *states)
+
+    def _eager_steps(self, watch: bool):
         now, rules, chosen = self.start, self.rules, []
         seen = None if rules.repetition_penalty == 1 else now.seen.clone()
         uniform = None if rules.greedy else Uniform(self.seed, now.drawn.tolist())
@@ -134,17 +137,18 @@ class Writing:
 
     def state(self) -> GenerationState:
         """The state after the result of every row."""
+        if self.after is not None:
+            return released(self.after)
         kept, start = self._kept(), self.start
         layers, logits, count = self.last
         if all(len(row) >= count for row in kept):
-            now = start._replace(layers=layers, logits=logits, seen=_mark(start.seen, [row[:count] for row in kept]))
+            now = start._replace(layers=layers, logits=logits, seen=mark(start.seen, [row[:count] for row in kept]))
             now = read(self.model, [row[count:] for row in kept], now)
         else:
             # A row ended before the others, or before its stop: the results are read again, from the end of the prompt.
             now = read(self.model, kept, start)
         drawn = start.drawn + torch.tensor([len(row) for row in kept], device=start.drawn.device)
-        with torch.inference_mode(False):
-            return _released(now._replace(drawn=drawn))
+        return released(now._replace(drawn=drawn))
 
 
 class Stream:
@@ -165,7 +169,7 @@ class Stream:
 
     def _run(self, writing, return_state):
         row, shown = writing.rows[0], 0
-        for _ in writing._steps(watch=True):
+        for _ in writing._steps(True, return_state):
             if row.done:
                 continue
             sure = row.sure_characters() if writing.is_text else row.sure_tokens()
@@ -182,104 +186,3 @@ def _pieces(written: str | list, start: int, end: int):
     """A text goes out whole, tokens one by one."""
     piece = written[start:end]
     return [piece] * bool(piece) if isinstance(written, str) else piece
-
-
-@contextmanager
-def quiet(model):
-    """Inference alone, every module in eval mode, and each back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    for module in training:
-        module.training = False
-    try:
-        # A tenth to a fifth faster per token than no_grad, where layers are small.
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _released(value):
-    """A copy of a state that may take part in training: tensors born in inference mode may not."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        inner = [_released(item) for item in value]
-        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
-    return value
-
-
-def read(model, rows: list[list[int]], state) -> GenerationState:
-    """The state after further tokens of every row; a row may have none where `state` is one of generate."""
-    before = state if isinstance(state, GenerationState) else None
-    _check_rows(model, before, len(rows))
-    layers = state if before is None else before.layers
-    device, counts = model.embedding.weight.device, [len(row) for row in rows]
-    longest = max(counts)
-    if longest == 0:
-        return before
-    lengths = None if min(counts) == longest else torch.tensor(counts, device=device)
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)  # (B, T)
-    last = None
-    for start in range(0, longest, PIECE):
-        piece = tokens[:, start : start + PIECE]
-        if lengths is None:
-            x, layers = model.hidden(piece, layers)
-            last = x[:, -1]  # (B, D)
-            continue
-        valid = (lengths - start).clamp(0, piece.shape[1])
-        x, layers = model.hidden(piece, layers, lengths=valid)
-        end = x[torch.arange(len(rows), device=device), (valid - 1).clamp(min=0)]
-        last = end if last is None else torch.where((valid > 0)[:, None], end, last)
-    logits = model.logits(last)
-    if before is None:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        drawn = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    else:
-        seen, drawn = before.seen, before.drawn
-        if lengths is not None:
-            logits = torch.where((lengths > 0)[:, None], logits, before.logits)
-    return GenerationState(layers, logits, _mark(seen, rows), drawn)
-
-
-def _mark(seen: Tensor, rows) -> Tensor:
-    seen = seen.clone()
-    for i, row in enumerate(rows):
-        seen[i, torch.tensor(row, dtype=torch.int64, device=seen.device)] = True
-    return seen
-
-
-def _check_rows(model, state: GenerationState | None, count: int):
-    if state is not None and state.logits.shape != (count, model.config.vocab_size):
-        held, tokens = state.logits.shape
-        wanted = f"{count} of the prompt over the model's {model.config.vocab_size}"
-        raise ValueError(f"state holds {held} rows over {tokens} tokens, wanted {wanted}")
-
-
-def _read_prompt(model, prompt) -> tuple[bool, bool, list[list[int]]]:
-    """Whether the prompt is text, whether it is a single one, and its rows of tokens."""
-    if isinstance(prompt, Tensor):
-        if not is_whole(prompt.dtype) or prompt.ndim not in (1, 2):
-            came = f"{prompt.dtype} of shape {tuple(prompt.shape)}"
-            raise ValueError(f"prompt is {came}, wanted whole numbers of (T,) or (B, T)")
-        if prompt.ndim == 2 and len(prompt) == 0:
-            raise ValueError("prompt holds no row")
-        return False, prompt.ndim == 1, [prompt.tolist()] if prompt.ndim == 1 else prompt.tolist()
-    texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, list | tuple) else None
-    if texts and all(isinstance(text, str) for text in texts):
-        if model.tokenizer is None:
-            raise ValueError("prompt is text, and model.tokenizer is None; set it, or give tokens as whole numbers")
-        return True, isinstance(prompt, str), [list(model.tokenizer.encode(text)) for text in texts]
-    rows = token_list(prompt)
-    if rows is not None:
-        return False, True, [rows]
-    rows = None if texts is None else [token_list(row) for row in texts]
-    if rows is None or None in rows:
-        raise ValueError(f"prompt is {_shown(prompt)}, wanted text, tokens (a list or tensor), or a list of those")
-    return False, False, rows
-
-
-def _shown(prompt) -> str:
-    if isinstance(prompt, list | tuple):
-        return f"a list of {', '.join(sorted({type(p).__name__ for p in prompt}))}"
-    return type(prompt).__name__

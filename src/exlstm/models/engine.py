@@ -1,0 +1,321 @@
+"""Engine: a fixed number of slots in which sequences are written side by side; they come, fork and go one by one.
+
+A slot is a row of every buffer: the state of the stack, the logits of the next token, rules, random numbers. A step chooses a
+token in every row and reads it; on a GPU choosing and reading are a CUDA graph each, one for all lengths, and the host looks at
+tokens that are some steps old, so that nobody waits. What a row writes depends on its request alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from os import PathLike
+
+import torch
+
+from exlstm.models import checkpoint
+from exlstm.models.chooser import Chooser
+from exlstm.models.reading import GenerationState, mapped, quiet, read, released
+from exlstm.models.sampling import is_token
+from exlstm.models.sequence import Request, Sequence
+from exlstm.models.step import Step, hooked
+from exlstm.ops import backend as backends
+
+# Steps that a GPU is ahead of what the host has looked at.
+AHEAD = 2
+# Prompts are read together where the shortest has at least this share of the longest's tokens.
+ALIKE = 0.5
+
+
+class Engine:
+    """`slots` sequences of one model at a time.
+
+    Weights may change in place between steps; after moving or replacing them, build a new engine.
+
+    >>> from exlstm import LanguageConfig, LanguageModel
+    >>> engine = Engine(LanguageModel(LanguageConfig(d_model=64, n_layers=1)), slots=4)
+    >>> a, b = engine.admit(Request([1, 2, 3], 5, seed=0), Request([7], 9, temperature=0))
+    >>> for sequences in engine.run():
+    ...     pass
+    >>> len(a.tokens), len(b.tokens)
+    (5, 9)
+    """
+
+    def __init__(self, model, slots: int = 8):
+        if not is_token(slots) or slots < 1:
+            raise ValueError(f"slots is {slots!r}, wanted a whole number of at least 1")
+        self.model, self.slots = model, int(slots)
+        self.sequences: list[Sequence | None] = [None] * self.slots
+        with quiet(model):
+            self._step = Step(model, self.slots)
+            self._chooser = Chooser(self.slots, model.config.vocab_size, self._step.x.device)
+        self._graphs, self._pool = {}, None
+        self._ahead: deque = deque()
+        self._came: list[Sequence] = []
+        self.captures = capturable(model) and self._step.fixed
+
+    @property
+    def free(self) -> int:
+        """How many slots hold no sequence."""
+        return self.sequences.count(None)
+
+    # Coming and going
+
+    def admit(self, *requests: Request) -> list[Sequence]:
+        """Reads the prompts, those of like length together, and seats a sequence each; none is seated where one is wrong."""
+        return self.enter([Sequence(self.model, request) for request in requests])
+
+    def enter(self, sequences: list[Sequence]) -> list[Sequence]:
+        """`admit` for sequences that are built already."""
+        self._check_room(len(sequences))
+        with quiet(self.model):
+            states = self._read(sequences)
+            for state in states:
+                check_finite(state)
+            for sequence, state in zip(sequences, states, strict=True):
+                self.seat([sequence], state)
+        return sequences
+
+    def remove(self, sequence: Sequence):
+        """Frees the slot; what the sequence has written stays with it."""
+        if sequence.slot is None:
+            return
+        slot, sequence.slot = self._own(sequence), None
+        self.sequences[slot] = None
+        with quiet(self.model):
+            self._step.alive[slot] = False
+            self._chooser.leave(slot)
+            self._step.clear(slot)
+
+    def fork(self, sequence: Sequence, **changes) -> Sequence:
+        """A second sequence that goes on where this one is: to the same end, or with other settings of Request."""
+        self._check_room(1)
+        left = sequence.request.max_tokens - len(sequence.tokens)
+        state = self.state(sequence)
+        request = replace(
+            sequence.request, **{"max_tokens": left, "seed": sequence.seed, **changes}, prompt=[], state=state
+        )
+        fork = Sequence(self.model, request, stream=sequence.stream)
+        fork.decode_as(sequence)
+        return self.enter([fork])[0]
+
+    def state(self, sequence: Sequence) -> GenerationState:
+        """The state after prompt and result, as `generate` returns it: a value, of one row."""
+        slot = self._own(sequence)
+        self.settle()
+        kept = sequence.tokens
+        with quiet(self.model):
+            if len(kept) == sequence.consumed:
+                step, chooser = self._step, self._chooser
+                whole = GenerationState(tuple(step.state), step.logits, chooser.seen, chooser.drawn)
+                state = mapped(lambda x: x[slot : slot + 1], whole)
+            else:
+                # It ended where only the host could see it, and the row has read on: the result is read again.
+                before = sequence.request.state
+                state = read(self.model, [sequence.prompt + kept], before)
+                drawn = before.drawn if isinstance(before, GenerationState) else torch.zeros_like(state.drawn)
+                state = state._replace(drawn=drawn + len(kept))
+        return released(state)
+
+    def save(self, sequence: Sequence, path: str | PathLike):
+        """Writes the state of a sequence to one safetensors file."""
+        checkpoint.save_state(self.model, self.state(sequence), path)
+
+    def load(self, path: str | PathLike, prompt=(), **settings) -> Sequence:
+        """A sequence that goes on from a file of `save`, behind a prompt or none; settings as in Request."""
+        state = checkpoint.load_state(self.model, path)
+        (sequence,) = self.admit(Request(prompt if isinstance(prompt, str) else list(prompt), state=state, **settings))
+        return sequence
+
+    # Writing
+
+    def step(self) -> list[Sequence]:
+        """One more token in every slot that writes; the sequences whose tokens have come, on a GPU those of some steps ago."""
+        device = self._step.x.device
+        with quiet(self.model), backends.on(device):
+            writing = [s for s in self.sequences if s and not s.done and s.launched < s.request.max_tokens]
+            if writing:
+                self._launch(writing)
+            most = AHEAD if device.type == "cuda" and writing else 0
+            while len(self._ahead) > most or (self._ahead and self._ahead[0][1].query()):
+                self._collect()
+        came, self._came = self._came, []
+        return came
+
+    def run(self) -> Iterator[list[Sequence]]:
+        """Steps until every sequence is done; yields what `step` returns."""
+        while any(s and not s.done for s in self.sequences):
+            yield self.step()
+
+    def settle(self):
+        """Looks at every token that was chosen."""
+        while self._ahead:
+            self._collect()
+
+    def _launch(self, writing):
+        step, chooser = self._step, self._chooser
+        for sequence in writing:
+            if not sequence.rules.greedy:
+                chooser.fill(sequence.slot, sequence.seed, sequence.stream, sequence.drawn + sequence.launched)
+            sequence.launched += 1
+        needs = chooser.needs()
+        self._run(needs, lambda: chooser(step.logits, step.alive, step.tokens, needs))
+        tokens, event = chooser.out, None
+        if tokens.is_cuda:
+            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens.copy_(chooser.out, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            tokens = tokens.clone()
+        self._ahead.append((tokens, event, writing))
+        self._run("read", step)
+
+    def _collect(self):
+        """Feeds the oldest tokens to their sequences."""
+        tokens, event, sequences = self._ahead.popleft()
+        if event is not None:
+            event.synchronize()
+        tokens = tokens.tolist()
+        for sequence in sequences:
+            if sequence.slot is None or sequence.done:
+                continue
+            token, row = tokens[sequence.slot], sequence.row
+            row.feed(token)
+            # An end that the device saw is not read; any other end was.
+            seen = token in sorted(row.ends.eos)[: self._chooser.eos.shape[1]]
+            sequence.consumed += not seen
+            if row.done:
+                sequence.done = "stop"
+                with quiet(self.model):
+                    self._step.alive[sequence.slot] = False
+            elif len(row.tokens) >= sequence.request.max_tokens:
+                sequence.done = "length"
+            self._came.append(sequence)
+
+    def _run(self, name, call):
+        """`call`, out of a graph where there can be one."""
+        if not self.captures:
+            call()
+            return
+        if name not in self._graphs:
+            self._graphs[name] = self._capture(call)
+        self._graphs[name].replay()
+
+    def _capture(self, call):
+        # With nobody alive the calls that warm up change nothing that anybody reads.
+        alive = self._step.alive.clone()
+        kept = [x.clone() for x in (self._step.tokens, self._chooser.out)]
+        self._step.alive.zero_()
+        side, here = torch.cuda.Stream(alive.device), torch.cuda.current_stream(alive.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            call()
+        self._pool = self._pool or graph.pool()
+        self._step.alive.copy_(alive)
+        for x, before in zip((self._step.tokens, self._chooser.out), kept, strict=True):
+            x.copy_(before)
+        return graph
+
+    # Seats
+
+    def _own(self, sequence) -> int:
+        if sequence.slot is None or self.sequences[sequence.slot] is not sequence:
+            raise ValueError("the sequence has no slot in this engine: it was removed, or is another engine's")
+        return sequence.slot
+
+    def _read(self, sequences) -> list[GenerationState]:
+        """The state of every sequence after its prompt."""
+        states: list = [None] * len(sequences)
+        fresh = sorted(
+            (i for i, s in enumerate(sequences) if s.request.state is None), key=lambda i: -len(sequences[i].prompt)
+        )
+        while fresh:
+            longest = len(sequences[fresh[0]].prompt)
+            alike = [i for i in fresh if len(sequences[i].prompt) >= ALIKE * longest]
+            fresh = fresh[len(alike) :]
+            read_state = read(self.model, [sequences[i].prompt for i in alike], None)
+            for at, i in enumerate(alike):
+                states[i] = mapped(lambda x, at=at: x[at : at + 1], read_state)
+        for i, sequence in enumerate(sequences):
+            if states[i] is None:
+                states[i] = read(self.model, [sequence.prompt], sequence.request.state)
+        return states
+
+    def seat(self, sequences: list[Sequence], state: GenerationState):
+        """Puts sequences whose prompts were read, with their state, a row each, into free slots."""
+        self._check_room(len(sequences))
+        slots = [i for i, s in enumerate(self.sequences) if s is None][: len(sequences)]
+        index = torch.tensor(slots, device=state.logits.device)
+        with quiet(self.model):
+            self._step.seat(index, state.layers, state.logits)
+            self._chooser.seen[index], self._chooser.drawn[index] = state.seen, state.drawn
+            for sequence, slot, drawn in zip(sequences, slots, state.drawn.tolist(), strict=True):
+                sequence.slot, sequence.drawn, self.sequences[slot] = slot, drawn, sequence
+                request = sequence.request
+                self._chooser.seat(slot, sequence.rules, sequence.row.ends, request.max_tokens, sequence.limit)
+                self._step.alive[slot] = not sequence.done
+
+    def _check_room(self, count: int):
+        if count > self.free:
+            raise ValueError(f"{count} sequences came, wanted at most {self.free}, the engine's free slots")
+
+
+def check_finite(state: GenerationState):
+    """ValueError where a state cannot go on."""
+    if not state.logits.isfinite().all():
+        raise ValueError("the logits after the prompt are not finite: weights or state hold NaN or infinities")
+
+
+def capturable(model) -> bool:
+    """Whether a CUDA graph may hold the model's step: on a GPU, without autocast, and nobody looks at its modules' calls."""
+    device = model.embedding.weight.device.type
+    return device == "cuda" and not torch.is_autocast_enabled(device) and not any(map(hooked, model.modules()))
+
+
+class Held:
+    """The engine that a model keeps between calls of generate: with its graphs, and neither copied nor saved with the model."""
+
+    def __init__(self):
+        self._kept, self._refused = None, None
+
+    def __reduce__(self):
+        return Held, ()
+
+    def take(self, model, rows: int) -> tuple | None:
+        """An engine of so many slots that nobody else uses, and what it was built for; None where no graph holds the step."""
+        if not capturable(model):
+            return None
+        key = _fingerprint(model, rows)
+        if key == self._refused:
+            return None
+        kept, self._kept = self._kept, None
+        if kept is None or kept[1] != key:
+            # The old buffers go before the new ones come.
+            kept = None
+            kept = Engine(model, rows), key
+        if kept[0].captures:
+            return kept
+        self._refused = key
+        return None
+
+    def give(self, kept: tuple):
+        """Hands it back, empty."""
+        engine, _ = kept
+        engine.settle()
+        for sequence in engine.sequences:
+            if sequence is not None:
+                engine.remove(sequence)
+        self._kept = kept
+
+
+def _fingerprint(model, rows: int):
+    """What a captured step depends on: where every weight lies, how many rows, and whose kernels run."""
+    places = tuple((id(p), p.data_ptr(), p.dtype) for p in (*model.parameters(), *model.buffers()))
+    return rows, backends.chosen(None), places

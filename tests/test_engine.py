@@ -1,0 +1,309 @@
+"""The engine's laws: a sequence writes what it writes alone, whoever comes, forks and goes beside it; graphs change nothing."""
+
+import copy
+import pickle
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from exlstm.models import engine as engines
+from exlstm.models.engine import Engine
+from exlstm.models.reading import leaves
+from exlstm.models.sequence import Request
+from test_language import CONTINUED, KINDS, PROMPTS, build, tokens_of, writer
+
+MIXES = [*KINDS, ("attention", "mlstm")]
+each_kind = pytest.mark.parametrize("blocks", MIXES, ids="+".join)
+RULES = {
+    "greedy": {"temperature": 0},
+    "drawn": {"seed": 3},
+    "top k": {"seed": 3, "top_k": 5, "temperature": 0.8},
+    "top p, penalty": {"seed": 4, "top_p": 0.9, "repetition_penalty": 1.3},
+    "min p": {"seed": 5, "min_p": 0.1, "temperature": 1.2},
+    "top k of all": {"seed": 6, "top_k": 1000, "top_p": 0.95},
+    "likeliest": {"top_k": 1},
+}
+
+
+def finish(engine):
+    for _ in engine.run():
+        pass
+
+
+def near(found, wanted):
+    for a, b in zip(leaves(found), leaves(wanted), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@each_kind
+def test_a_slot_writes_what_generate_writes(blocks):
+    """Every rule at once in one engine, prompts of unlike lengths read together."""
+    model = build(blocks)
+    engine = Engine(model, len(RULES))
+    prompts = [PROMPTS[i % 3] for i in range(len(RULES))]
+    requests = [Request(prompt, 12, **rules) for prompt, rules in zip(prompts, RULES.values(), strict=True)]
+    sequences = engine.admit(*requests)
+    finish(engine)
+    for sequence, prompt, rules in zip(sequences, prompts, RULES.values(), strict=True):
+        wanted, state = model.generate(prompt, 12, return_state=True, **rules)
+        assert sequence.tokens == wanted, rules
+        more = model.generate([2], 5, state=engine.state(sequence), **rules)
+        assert more == model.generate([2], 5, state=state, **rules)
+
+
+@each_kind
+def test_whoever_comes_forks_and_goes(blocks):
+    """A seeded schedule: at every moment some come, fork or are removed; each writes what it writes alone."""
+    model, chance, known = build(blocks), random.Random(0), []
+    engine = Engine(model, 3)
+    for _ in range(60):
+        if engine.free and chance.random() < 0.4:
+            prompt = tokens_of(chance.randint(1, 9), seed=len(known)).tolist()
+            rules = list(RULES.values())[len(known) % len(RULES)]
+            known.append((engine.admit(Request(prompt, chance.randint(1, 12), **rules))[0], prompt, rules, []))
+        living = [entry for entry in known if entry[0].slot is not None]
+        if living and engine.free and chance.random() < 0.4:
+            sequence, prompt, rules, before = chance.choice(living)
+            fork = engine.fork(sequence)
+            known.append((fork, prompt, rules, before + sequence.tokens))
+        for sequence, *_ in living:
+            if sequence.done or chance.random() < 0.02:
+                engine.remove(sequence)
+        engine.step()
+    finish(engine)
+    assert sum(bool(before) for *_, before in known) > 1 and len(known) > 8
+    for sequence, prompt, rules, before in known:
+        written = before + sequence.tokens
+        assert written == model.generate(prompt, len(written), **rules)
+        assert sequence.done != "length" or len(sequence.tokens) == sequence.request.max_tokens
+
+
+@pytest.mark.parametrize("blocks", [b for b in MIXES if "attention" not in b], ids="+".join)
+def test_a_row_does_not_see_its_neighbours(blocks):
+    model, found = build(blocks), []
+    for others in ((), (Request([3, 4], 4, seed=1, top_p=0.5), Request([9] * 20, 30, temperature=0))):
+        engine = Engine(model, 3)
+        (sequence,) = engine.admit(Request([5, 6, 7], 12, seed=2))
+        for other in others:
+            engine.admit(other)
+        finish(engine)
+        found.append((sequence.tokens, engine.state(sequence)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(*(leaves(state) for _, state in found), strict=True))
+
+
+@each_kind
+@pytest.mark.parametrize("case", CONTINUED)
+def test_forks_and_files_go_on_alike(blocks, case, tmp_path):
+    model, rules = build(blocks), CONTINUED[case]
+    whole = model.generate([5, 6, 7], 20, **rules)
+    engine = Engine(model, 4)
+    (first,) = engine.admit(Request([5, 6, 7], 20, **rules))
+    while len(first.tokens) < 8:
+        engine.step()
+    engine.save(first, tmp_path / "state.safetensors")
+    fork, short = engine.fork(first), engine.fork(first, max_tokens=3)
+    loaded = engine.load(tmp_path / "state.safetensors", max_tokens=12, **rules)
+    behind = model.generate([], 12, state=engine.state(first), **rules)
+    finish(engine)
+    assert first.tokens == whole
+    assert fork.tokens == loaded.tokens == behind == whole[8:]
+    assert short.tokens == whole[8:11] and short.done == "length"
+
+
+STOPS = {
+    "a text": lambda text, tokens: text[9:11],
+    "the first to be complete": lambda text, tokens: [text[12:15], text[10:16]],
+    "tokens": lambda text, tokens: tokens[7:9],
+    "both": lambda text, tokens: [tokens[14:16], text[20:22]],
+    "never": lambda text, tokens: "\0\0\0",
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_stops_are_those_of_generate(case):
+    model, rules = writer(), {"seed": 1, "max_tokens": 30}
+    stop = STOPS[case](model.generate("ab", **rules), model.generate([97, 98], **rules))
+    engine = Engine(model, 3)
+    text, tokens = engine.admit(Request("ab", stop=stop, **rules), Request([97, 98], stop=stop, **rules))
+    engine.admit(Request("b", 50, seed=4))
+    pieces, ones = "", []
+    for came in engine.run():
+        pieces += text.fresh() if text in came else ""
+        ones += tokens.fresh() if tokens in came else []
+    assert text.text == pieces == model.generate("ab", stop=stop, **rules)
+    assert tokens.tokens == ones == model.generate([97, 98], stop=stop, **rules)
+    assert text.done == tokens.done == ("length" if case == "never" else "stop")
+    wanted = model.generate("ab", stop=stop, return_state=True, **rules)[1]
+    near(engine.state(text), wanted)
+
+
+def test_the_state_stands_after_the_result_wherever_a_row_ends():
+    model = build()
+    free = model.generate(PROMPTS[0], 12, temperature=0)
+    many = [t for t in range(61) if t not in free] + [free[5]]
+    for ends in ({"eos": free[4]}, {"stop": free[3:5]}, {"eos": many[-12:]}, {}):
+        engine = Engine(model, 2)
+        (sequence,) = engine.admit(Request(PROMPTS[0], 12, temperature=0, **ends))
+        engine.admit(Request([1], 20, seed=0))
+        finish(engine)
+        wanted, state = model.generate(PROMPTS[0], 12, temperature=0, return_state=True, **ends)
+        assert sequence.tokens == wanted and sequence.done == ("stop" if ends else "length")
+        near(engine.state(sequence), state)
+
+
+def test_growing_states_are_trimmed():
+    model = build(("attention",))
+    engine = Engine(model, 2)
+    long, short = engine.admit(Request(list(range(40)), 4, temperature=0), Request([1, 2], 30, temperature=0))
+    finish(engine)
+    size = engine._step.state[0].keys.shape[1]
+    engine.remove(long)
+    assert engine._step.state[0].keys.shape[1] == size - 38 == 32
+    engine.remove(short)
+    assert engine._step.state[0].keys.shape[1] == 0
+    (again,) = engine.admit(Request([1, 2], 30, temperature=0))
+    finish(engine)
+    assert again.tokens == short.tokens
+
+
+BAD = {
+    "no free slot": (lambda e, m: e.admit(*[Request([1])] * 3), "3 sequences came, wanted at most 2"),
+    "a batch": (lambda e, m: e.admit(Request([[1], [2]])), "prompt holds 2 rows, wanted a single one"),
+    "nothing": (lambda e, m: e.admit(Request([])), "prompt is empty"),
+    "a foreign token": (lambda e, m: e.admit(Request([61])), "prompt holds token 61, wanted 0 to 60"),
+    "half a token": (lambda e, m: e.admit(Request([1], 1.5)), "max_tokens is 1.5"),
+    "a seed": (lambda e, m: e.admit(Request([1], seed="x")), "seed is 'x'"),
+    "a rule": (lambda e, m: e.admit(Request([1], top_p=0)), "top_p is 0"),
+    "a removed one": (lambda e, m: e.state(removed(e)), "the sequence has no slot in this engine"),
+    "no text": (lambda e, m: e.admit(Request([1], 1))[0].text, "the sequence has no text"),
+    "no slots": (lambda e, m: Engine(m, 0), "slots is 0, wanted a whole number of at least 1"),
+}
+
+
+def removed(engine):
+    (sequence,) = engine.admit(Request([1], 1))
+    engine.remove(sequence)
+    engine.remove(sequence)
+    return sequence
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_one_sentence_and_seats_nobody(case):
+    model = build()
+    engine, (call, told) = Engine(model, 2), BAD[case]
+    with pytest.raises(ValueError) as error:
+        call(engine, model)
+    assert told in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError):
+        engine.admit(Request([1]), Request([99]))
+    if case != "no text":
+        assert engine.free == 2 and engine.step() == []
+
+
+def test_weights_may_change_in_place():
+    model = build()
+    engine = Engine(model, 1)
+    other = build(seed=1)
+    model.load_state_dict(other.state_dict())
+    (sequence,) = engine.admit(Request([1, 2], 9, temperature=0))
+    finish(engine)
+    assert sequence.tokens == other.generate([1, 2], 9, temperature=0)
+
+
+def test_nan_stays_in_its_row():
+    model = build()
+    engine = Engine(model, 2)
+    good, bad = engine.admit(Request([1, 2], 9, temperature=0), Request([3], 9, seed=0))
+    with torch.inference_mode():
+        for leaf in leaves(engine._step.state):
+            leaf[bad.slot] = torch.nan
+    finish(engine)
+    assert good.tokens == model.generate([1, 2], 9, temperature=0) and len(bad.tokens) == 9
+    engine.remove(bad)
+    (again,) = engine.admit(Request([3], 9, temperature=0))
+    finish(engine)
+    assert again.tokens == model.generate([3], 9, temperature=0)
+
+
+# generate out of graphs; here a graph is the call itself
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Lets generate take its engine on this CPU; the list of names that were captured."""
+    captured = []
+
+    def capture(self, call):
+        captured.append(call)
+        return SimpleNamespace(replay=call)
+
+    monkeypatch.setattr(engines, "capturable", lambda model: True)
+    monkeypatch.setattr(Engine, "_capture", capture)
+    return captured
+
+
+def plainly(model, *arguments, **settings):
+    """generate without an engine."""
+    plain = copy.deepcopy(model)
+    plain.held.take = lambda *_: None
+    return plain.generate(*arguments, **settings)
+
+
+@each_kind
+def test_generate_out_of_graphs_is_generate(blocks, graphs):
+    model, eos = build(blocks), {"eos": [7, 9], "stop": [[3, 4]]}
+    for rules in [*RULES.values(), {**RULES["drawn"], **eos}]:
+        found, state = model.generate(PROMPTS, 11, return_state=True, **rules)
+        wanted, truth = plainly(model, PROMPTS, 11, return_state=True, **rules)
+        assert found == wanted
+        near(state, truth)
+        more = [[7, 7], [], [1, 2, 3]]
+        assert model.generate(more, 5, state=state, **rules) == plainly(model, more, 5, state=truth, **rules)
+        assert list(model.generate([4], 6, stream=True, **rules)) == plainly(model, [4], 6, **rules)
+    assert model.generate([4], 0) == []
+    assert bool(graphs) == ("attention" not in blocks)
+
+
+def test_graphs_are_kept_while_nothing_changes(graphs):
+    model = build()
+    first = model.generate([1, 2], 8, temperature=0)
+    count = len(graphs)
+    assert count == 2
+    assert model.generate([1, 2], 8, temperature=0) == first and model.generate([9] * 30, 20, temperature=0)
+    assert len(graphs) == count
+    model.generate([1, 2], 8, seed=0)
+    assert len(graphs) == count + 1
+    model.generate([[1, 2]] * 2, 8, temperature=0)
+    assert len(graphs) == count + 3
+    other = build(seed=1)
+    model.load_state_dict(other.state_dict())
+    assert model.generate([[1, 2]] * 2, 8, temperature=0)[0] == plainly(other, [1, 2], 8, temperature=0)
+    assert len(graphs) == count + 3
+    model.head.weight = torch.nn.Parameter(build(seed=2).head.weight.detach().clone())
+    assert model.generate([[1, 2]] * 2, 8, temperature=0) == plainly(model, [[1, 2]] * 2, 8, temperature=0)
+    assert len(graphs) == count + 5
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.generate([1], 5, temperature=0) == model.generate([1], 5, temperature=0)
+
+
+def test_generate_inside_a_stream(graphs):
+    model, pieces = build(), []
+    whole = model.generate([1, 2], 8, temperature=0)
+    for token in model.generate([1, 2], 8, temperature=0, stream=True):
+        pieces.append(token)
+        assert model.generate([1, 2], 8, temperature=0) == whole
+    assert pieces == whole
+    left = model.generate([1, 2], 8, temperature=0, stream=True)
+    next(left)
+    del left
+    assert model.generate([1, 2], 8, temperature=0) == whole
+
+
+def test_text_out_of_graphs(graphs):
+    model = writer()
+    for settings in ({"temperature": 0}, {"seed": 1, "stop": ["e", "th"]}):
+        assert model.generate(["ab", "c"], 20, **settings) == plainly(model, ["ab", "c"], 20, **settings)
+        assert "".join(model.generate("ab", 20, stream=True, **settings)) == plainly(model, "ab", 20, **settings)
