@@ -136,7 +136,7 @@ print(seconds)
     assert arguments != "--help" or min(seconds) < 0.7
 
 
-PLACES = ("*", ".ci/*", "docs/**/*", "src/**/*", "tests/**/*")
+PLACES = ("*", ".ci/*", "docs/**/*", "examples/*", "src/**/*", "tests/**/*")
 TEXTS = sorted(
     {p for place in PLACES for p in ROOT.glob(place) if p.is_file() and p.suffix in (".py", ".md", ".toml", ".txt", "")}
 )

@@ -46,6 +46,20 @@ class Block(nn.Module):
             x = x + (self.dropout(y) if self.dropout else y)
         return x, state
 
+    def reset_parameters(self):
+        for part in (self.norm, self.mixer, self.ffn_norm, self.ffn):
+            if part is not None:
+                part.reset_parameters()
+
+
+@torch.no_grad()
+def scale_outputs(blocks, depth: int):
+    """What blocks add to a residual stream, scaled so that the sum keeps its size at any depth (GPT-2, section 2.3)."""
+    for block in blocks:
+        for part in (block.mixer, block.ffn):
+            if isinstance(getattr(part, "out", None), nn.Linear):
+                part.out.weight.mul_((2 * depth) ** -0.5)
+
 
 class Stack(nn.Module):
     """Residual blocks over (B, T, d_model); the state is a tuple with one entry a block.
@@ -60,22 +74,12 @@ class Stack(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(kind, config, device, dtype) for kind in config.layers())
-        self._scale_outputs()
+        scale_outputs(self.blocks, len(self.blocks))
 
     def reset_parameters(self):
         for block in self.blocks:
-            for part in (block.norm, block.mixer, block.ffn_norm, block.ffn):
-                if part is not None:
-                    part.reset_parameters()
-        self._scale_outputs()
-
-    @torch.no_grad()
-    def _scale_outputs(self):
-        # Each block adds to the residual stream; scaled so, the sum keeps its size at any depth (GPT-2, section 2.3).
-        for block in self.blocks:
-            for part in (block.mixer, block.ffn):
-                if isinstance(getattr(part, "out", None), nn.Linear):
-                    part.out.weight.mul_((2 * len(self.blocks)) ** -0.5)
+            block.reset_parameters()
+        scale_outputs(self.blocks, len(self.blocks))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer."""
