@@ -20,6 +20,20 @@ BLOCKS = {
     "lstm": (lstm.LSTM, False, basic.LayerNorm, basic.GatedGELU),
 }
 
+NORMS = {"none": None, "rms": basic.RMSNorm, "layer": basic.LayerNorm}
+
+
+def make_norm(kind: str, config: StackConfig, device=None, dtype=None) -> nn.Module:
+    """The norm of this name over d_model; "none" leaves its input as it is."""
+    return nn.Identity() if NORMS[kind] is None else NORMS[kind](config.d_model, device=device, dtype=dtype)
+
+
+def set_eps(module: nn.Module, eps: float):
+    """`eps` in every norm of a module; 0 leaves each its own."""
+    for part in module.modules():
+        if eps and isinstance(part, basic.RMSNorm | basic.LayerNorm | basic.HeadNorm):
+            part.eps = eps
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) where the kind has a feed-forward."""
@@ -29,13 +43,14 @@ class Block(nn.Module):
         mixer, has_heads, norm, ffn = BLOCKS[kind]
         options = asdict(getattr(config, kind))
         ratio = options.pop("ffn_ratio", 0)
-        heads = (config.n_heads,) if has_heads else ()
+        multiple = options.pop("multiple") if ffn and "multiple" in options else 64
+        heads = (options.pop("n_heads", 0) or config.n_heads,) if has_heads else ()
         self.norm = norm(config.d_model, device=device, dtype=dtype)
         self.mixer = mixer(config.d_model, *heads, **options, device=device, dtype=dtype)
         self.ffn_norm = self.ffn = None
         if ffn and ratio:
             self.ffn_norm = norm(config.d_model, device=device, dtype=dtype)
-            self.ffn = ffn(config.d_model, basic.width(ratio, config.d_model), device=device, dtype=dtype)
+            self.ffn = ffn(config.d_model, basic.width(ratio, config.d_model, multiple), device=device, dtype=dtype)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
     def forward(self, x, state=None, *, mask=None, reset=None):
@@ -74,11 +89,15 @@ class Stack(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(kind, config, device, dtype) for kind in config.layers())
+        self.norm = make_norm(config.out_norm, config, device, dtype)
+        set_eps(self, config.norm_eps)
         scale_outputs(self.blocks, len(self.blocks))
 
     def reset_parameters(self):
         for block in self.blocks:
             block.reset_parameters()
+        if not isinstance(self.norm, nn.Identity):
+            self.norm.reset_parameters()
         scale_outputs(self.blocks, len(self.blocks))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
@@ -93,7 +112,7 @@ class Stack(nn.Module):
             else:
                 x, after = block(x, before, mask=mask, reset=reset)
             states.append(after)
-        return x, tuple(states)
+        return self.norm(x), tuple(states)
 
     def _check(self, x, state):
         basic.check_input(x, self.config.d_model)
