@@ -118,6 +118,8 @@ def nearest(name: str, known) -> str:
 
 
 NORMS = ("none", "rms", "layer")
+# A stabiliser as good as -inf, in nats: that of an empty memory in the parallel form of NX-AI's xlstm.
+NO_MEMORY = -1e4
 
 
 def _check_norm(name: str, value):

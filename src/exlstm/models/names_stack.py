@@ -6,11 +6,8 @@ from functools import partial
 
 import torch
 
-from exlstm.models.config import LanguageConfig, MLSTMUpOptions, SLSTMOptions, StackConfig
+from exlstm.models.config import NO_MEMORY, LanguageConfig, MLSTMUpOptions, SLSTMOptions, StackConfig
 from exlstm.models.names import Family, Map, agree, depth, joined, rounding, rows, whole
-
-# An empty memory's stabiliser in their parallel form, in nats: as good as -inf.
-NO_MEMORY = -1e4
 
 
 def stack_config(shapes: dict, family: Family, given: dict) -> StackConfig:
