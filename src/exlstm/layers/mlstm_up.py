@@ -145,6 +145,11 @@ class mLSTMUp(nn.Module):
         """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""
         with exact(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
+            if type(self.gate) is not nn.Linear:
+                # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
+                pre = cast(self.gate(cast(torch.cat((q, k, v), -1), self.gate.weight.dtype)), dtype)
+                log_i, f = pre.chunk(2, -1)
+                return log_i, F.logsigmoid(f)
             w, b = cast(self.gate.weight, dtype), cast(self.gate.bias, dtype)
             if q.shape[1] == 1:
                 pre = F.linear(cast(torch.cat((q, k, v), -1), dtype), w, b)
@@ -164,6 +169,7 @@ class mLSTMUp(nn.Module):
         """q, k, v (B, T, H, inner / H) and log_i, log_f (B, T, H) of c and u (B, T, inner)."""
         batch, time, inner = c.shape
         plain = torch.is_autocast_enabled(c.device.type) or torch.compiler.is_compiling() or c.dtype != self.qkv.dtype
+        plain = plain or type(self.gate) is not nn.Linear
         if time == 1 or plain or c.device.type != "cpu" or c.dtype.itemsize < 4:
             q, k, v = self.maps(c, u)
             return *(x.view(batch, time, self.n_heads, -1) for x in (q, k, v)), *self.gates(q, k, v)
@@ -211,7 +217,8 @@ class mLSTMUp(nn.Module):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
-        if is_token(x, self._parameters.get("qkv"), mask, reset, conv, memory, self.shapes):
+        weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None
+        if is_token(x, weight, mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)
         u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
         c, conv = self.conv(u, conv, mask=mask, reset=reset, activation="silu")
