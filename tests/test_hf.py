@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_told():
         (lambda: model(tokens, attention_mask=torch.ones(2, 5)), r"attention_mask has shape \(2, 5\), wanted \(2, 9\)"),
         (lambda: model(tokens, attention_mask=torch.ones(2, 1, 9, 9)), "attention_mask has shape"),
         (lambda: model(tokens, past_key_values=transformers.DynamicCache()), "DynamicCache, wanted an ExlstmCache"),
-        (lambda: model(tokens, output_hidden_states=True), "output_hidden_states is not offered"),
+        (lambda: model(tokens, output_hidden_states=True), "are not offered"),
         (lambda: hf.ExlstmConfig(network={"d_modle": 3}), "did you mean 'd_model'"),
         (lambda: write(model, tokens[:1], assistant_model=wrapped()), "assist"),
     ):

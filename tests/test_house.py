@@ -23,6 +23,7 @@ FLOORS = {
     "models": 3,
     "compat": 4,
     "hf": 4,
+    "harness": 4,
     "runs": 4,
     "recipes": 5,
 }

@@ -38,6 +38,8 @@ def test_the_python_examples_run(here):
     assert (here / "runs/mine/checkpoints/step-00000002").is_dir()
 
 
+# What other packages do at their import is theirs.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("section", DROP_IN.split("\n## ")[1:], ids=lambda text: text.splitlines()[0])
 def test_a_section_of_drop_in_runs(section, here):
     names, examples = {}, re.findall(r"```python\n(.*?)```", section, re.DOTALL)

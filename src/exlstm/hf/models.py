@@ -113,15 +113,13 @@ class ExlstmModel(ExlstmPreTrainedModel):
         past_key_values: ExlstmCache | None = None,
         cache: ExlstmCache | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **_,
+        **others,
     ):
         """`attention_mask` (B, T) or (B, tokens before + T): zeros are padding, on any side, and change nothing."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("wanted one of input_ids and inputs_embeds")
-        if output_hidden_states:
-            raise ValueError("output_hidden_states is not offered; last_hidden_state is the output of the stack")
+        if others.get("output_hidden_states") or others.get("output_attentions"):
+            raise ValueError("output_hidden_states and output_attentions are not offered")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -132,8 +130,12 @@ class ExlstmModel(ExlstmPreTrainedModel):
         y, states = self.stack(x, states, mask=_mask(attention_mask, x))
         if cache is not None:
             cache.set(states, x.shape[1])
-        output = BaseModelOutputWithPast(last_hidden_state=self.norm(y), **{CACHE: cache})
-        return output if return_dict is not False else output.to_tuple()
+        return _told(BaseModelOutputWithPast(last_hidden_state=self.norm(y), **{CACHE: cache}), others)
+
+
+def _told(output, others: Mapping):
+    """The output in the form that was asked for."""
+    return output.to_tuple() if others.get("return_dict") is False else output
 
 
 def _states(cache):
@@ -208,22 +210,23 @@ class ExlstmForCausalLM(ExlstmPreTrainedModel, GenerationMixin):
         cache: ExlstmCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **others,
     ):
         """Soft-capped logits (B, T, V) in float32; `labels` (B, T) are moved by one here, and -100 does not count."""
         told = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         told |= {"past_key_values": past_key_values, "cache": cache, "use_cache": use_cache}
-        inner = self.model(**told, output_hidden_states=output_hidden_states)
+        inner = self.model(
+            **told, **{name: others.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
+        )
+        is_dict = others.pop("return_dict", None)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(inner.last_hidden_state[:, kept])
         logits = soft_cap(logits.float() if logits.dtype.itemsize < 4 else logits, self.config.network["logit_cap"])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **others)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: inner[CACHE]} if CACHE in inner else {})
-        return output if return_dict is not False else output.to_tuple()
+        held = {CACHE: inner[CACHE]} if CACHE in inner else {}
+        return _told(CausalLMOutputWithPast(loss=loss, logits=logits, **held), {"return_dict": is_dict})
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         """The tokens that the cache has not seen."""
@@ -259,7 +262,7 @@ class ExlstmForSequenceClassification(ExlstmPreTrainedModel):
     def set_input_embeddings(self, value):
         self.model.embedding = value
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, return_dict=None, **others):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **others):
         """Logits (B, num_labels). Without an attention_mask the last token that is not config.pad_token_id is read."""
         pad = getattr(self.config, "pad_token_id", None)
         if attention_mask is None and input_ids is not None and pad is not None:
@@ -271,8 +274,7 @@ class ExlstmForSequenceClassification(ExlstmPreTrainedModel):
             last = (attention_mask * torch.arange(y.shape[1], device=y.device)).amax(1)
         logits = self.score(y[torch.arange(len(y), device=y.device), last]).float()
         loss = None if labels is None else self._loss(logits, labels)
-        output = SequenceClassifierOutputWithPast(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        return _told(SequenceClassifierOutputWithPast(loss=loss, logits=logits), others)
 
     def _loss(self, logits, labels):
         problem = self.config.problem_type
@@ -302,10 +304,9 @@ class ExlstmForTokenClassification(ExlstmPreTrainedModel):
     def set_input_embeddings(self, value):
         self.model.embedding = value
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, return_dict=None, **others):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **others):
         """Logits (B, T, num_labels)."""
         inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False)
         logits = self.score(inner.last_hidden_state).float()
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        output = TokenClassifierOutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        return _told(TokenClassifierOutput(loss=loss, logits=logits), others)
