@@ -20,6 +20,8 @@ from exlstm.models.language import LanguageModel
 from exlstm.ops.mlstm import mlstm
 from exlstm.recipes import RunConfig
 
+# What the peers do at their import is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 
 

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README and docs/drop-in.md show runs as it stands there."""
 
 import re
 import shlex
@@ -9,7 +9,9 @@ import pytest
 from exlstm.cli import main
 from exlstm.models.config import OPTIONS
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DROP_IN = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(
     r"^(exlstm .*?)(?:\s+#.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M
@@ -34,6 +36,16 @@ def test_the_python_examples_run(here):
     assert len(EXAMPLES) >= 4
     assert (here / "my-model/model.safetensors").is_file()
     assert (here / "runs/mine/checkpoints/step-00000002").is_dir()
+
+
+# What other packages do at their import is theirs.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("section", DROP_IN.split("\n## ")[1:], ids=lambda text: text.splitlines()[0])
+def test_a_section_of_drop_in_runs(section, here):
+    names, examples = {}, re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "drop-in.md", "exec"), names)
 
 
 def test_the_commands_run(here, capsys):

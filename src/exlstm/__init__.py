@@ -9,6 +9,7 @@ _HOMES = {
     "mLSTM": "layers.mlstm",
     "mLSTMUp": "layers.mlstm_up",
     "sLSTM": "layers.slstm",
+    "xLSTM": "models.rnn",
     "Stack": "models.stack",
     "StackConfig": "models.config",
     "LanguageModel": "models.language",

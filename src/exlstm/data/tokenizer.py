@@ -157,7 +157,7 @@ class BPE:
             self.inner = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:
             raise ValueError(f"this is not a BPE that the package tokenizers can read: {error}") from None
-        letters = _byte_letters()
+        letters = byte_letters()
         vocabulary = self.inner.get_vocab()
         names = sorted(vocabulary, key=vocabulary.get)
         if set("".join(names)) != letters.keys() or vocabulary[names[-1]] != len(names) - 1:
@@ -301,7 +301,7 @@ def _tokenizers():
     return tokenizers
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The byte behind every letter of a byte-level vocabulary, GPT-2's table: visible Latin-1 characters stand for
     themselves, the other bytes in turn for the code points from 256 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

@@ -92,7 +92,11 @@ class mLSTM(nn.Module):
         """log_i, log_f (B, T, H) of x (B, T, D), in float32 whatever the autocast: a bfloat16 step at 10 nats is 6 %."""
         with exact(x.device):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            pre = F.linear(cast(x, dtype), cast(self.gate.weight, dtype), cast(self.gate.bias, dtype))
+            if type(self.gate) is nn.Linear:
+                pre = F.linear(cast(x, dtype), cast(self.gate.weight, dtype), cast(self.gate.bias, dtype))
+            else:
+                # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
+                pre = cast(self.gate(cast(x, self.gate.weight.dtype)), dtype)
             log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
             return log_i, F.logsigmoid(f)
 
@@ -118,7 +122,7 @@ class mLSTM(nn.Module):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
-        if is_token(x, self.q._parameters.get("weight"), mask, reset, conv, memory, self.shapes):
+        if is_token(x, self.gate._parameters.get("weight"), mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)
         mixed = x
         if self.conv is not None:

@@ -72,9 +72,11 @@ class mLSTMUp(nn.Module):
     Args:
         d_model: width of input and output.
         n_heads: memories side by side.
-        up_ratio: inner width over d_model, rounded up to a multiple of 64 (of n_heads where that does not fit).
+        up_ratio: inner width over d_model, rounded up to a multiple of `multiple`.
         conv: width of the causal convolution in front of q and k.
         qkv_block: side of the small blocks of the q, k and v maps.
+        eps: added to the stabilised denominator; only weights trained elsewhere want it.
+        m_start: stabiliser of an empty memory, in nats; with an eps of 0 it changes nothing.
 
     >>> y, state = mLSTMUp(64)(torch.randn(2, 10, 64))
     """
@@ -88,16 +90,18 @@ class mLSTMUp(nn.Module):
         conv: int = 4,
         qkv_block: int = 4,
         eps: float = 0.0,
+        m_start: float = 0.0,
+        multiple: int = 64,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        inner = width(up_ratio, d_model)
+        inner = width(up_ratio, d_model, multiple)
         if inner % n_heads or inner % qkv_block:
             raise ValueError(f"the inner width {inner} is not divisible by n_heads {n_heads} and qkv_block {qkv_block}")
         if conv < 1:
             raise ValueError(f"conv is {conv}, wanted a width of at least 1")
-        self.d_model, self.n_heads, self.eps = d_model, n_heads, eps
+        self.d_model, self.n_heads, self.eps, self.m_start = d_model, n_heads, eps, m_start
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)
@@ -141,6 +145,11 @@ class mLSTMUp(nn.Module):
         """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""
         with exact(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
+            if type(self.gate) is not nn.Linear:
+                # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
+                pre = cast(self.gate(cast(torch.cat((q, k, v), -1), self.gate.weight.dtype)), dtype)
+                log_i, f = pre.chunk(2, -1)
+                return log_i, F.logsigmoid(f)
             w, b = cast(self.gate.weight, dtype), cast(self.gate.bias, dtype)
             if q.shape[1] == 1:
                 pre = F.linear(cast(torch.cat((q, k, v), -1), dtype), w, b)
@@ -160,6 +169,7 @@ class mLSTMUp(nn.Module):
         """q, k, v (B, T, H, inner / H) and log_i, log_f (B, T, H) of c and u (B, T, inner)."""
         batch, time, inner = c.shape
         plain = torch.is_autocast_enabled(c.device.type) or torch.compiler.is_compiling() or c.dtype != self.qkv.dtype
+        plain = plain or type(self.gate) is not nn.Linear
         if time == 1 or plain or c.device.type != "cpu" or c.dtype.itemsize < 4:
             q, k, v = self.maps(c, u)
             return *(x.view(batch, time, self.n_heads, -1) for x in (q, k, v)), *self.gates(q, k, v)
@@ -197,14 +207,23 @@ class mLSTMUp(nn.Module):
         c *= silu(z)
         return torch.from_numpy(project(self.out, c)).unsqueeze(1), (conv, MLSTMState(*memory))
 
+    def _empty(self, x):
+        """The memory before the first token, where its stabiliser does not start at 0."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        c, n, m = (x.new_zeros(len(x), *shape, dtype=dtype) for shape in self.shapes[1:])
+        return MLSTMState(c, n, m + self.m_start)
+
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
-        if is_token(x, self._parameters.get("qkv"), mask, reset, conv, memory, self.shapes):
+        weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None
+        if is_token(x, weight, mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)
         u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
         c, conv = self.conv(u, conv, mask=mask, reset=reset, activation="silu")
+        if memory is None and self.m_start:
+            memory = self._empty(x)
         h, memory = mlstm(*self.heads(c, u), memory, reset=reset, mask=mask, eps=self.eps)
         y = self.out(self.norm(h, z, activation="silu", skip=(self.skip, c)))
         return y, (conv, memory)

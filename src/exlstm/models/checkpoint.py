@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -193,6 +194,39 @@ def _read_tokenizer(path: Path, config: LanguageConfig):
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     return tokenizer
+
+
+# Other packages
+
+
+def load_checkpoint(source, config=None, device=None, dtype=None):
+    """Our model with weights that another package was trained with, in eval mode: a LanguageModel, or a Stack where there is
+    neither embedding nor head.
+
+    Args:
+        source: a state dict, a file (safetensors, or torch.save's with tensors alone) or a folder (one file or shards, with
+            config.json or config.yaml) of NX-AI's xLSTMBlockStack, xLSTMLMModel (either layout of the sLSTM) or xLSTMLarge
+            (single or fused), of transformers' xLSTMForCausalLM, or of ours. What stands in front of all names is left out.
+        config: their configuration, where it does not lie beside the weights: a mapping, their dataclass, or a file. Needed
+            only for what shapes do not tell; without it their defaults count.
+        device, dtype: of the model; None is the CPU, and the dtype that is stored.
+
+    Raises:
+        ValueError, FileNotFoundError: what is missing, damaged, not understood or not to be had on our blocks, by name.
+
+    >>> model = load_checkpoint(xlstm_model.state_dict())  # doctest: +SKIP
+    """
+    # The models stand on this room, so it gets to know them only when it is asked for one.
+    return import_module("exlstm.models.foreign").load(source, config, device, dtype)
+
+
+def save_checkpoint(model, folder: str | os.PathLike, format: str = "transformers"):
+    """Writes a LanguageModel of `mlstm` blocks without convolution for another package, whole or not at all.
+
+    `format` is "transformers" (config.json, read by xLSTMForCausalLM.from_pretrained) or "xlstm_large" (config.yaml, read by
+    NX-AI's load_from_pretrained). ValueError: the model has what their layout has not, or the folder holds other things.
+    """
+    import_module("exlstm.models.foreign").save(model, folder, format)
 
 
 # States

@@ -18,8 +18,12 @@ class MLSTMOptions:
     """soft cap of the gates' pre-activations, in nats; 0 leaves it out"""
     i_bias: float = -10.0
     """bias of the input gate at the start, in nats"""
+    eps: float = 0.0
+    """added to the stabilised denominator; only weights trained elsewhere want it"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
+    multiple: int = 64
+    """widths that follow from a ratio are rounded up to a multiple of it"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class MLSTMUpOptions:
     """width of the causal convolution in front of q and k"""
     qkv_block: int = 4
     """side of the small blocks of the q, k and v maps"""
+    eps: float = 0.0
+    """added to the stabilised denominator; only weights trained elsewhere want it"""
+    m_start: float = 0.0
+    """stabiliser of an empty memory, in nats: with an eps of 0 it changes nothing"""
+    multiple: int = 64
+    """widths that follow from a ratio are rounded up to a multiple of it"""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,12 @@ class SLSTMOptions:
     """width of the causal convolution that feeds the input and forget gates; 0 leaves it out"""
     dense: bool = False
     """input maps over the whole width; False: one block a head, as in the paper"""
+    n_heads: int = 0
+    """heads of these blocks; 0: as many as the others"""
     ffn_ratio: float = 4 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
+    multiple: int = 64
+    """widths that follow from a ratio are rounded up to a multiple of it"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,16 @@ def nearest(name: str, known) -> str:
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+NORMS = ("none", "rms", "layer")
+# A stabiliser as good as -inf, in nats: that of an empty memory in the parallel form of NX-AI's xlstm.
+NO_MEMORY = -1e4
+
+
+def _check_norm(name: str, value):
+    if value not in NORMS:
+        raise ValueError(f"{name} is {value!r}{nearest(value, NORMS)}")
+
+
 @dataclass(frozen=True)
 class StackConfig:
     """A stack of residual blocks over (B, T, d_model)."""
@@ -117,6 +141,10 @@ class StackConfig:
     """kinds of block, repeated in turn up to n_layers: mlstm, mlstm_up, slstm, attention, mamba2, lstm"""
     dropout: float = 0.0
     """dropout on the output of every mixer and feed-forward, in training"""
+    out_norm: str = "none"
+    """norm behind the last block: none, rms or layer"""
+    norm_eps: float = 0.0
+    """added to the variance in every norm; 0: 1e-6 or 1e-5, as each block's paper has it"""
     mlstm: MLSTMOptions = field(default_factory=MLSTMOptions)
     mlstm_up: MLSTMUpOptions = field(default_factory=MLSTMUpOptions)
     slstm: SLSTMOptions = field(default_factory=SLSTMOptions)
@@ -140,6 +168,9 @@ class StackConfig:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, wanted 0 ≤ dropout < 1")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}, wanted at least 0")
+        _check_norm("out_norm", self.out_norm)
 
     def layers(self) -> tuple[str, ...]:
         """The kind of every block, n_layers names."""
@@ -156,9 +187,12 @@ class LanguageConfig(StackConfig):
     """one matrix for embedding and head"""
     logit_cap: float = 30.0
     """soft cap of the logits, in nats; 0 leaves it out"""
+    norm: str = "rms"
+    """norm in front of the head: none, rms or layer"""
 
     def __post_init__(self):
         super().__post_init__()
+        _check_norm("norm", self.norm)
         if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size!r}, wanted a whole number of at least 1")
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import RMSNorm, init_linear, soft_cap, valid_mask
+from exlstm.layers.basic import init_linear, soft_cap, valid_mask
 from exlstm.models import checkpoint
 from exlstm.models.config import LanguageConfig, nearest
 from exlstm.models.engine import Held
 from exlstm.models.reading import GenerationState
 from exlstm.models.sampling import Ends, Sampling, is_whole
-from exlstm.models.stack import Stack
+from exlstm.models.stack import Stack, make_norm, set_eps
 from exlstm.models.writing import Writing
 from exlstm.ops.loss import linear_cross_entropy
 
@@ -45,13 +45,15 @@ class LanguageModel(nn.Module):
         new = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, **new)
         self.stack = Stack(config, **new)
-        self.norm = RMSNorm(config.d_model, **new)
+        self.norm = make_norm(config.norm, config, **new)
+        set_eps(self.norm, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, **new)
         self._start_vocabulary()
 
     def reset_parameters(self):
         self.stack.reset_parameters()
-        self.norm.reset_parameters()
+        if not isinstance(self.norm, nn.Identity):
+            self.norm.reset_parameters()
         self._start_vocabulary()
 
     def _start_vocabulary(self):

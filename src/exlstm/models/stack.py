@@ -20,6 +20,20 @@ BLOCKS = {
     "lstm": (lstm.LSTM, False, basic.LayerNorm, basic.GatedGELU),
 }
 
+NORMS = {"none": None, "rms": basic.RMSNorm, "layer": basic.LayerNorm}
+
+
+def make_norm(kind: str, config: StackConfig, device=None, dtype=None) -> nn.Module:
+    """The norm of this name over d_model; "none" leaves its input as it is."""
+    return nn.Identity() if NORMS[kind] is None else NORMS[kind](config.d_model, device=device, dtype=dtype)
+
+
+def set_eps(module: nn.Module, eps: float):
+    """`eps` in every norm of a module; 0 leaves each its own."""
+    for part in module.modules():
+        if eps and isinstance(part, basic.RMSNorm | basic.LayerNorm | basic.HeadNorm):
+            part.eps = eps
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) where the kind has a feed-forward."""
@@ -29,13 +43,14 @@ class Block(nn.Module):
         mixer, has_heads, norm, ffn = BLOCKS[kind]
         options = asdict(getattr(config, kind))
         ratio = options.pop("ffn_ratio", 0)
-        heads = (config.n_heads,) if has_heads else ()
+        multiple = options.pop("multiple") if ffn and "multiple" in options else 64
+        heads = (options.pop("n_heads", 0) or config.n_heads,) if has_heads else ()
         self.norm = norm(config.d_model, device=device, dtype=dtype)
         self.mixer = mixer(config.d_model, *heads, **options, device=device, dtype=dtype)
         self.ffn_norm = self.ffn = None
         if ffn and ratio:
             self.ffn_norm = norm(config.d_model, device=device, dtype=dtype)
-            self.ffn = ffn(config.d_model, basic.width(ratio, config.d_model), device=device, dtype=dtype)
+            self.ffn = ffn(config.d_model, basic.width(ratio, config.d_model, multiple), device=device, dtype=dtype)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
     def forward(self, x, state=None, *, mask=None, reset=None):
@@ -45,6 +60,20 @@ class Block(nn.Module):
             y = self.ffn(self.ffn_norm(x))
             x = x + (self.dropout(y) if self.dropout else y)
         return x, state
+
+    def reset_parameters(self):
+        for part in (self.norm, self.mixer, self.ffn_norm, self.ffn):
+            if part is not None:
+                part.reset_parameters()
+
+
+@torch.no_grad()
+def scale_outputs(blocks, depth: int):
+    """What blocks add to a residual stream, scaled so that the sum keeps its size at any depth (GPT-2, section 2.3)."""
+    for block in blocks:
+        for part in (block.mixer, block.ffn):
+            if isinstance(getattr(part, "out", None), nn.Linear):
+                part.out.weight.mul_((2 * depth) ** -0.5)
 
 
 class Stack(nn.Module):
@@ -60,22 +89,16 @@ class Stack(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(kind, config, device, dtype) for kind in config.layers())
-        self._scale_outputs()
+        self.norm = make_norm(config.out_norm, config, device, dtype)
+        set_eps(self, config.norm_eps)
+        scale_outputs(self.blocks, len(self.blocks))
 
     def reset_parameters(self):
         for block in self.blocks:
-            for part in (block.norm, block.mixer, block.ffn_norm, block.ffn):
-                if part is not None:
-                    part.reset_parameters()
-        self._scale_outputs()
-
-    @torch.no_grad()
-    def _scale_outputs(self):
-        # Each block adds to the residual stream; scaled so, the sum keeps its size at any depth (GPT-2, section 2.3).
-        for block in self.blocks:
-            for part in (block.mixer, block.ffn):
-                if isinstance(getattr(part, "out", None), nn.Linear):
-                    part.out.weight.mul_((2 * len(self.blocks)) ** -0.5)
+            block.reset_parameters()
+        if not isinstance(self.norm, nn.Identity):
+            self.norm.reset_parameters()
+        scale_outputs(self.blocks, len(self.blocks))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer."""
@@ -89,7 +112,7 @@ class Stack(nn.Module):
             else:
                 x, after = block(x, before, mask=mask, reset=reset)
             states.append(after)
-        return x, tuple(states)
+        return self.norm(x), tuple(states)
 
     def _check(self, x, state):
         basic.check_input(x, self.config.d_model)

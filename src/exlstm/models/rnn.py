@@ -1,0 +1,397 @@
+"""xLSTM in the shape of nn.LSTM: its arguments, defaults, results and errors, on blocks of any kind.
+
+A layer, in each direction: x → map to hidden_size (where the width differs) → block → norm (behind the last) → map to proj_size
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from exlstm.layers.basic import RMSNorm, valid_mask
+from exlstm.models.config import OPTIONS, StackConfig, from_dict, nearest
+from exlstm.models.stack import Block, scale_outputs
+
+DIRECTIONS = {False: "", True: "concat", "concat": "concat", "sum": "sum"}
+
+
+class xLSTMMemory(NamedTuple):
+    """What an xLSTM continues from, in the place of nn.LSTM's c_n: a state of every layer and direction, rows first.
+
+    It takes what scripts do with c_n: `detach`, `clone`, `to`, `index_select(1, rows)`, `c[:, rows]`, and `c * keep` with
+    ones and zeros, which empties the memory of the rows that are multiplied by 0.
+    """
+
+    layers: tuple
+    fresh: Tensor | None = None
+    """(B,) bool: rows that are emptied before the next token; None: no row"""
+
+    def detach(self) -> xLSTMMemory:
+        return tree_map_only(Tensor, Tensor.detach, self)
+
+    def clone(self) -> xLSTMMemory:
+        return tree_map_only(Tensor, torch.clone, self)
+
+    def to(self, device=None, dtype=None) -> xLSTMMemory:
+        """On another device or in another floating dtype, never below float32: memories are kept in that or in float64."""
+        device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
+        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        return tree_map_only(Tensor, lambda t: t.to(device=device, dtype=wide if t.is_floating_point() else None), self)
+
+    def index(self, rows) -> xLSTMMemory:
+        """The memory of these rows: an index tensor, a list, a bool mask, a slice or one number."""
+        rows = [rows] if isinstance(rows, int) else rows
+        return tree_map_only(Tensor, lambda t: t[rows], self)
+
+    def index_select(self, dim: int, rows: Tensor) -> xLSTMMemory:
+        if dim not in (1, -2):
+            raise ValueError(f"dim is {dim}, wanted 1: rows are the only axis of a memory that can be chosen from")
+        return self.index(rows)
+
+    def __getitem__(self, key):
+        if not isinstance(key, tuple):
+            return tuple.__getitem__(self, key)
+        if len(key) not in (2, 3) or any(part not in (slice(None), ...) for part in (key[0], *key[2:])):
+            raise IndexError(f"c{list(key)} asks for more than rows, wanted c[:, rows]")
+        return self.index(key[1])
+
+    def __mul__(self, keep) -> xLSTMMemory:
+        """With (1, B, 1), or any shape of B numbers, or one number: 1 keeps a row, 0 empties it."""
+        (rows, device), keep = _rows(self), torch.as_tensor(keep)
+        if keep.numel() not in (1, rows) or not ((keep == 0) | (keep == 1)).all():
+            raise ValueError(
+                f"a memory of {rows} rows is multiplied by {tuple(keep.shape)} numbers, wanted {rows} ones and zeros"
+            )
+        emptied = (keep.reshape(-1) == 0).to(device).expand(rows)
+        return self._replace(fresh=emptied if self.fresh is None else self.fresh | emptied)
+
+    __rmul__ = __mul__
+
+
+def _rows(memory: xLSTMMemory) -> tuple[int, torch.device]:
+    """How many rows a memory has, and where it is."""
+    first = next(leaf for leaf in tree_leaves(memory.layers) if isinstance(leaf, Tensor))
+    return len(first), first.device
+
+
+class xLSTMState(NamedTuple):
+    """(h, c) as nn.LSTM returns it: h (layers · directions, B, H_out), the last output of each, and the memory c.
+
+    The next call goes on from c; h tells what came last, and stays that where a row has no further token.
+    """
+
+    h: Tensor
+    c: xLSTMMemory
+
+    def detach(self) -> xLSTMState:
+        """The same without its past, for truncated backpropagation through time."""
+        return xLSTMState(self.h.detach(), self.c.detach())
+
+    def to(self, device=None, dtype=None) -> xLSTMState:
+        device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
+        return xLSTMState(self.h.to(device=device, dtype=dtype), self.c.to(device, dtype))
+
+    def index(self, batch) -> xLSTMState:
+        """The state of these rows of the batch: an index tensor, a list, a bool mask, a slice or one number."""
+        if self.h.ndim != 3:
+            raise ValueError(f"h has shape {tuple(self.h.shape)}, a state without a batch to choose from")
+        return xLSTMState(self.h[:, [batch] if isinstance(batch, int) else batch], self.c.index(batch))
+
+
+class Layer(nn.Module):
+    """One layer in one direction: (B, T, d_in) -> (B, T, H_out)."""
+
+    def __init__(self, kind: str, config: StackConfig, d_in: int, bias: bool, proj_size: int, is_last: bool, **new):
+        super().__init__()
+        width = config.d_model
+        # The input has no norm in front of it and enters the residual stream: the first layer maps it in any case.
+        self.enter = nn.Linear(d_in, width, bias=bias, **new) if d_in else None
+        self.block = Block(kind, config, **new)
+        self.norm = RMSNorm(width, **new) if is_last else None
+        self.leave = nn.Linear(width, proj_size, bias=bias, **new) if proj_size else None
+        self.start_maps()
+
+    def start_maps(self):
+        for linear in (self.enter, self.leave):
+            if linear is not None:
+                # Outputs of unit variance from inputs of unit variance, which is what a residual stream starts with.
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def reset_parameters(self):
+        self.block.reset_parameters()
+        if self.norm is not None:
+            self.norm.reset_parameters()
+        self.start_maps()
+
+    def forward(self, x, state, mask, reset):
+        x = x if self.enter is None else self.enter(x)
+        x, state = self.block(x, state, mask=mask, reset=reset)
+        x = x if self.norm is None else self.norm(x)
+        return (x if self.leave is None else self.leave(x)), state
+
+
+class xLSTM(nn.Module):
+    """Extended LSTM in the place of nn.LSTM: the same arguments, shapes and results, with a state of its own inside.
+
+    Args:
+        input_size, hidden_size, num_layers, batch_first: as in nn.LSTM.
+        bias: a bias in the maps in front of and behind the blocks; gates have theirs in any case, they set how long is
+            remembered.
+        dropout: between layers, in training.
+        bidirectional: False, True ("concat"), or "sum", in which the two directions are added instead of joined.
+        proj_size: width of every layer's output, smaller than hidden_size; 0: hidden_size.
+        blocks: kinds of block, repeated in turn over the layers: names of `exlstm.StackConfig`.
+        n_heads: heads of every block; 0: 4, 2 or 1, as far as hidden_size divides into heads of at least 8.
+        options: settings of the blocks by kind, as {"slstm": {"conv": 4}}.
+
+    >>> net = xLSTM(10, 32, num_layers=2)
+    >>> out, (h, c) = net(torch.randn(5, 3, 10))
+    >>> out, (h, c) = net(torch.randn(5, 3, 10), (h, c))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool | str = False,
+        proj_size: int = 0,
+        blocks: tuple[str, ...] | str = ("slstm",),
+        device=None,
+        dtype=None,
+        *,
+        n_heads: int = 0,
+        options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        _check_numbers(input_size, hidden_size, num_layers, proj_size)
+        _check_switches(bias, batch_first, dropout, bidirectional, num_layers)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = bidirectional, proj_size
+        self.config = _config(hidden_size, num_layers, blocks, n_heads, options)
+        self.n_directions = 2 if bidirectional else 1
+        joined = self.n_directions if DIRECTIONS[bidirectional] == "concat" else 1
+        between = (proj_size or hidden_size) * joined
+        layers = []
+        for i, kind in enumerate(self.config.layers()):
+            d_in = input_size if i == 0 else between if between != hidden_size else 0
+            last = {"is_last": i == num_layers - 1, "device": device, "dtype": dtype}
+            layers += [Layer(kind, self.config, d_in, bias, proj_size, **last) for _ in range(self.n_directions)]
+        # In nn.LSTM's order: layer by layer, forward before reverse.
+        self.layers = nn.ModuleList(layers)
+        scale_outputs([layer.block for layer in self.layers], num_layers)
+
+    def reset_parameters(self):
+        for layer in self.layers:
+            layer.reset_parameters()
+        scale_outputs([layer.block for layer in self.layers], self.num_layers)
+
+    def flatten_parameters(self):
+        """Nothing to be done: no weight of ours wants a place of its own. Scripts written for nn.LSTM call it."""
+
+    def forward(self, input: Tensor | PackedSequence, hx=None, *, lengths=None, mask=None, reset=None):
+        """Output and (h, c), an xLSTMState; shapes as in nn.LSTM.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with batch_first, (T, input_size), or a PackedSequence.
+            hx: the state of the call before; None, or a pair of zeros in nn.LSTM's shapes, is a fresh one.
+            lengths: (B,) valid tokens of right-padded rows, as a tensor or list; the output behind them is 0.
+            mask: bool, False is padding, laid out as the input's first axes: (T, B), (B, T) or (T,).
+            reset: bool, laid out as mask: the memory is emptied before the token.
+
+        Raises:
+            RuntimeError, ValueError: what nn.LSTM raises for inputs and states that do not fit.
+        """
+        if not isinstance(input, PackedSequence):
+            return self._padded(input, hx, lengths, mask, reset)
+        if lengths is not None or mask is not None or reset is not None:
+            raise ValueError("a PackedSequence says itself which tokens there are, wanted no lengths, mask or reset")
+        x, lengths = pad_packed_sequence(input, batch_first=True)
+        y, state = self._run(x, self._memory(x, hx, True), valid_mask(lengths, None, *x.shape[:2], x.device), None)
+        order = input.sorted_indices
+        if order is not None:
+            y, lengths = y.index_select(0, order), lengths[order.cpu()]
+        return input._replace(data=pack_padded_sequence(y, lengths, batch_first=True).data), state
+
+    def _padded(self, x, hx, lengths, mask, reset):
+        if x.dim() not in (2, 3):
+            raise ValueError(f"xLSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        is_batched, swap = x.dim() == 3, x.dim() == 3 and not self.batch_first
+        x, mask, reset = (
+            t if t is None else t.transpose(0, 1) if swap and t.dim() > 1 else t if is_batched else t.unsqueeze(0)
+            for t in (x, mask, reset)
+        )
+        self._check_input(x)
+        if lengths is not None and not is_batched:
+            raise ValueError("lengths belong to a batch, and the input is a single sequence")
+        mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        y, state = self._run(x, self._memory(x, hx, is_batched), mask, reset)
+        if not is_batched:
+            return y.squeeze(0), state._replace(h=state.h.squeeze(1))
+        return (y.transpose(0, 1) if swap else y), state
+
+    def _run(self, x, before, mask, reset):
+        """x (B, T, input_size) -> y (B, T, directions · H_out) and the state."""
+        h_before, memory = before
+        resets = [_begin(reset, memory.fresh, x), _begin(_from_behind(reset), memory.fresh, x)]
+        hs, states = [], []
+        for i in range(self.num_layers):
+            if i and self.dropout:
+                x = F.dropout(x, self.dropout, self.training)
+            ys = []
+            for layer in self.layers[i * self.n_directions : (i + 1) * self.n_directions]:
+                is_reverse, state = len(ys) == 1, memory.layers[len(states)]
+                y, state = (
+                    _reversed(layer, x, state, mask, resets[1]) if is_reverse else layer(x, state, mask, resets[0])
+                )
+                ys.append(y)
+                states.append(state)
+                hs.append(_last(y, mask, is_reverse, None if h_before is None else h_before[len(hs)]))
+            x = sum(ys) if self.bidirectional == "sum" else torch.cat(ys, -1) if len(ys) > 1 else y
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0)
+        return x, xLSTMState(torch.stack(hs), xLSTMMemory(tuple(states)))
+
+    def _memory(self, x, hx, is_batched: bool):
+        """(h or None, memory) of a state handed in."""
+        depth, batch = len(self.layers), x.shape[0]
+        if hx is None:
+            return None, xLSTMMemory((None,) * depth)
+        if not isinstance(hx, tuple | list) or len(hx) != 2 or not isinstance(hx[0], Tensor):
+            came = f"{len(hx)} parts" if isinstance(hx, tuple | list) else type(hx).__name__
+            raise ValueError(f"hx is {came}, wanted the pair (h, c) of an earlier call, or of zeros")
+        h, c = hx
+        _check_axes(h, c, is_batched)
+        h = h if is_batched else h.unsqueeze(1)
+        wanted = (depth, batch, self.proj_size or self.hidden_size)
+        if h.shape != wanted:
+            raise RuntimeError(f"Expected hidden[0] size {wanted}, got {list(h.shape)}")
+        if isinstance(c, xLSTMMemory):
+            rows, held = _rows(c)[0], len(c.layers)
+            if (held, rows) != (depth, batch):
+                raise RuntimeError(f"Expected hidden[1] to hold {depth} layers of {batch} rows, got {held} of {rows}")
+            return h, c
+        c = c if is_batched else c.unsqueeze(1)
+        wanted = (depth, batch, self.hidden_size)
+        if c.shape != wanted:
+            raise RuntimeError(f"Expected hidden[1] size {wanted}, got {list(c.shape)}")
+        if h.any() or c.any():
+            raise ValueError(
+                "hx holds numbers that are no state of this network, wanted the pair (h, c) of an earlier call, or of zeros"
+            )
+        return None, xLSTMMemory((None,) * depth)
+
+    def _check_input(self, x):
+        wanted = next(self.parameters()).dtype
+        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({wanted}). "
+                f"Convert input: input.to({wanted}), or convert model: model.to({x.dtype})"
+            )
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
+            )
+        if x.shape[1] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def extra_repr(self):
+        told = [f"{self.input_size}, {self.hidden_size}"]
+        starts = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        for name, start in {**starts, "proj_size": 0}.items():
+            if getattr(self, name) != start:
+                told.append(f"{name}={getattr(self, name)}")
+        return ", ".join([*told, f"blocks={self.config.blocks}"])
+
+
+def _begin(reset, fresh, x):
+    """`reset` (B, T) in the order of reading, and the rows that are emptied before the first token."""
+    if fresh is None:
+        return reset
+    reset = torch.zeros_like(x[..., 0], dtype=torch.bool) if reset is None else reset
+    return torch.cat([reset[:, :1] | fresh[:, None], reset[:, 1:]], 1)
+
+
+def _from_behind(reset):
+    """`reset` for the reverse direction: a document that begins at t ends, seen from behind, at t - 1."""
+    return reset if reset is None else torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:].flip(1)], 1)
+
+
+def _reversed(layer, x, state, mask, reset):
+    """The layer from the last token to the first: padding passes by on whichever side it lies."""
+    y, state = layer(x.flip(1), state, None if mask is None else mask.flip(1), reset)
+    return y.flip(1), state
+
+
+def _last(y, mask, is_reverse: bool, before):
+    """The output (B, H_out) of the last valid token in the layer's direction; `before`, or 0, where there is none."""
+    if mask is None:
+        return y[:, 0] if is_reverse else y[:, -1]
+    steps = torch.arange(mask.shape[1], device=y.device)
+    place = mask.byte().argmax(1) if is_reverse else (mask * steps).amax(1)
+    last = y[torch.arange(len(y), device=y.device), place]
+    return torch.where(mask.any(1)[:, None], last, torch.zeros_like(last) if before is None else before.to(last.dtype))
+
+
+def _config(hidden_size, num_layers, blocks, n_heads, options) -> StackConfig:
+    options = dict(options or {})
+    for kind in options:
+        if kind not in OPTIONS:
+            raise ValueError(f"options name the unknown block {kind!r}{nearest(kind, OPTIONS)}")
+    n_heads = n_heads or next(n for n in (4, 2, 1) if n == 1 or (hidden_size % n == 0 and hidden_size // n >= 8))
+    values = {"d_model": hidden_size, "n_layers": num_layers, "n_heads": n_heads, "blocks": blocks, **options}
+    return from_dict(StackConfig, values)
+
+
+def _check_numbers(input_size, hidden_size, num_layers, proj_size):
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+        if value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    if hidden_size == 1:
+        raise ValueError("hidden_size is 1, wanted at least 2: a norm over one feature leaves nothing of it")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")
+
+
+def _check_switches(bias, batch_first, dropout, bidirectional, num_layers):
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            f"dropout lies between layers, so dropout={dropout} wants more than num_layers={num_layers}", stacklevel=3
+        )
+    for name, value in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    if not isinstance(bidirectional, bool | str) or bidirectional not in DIRECTIONS:
+        raise ValueError(f'bidirectional is {bidirectional!r}, wanted False, True, "concat" or "sum"')
+
+
+def _check_axes(h, c, is_batched: bool):
+    """Both parts of a state with the axes of the input; a memory has rows in any case."""
+    axes = 3 if is_batched else 2
+    if not isinstance(c, Tensor | xLSTMMemory):
+        raise ValueError(f"c is {type(c).__name__}, wanted the memory of an earlier call, or zeros")
+    if h.dim() != axes or (isinstance(c, Tensor) and c.dim() != axes):
+        came = f"({h.dim()}-D, {c.dim() if isinstance(c, Tensor) else axes}-D)"
+        kind = "batched 3-D" if is_batched else "unbatched 2-D"
+        raise RuntimeError(f"For {kind} input, hx and cx should also be {axes}-D but got {came} tensors")
