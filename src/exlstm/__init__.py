@@ -13,6 +13,7 @@ _HOMES = {
     "StackConfig": "models.config",
     "LanguageModel": "models.language",
     "LanguageConfig": "models.config",
+    "Forecaster": "forecast.forecaster",
     "backend": "ops.backend",
 }
 __all__ = ["__version__", *_HOMES]
