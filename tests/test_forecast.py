@@ -1,14 +1,16 @@
 """Forecasting: the laws of clocks, windows, linear path, network and calibration, and the interface from frame to frame."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
-from exlstm import Forecaster, cli
+from exlstm import BatchForecaster, Forecaster, cli
 from exlstm.data import frequency
 from exlstm.data.series import panel_of
 from exlstm.data.windows import Windows, filled
-from exlstm.forecast import baselines, combine, engine, fitting, frames
+from exlstm.forecast import baselines, batch, combine, engine, fitting, frames
 from exlstm.forecast.config import MEMBERS, FitConfig
 from exlstm.models.config import ForecasterConfig, LinearConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
@@ -407,6 +409,49 @@ def test_the_figure_is_drawn(fitted, tmp_path):
     pytest.importorskip("matplotlib")
     fitted.plot(path=tmp_path / "fc.png")
     assert (tmp_path / "fc.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Very many series
+
+
+def test_a_batch_forecaster_travels_and_agrees(fitted, tmp_path):
+    fitted.save(tmp_path / "model")
+    traveller = pickle.loads(pickle.dumps(BatchForecaster(tmp_path / "model", level=[80])))
+    wanted = fitted.predict(frame(), level=[80], baselines=False)
+    pd.testing.assert_frame_equal(traveller(frame()), wanted)
+    assert pickle.loads(pickle.dumps(traveller)).model is None
+    parts = [group for _, group in frame().groupby("unique_id")]
+    (mapped,) = BatchForecaster(tmp_path / "model", level=[80]).map(iter(parts))
+    pd.testing.assert_frame_equal(mapped, wanted)
+
+
+def test_ray_maps_it_over_groups(fitted, tmp_path):
+    ray = pytest.importorskip("ray")
+    fitted.save(tmp_path / "model")
+    data = ray.data.from_pandas(frame()).groupby("unique_id")
+    found = data.map_groups(BatchForecaster(tmp_path / "model"), batch_format="pandas").to_pandas()
+    wanted = fitted.predict(baselines=False)
+    found = found.sort_values(["unique_id", "ds"], ignore_index=True)
+    assert np.allclose(found.xLSTM, wanted.xLSTM, rtol=1e-4)
+
+
+def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "PART", 2)
+    monkeypatch.chdir(tmp_path)
+    fitted.save("model")
+    frame().to_csv("data.csv", index=False)
+    command = ["forecast", "data.csv", "--model", "model", "--out", "parts", "--workers", "1"]
+    assert cli.main(command) == 0
+    files = sorted((tmp_path / "parts").iterdir())
+    assert [f.name for f in files] == ["part-00000.csv", "part-00001.csv"]
+    whole = pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
+    assert np.allclose(whole.xLSTM, fitted.predict().xLSTM)
+    files[1].unlink()
+    files[0].write_text("kept")
+    assert cli.main(command) == 0
+    assert "3 series in 2 parts, 1 of them done before" in capsys.readouterr().out
+    assert files[0].read_text() == "kept"
+    assert files[1].exists()
 
 
 # The command

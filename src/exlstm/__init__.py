@@ -14,6 +14,7 @@ _HOMES = {
     "LanguageModel": "models.language",
     "LanguageConfig": "models.config",
     "Forecaster": "forecast.forecaster",
+    "BatchForecaster": "forecast.batch",
     "backend": "ops.backend",
 }
 __all__ = ["__version__", *_HOMES]

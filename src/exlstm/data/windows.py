@@ -26,7 +26,8 @@ class Batch(NamedTuple):
     inside: Tensor  # (B, L) bool: not before the first row
     past: Tensor  # (B, L, P + F) covariates
     future: Tensor  # (B, H, F)
-    dates: Tensor  # (B, L + H, C) the calendar
+    dates: Tensor  # (B, L + H, C) the calendar; (B, 0, C) where it was not asked for
+    origin: Tensor  # (B, C) the calendar at the first step of the future
     static: Tensor  # (B, S)
     target: Tensor  # (B, H), NaN where unknown
 
@@ -98,8 +99,8 @@ class Windows:
     def n_dates(self) -> int:
         return self.dates.shape[1]
 
-    def batch(self, series: Tensor, cuts: Tensor, lookback: int, horizon: int) -> Batch:
-        """The windows (series[b], cuts[b]), both (B,) int64 on the device."""
+    def batch(self, series: Tensor, cuts: Tensor, lookback: int, horizon: int, dates: bool = True) -> Batch:
+        """The windows (series[b], cuts[b]), both (B,) int64 on the device; the whole calendar only with `dates`."""
         step = cuts[:, None] + torch.arange(-lookback, horizon, device=self.device)  # (B, L + H)
         start, length = self.starts[series][:, None], self.lengths[series][:, None]
         before, inside = step[:, :lookback], step[:, :lookback] >= 0
@@ -111,9 +112,10 @@ class Windows:
         own = start + self.more * series[:, None]
         futr = self.futr[own + torch.minimum(step.clamp_min(0), length + self.more - 1)]
         past = torch.cat([self.hist[rows], futr[:, :lookback]], -1) * inside[..., None]
-        dates = self.dates[self.date_starts[series][:, None] + step.clamp_min(0)]
+        place = self.date_starts[series]
+        calendar = self.dates[place[:, None] + (step if dates else step[:, :0]).clamp_min(0)]
         return Batch(
-            self.y[rows] * inside, self.seen[rows] & inside, inside, past, futr[:, lookback:], dates,
+            self.y[rows] * inside, self.seen[rows] & inside, inside, past, futr[:, lookback:], calendar, self.dates[place + cuts],
             self.static[series], target,
         )  # fmt: skip
 

@@ -53,6 +53,9 @@ class Forecast:
     """file for a picture (PNG)"""
     model: str = ""
     """folder of the model: used if one is there, written if not"""
+    workers: int = 0
+    """processes that forecast a large table with the model in --model, into parts below --out, a folder; the same command again
+    goes on where it stopped. 0: one process, one file"""
     minutes: float = 1.0
     """training time at most; 0: no limit"""
     device: str = "auto"
@@ -89,6 +92,8 @@ def run(command: Forecast) -> int:
         told.append(f"model to {saved}")
     print(f"reads {source}{'; writes ' + ', '.join(told) if told else ''}", flush=True)
     frame = read_table(source)
+    if command.workers:
+        return _in_parts(command, frame, saved)
     future = read_table(Path(command.future)) if command.future else None
     model, fresh = _model(command, frame, future, saved)
     if command.cv:
@@ -121,12 +126,18 @@ def _check(command: Forecast):
         from exlstm.plot import require_matplotlib
 
         require_matplotlib()
-    for name in ("cv", "horizon"):
+    for name in ("cv", "horizon", "workers"):
         if getattr(command, name) < 0:
             raise ValueError(f"{name} is {getattr(command, name)}, wanted at least 0")
     for where in (command.out, command.plot):
         if where and not Path(where).absolute().parent.is_dir():
             raise ValueError(f"{where} cannot be written: there is no folder {Path(where).absolute().parent}")
+    if command.workers:
+        ready = command.out and command.file and command.model and (Path(command.model) / "forecaster.json").is_file()
+        if not ready:
+            raise ValueError("--workers wants a table, a fitted model in --model and a folder in --out")
+        if Path(command.out).is_file() or command.exog or command.future or command.cv or command.plot:
+            raise ValueError("--workers takes a folder in --out, and neither --exog, --future, --cv nor --plot")
     if command.future and not command.exog and not command.model:
         raise ValueError("--future holds covariates, but no --exog names them")
     folder = Path(command.model) if command.model else None
@@ -136,6 +147,24 @@ def _check(command: Forecast):
         and (not folder.is_dir() or (os.listdir(folder) and not (folder / "forecaster.json").is_file()))
     ):
         raise ValueError(f"{folder} holds no forecaster and is not empty; choose another folder for --model")
+
+
+def _in_parts(command: Forecast, frame, saved: Path) -> int:
+    """Forecasts with the saved model, part by part."""
+    import json
+
+    from exlstm.forecast.batch import BatchForecaster, in_parts
+
+    columns = json.loads((saved / "forecaster.json").read_text(encoding="utf-8"))["columns"]
+    if columns["id"] not in frame.columns:
+        raise ValueError(f"{command.file} has no column {columns['id']!r} that tells series apart, so it has no parts")
+    kind = "parquet" if Path(command.file).suffix.lower() in (".parquet", ".pq") else "csv"
+    model = BatchForecaster(saved, list(command.level), command.device, threads=1)
+    in_parts(
+        frame, columns["id"], model, Path(command.out), command.workers, kind, lambda text: print(text, flush=True)
+    )
+    print(f"forecasts: {command.out}")
+    return 0
 
 
 def _demo() -> Path:

@@ -90,7 +90,7 @@ class Engine:
         n = self._group(windows)
         for rows in torch.arange(len(series), device=windows.device).split(max(n, size // n * n)):
             s = series[rows]
-            batch = windows.batch(s, cuts[rows], self.longest, self.config.horizon)
+            batch = windows.batch(s, cuts[rows], self.longest, self.config.horizon, dates="network" in (*used, *also))
             found = self.members(batch, offsets(windows, s), dict.fromkeys((*used, *also)), n)
             mixed = sum(self.weights[m] * found[m] for m in used)
             out = {m: found[m] for m in also}
@@ -164,7 +164,7 @@ def _combine(engine: Engine, found: fitting.Split):
     gathered, targets, units, scales = {m: [] for m in names}, [], [], []
     for part in numbers.split(max(n, 512 // n * n) if n else 512):
         series, at = val.at(part)
-        batch = w.batch(series, at, engine.longest, config.horizon)
+        batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
         for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
             gathered[name].append(q)
         targets.append(batch.target)

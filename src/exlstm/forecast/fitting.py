@@ -30,18 +30,22 @@ EMA = 0.99
 
 
 class Cuts:
-    """Windows by number: those of series n are cut at first[n], first[n] + stride, ... up to last[n]."""
+    """Windows by number: those of series n are cut at first[n], first[n] + stride[n], ... up to last[n]."""
 
-    def __init__(self, first: Tensor, last: Tensor, stride: int = 1):
-        self.first, self.stride = first, stride
-        self.counts = ((last - first).div(stride, rounding_mode="floor") + 1).clamp_min(0)
+    def __init__(self, first: Tensor, last: Tensor, most: int = 0):
+        self.first, counts = first, (last - first + 1).clamp_min(0)
+        # With `most`, a long series has no more windows than that, so that every series counts alike.
+        self.stride = (
+            (counts + most - 1).div(most, rounding_mode="floor").clamp_min(1) if most else torch.ones_like(counts)
+        )
+        self.counts = (counts + self.stride - 1).div(self.stride, rounding_mode="floor")
         self.ends = self.counts.cumsum(0)
         self.total = int(self.ends[-1])
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(series, cuts) of the windows numbered `index`."""
         series = torch.searchsorted(self.ends, index, right=True)
-        return series, self.first[series] + self.stride * (index - self.ends[series] + self.counts[series])
+        return series, self.first[series] + self.stride[series] * (index - self.ends[series] + self.counts[series])
 
     def some(self, most: int) -> Tensor:
         """The numbers of at most `most` windows, evenly spread."""
@@ -67,7 +71,9 @@ class Split:
         return Cuts(first, length - horizon)
 
     def val(self, horizon: int) -> Cuts:
-        return Cuts(self.begins, self.windows.lengths - horizon)
+        """Windows to choose by, at most as many of a series as make 2 * CHOOSE_BY in all."""
+        most = max(1, 2 * CHOOSE_BY // len(self.begins))
+        return Cuts(self.begins, self.windows.lengths - horizon, most)
 
 
 def split(windows: Windows, config: FitConfig) -> Split:
@@ -117,7 +123,7 @@ def lookbacks(config: FitConfig, season: int, lengths: Tensor) -> list[int]:
 def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizon: int, size: int = 2048):
     for part in numbers.split(size):
         series, at = cuts.at(part)
-        yield windows.batch(series, at, lookback, horizon), series
+        yield windows.batch(series, at, lookback, horizon, dates=False), series
 
 
 def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, list[dict]]:
@@ -163,15 +169,15 @@ def _fit_and_score(found: Split, settings: LinearConfig, config: FitConfig) -> t
     gram, cuts = Gram(path), found.train(longest, h)
     for batch, _ in batches(w, cuts, cuts.some(CHOOSE_FROM), longest, h):
         gram.add(batch)
-    val = found.val(h)
-    held = list(batches(w, val, val.some(CHOOSE_BY), longest, h))
+    val, held = found.val(h), []
+    for batch, series in batches(w, val, val.some(CHOOSE_BY), longest, h):
+        level, scale = path.units(batch)
+        held.append((path.features(batch, level, scale), level, scale, batch.target, found.unit[series]))
     scores = []
     for alpha, weight in zip(ALPHAS, gram.solve(ALPHAS)):
-        path.weight.copy_(weight)
-        total = torch.stack(
-            [torch.stack(error_sum(path.predict(b), b.target, found.unit[s], config.metric)) for b, s in held]
-        )
-        scores.append((float((total[:, 0].sum() / total[:, 1].sum()).nan_to_num(math.inf)), alpha))
+        sums = [error_sum(level + scale * (x @ weight), y, unit, config.metric) for x, level, scale, y, unit in held]
+        total, count = (torch.stack(column).sum() for column in zip(*sums))
+        scores.append((float((total / count).nan_to_num(math.inf)), alpha))
     return min(scores)
 
 
@@ -332,7 +338,7 @@ def _held(windows: Windows, val: Cuts, longest: int, horizon: int, grouped: bool
     n, most = len(windows.panel) if grouped else 1, max(64, min(2048, 2**18 // horizon))
     if grouped:
         every = max(1, int(val.counts[0]) * n // most)
-        at = val.first[0] + torch.arange(int(val.counts[0]), device=windows.device)[::every]
+        at = val.first[0] + val.stride[0] * torch.arange(int(val.counts[0]), device=windows.device)[::every]
         parts = at.split(max(1, 512 // n))
         pairs = [(torch.arange(n, device=windows.device).repeat(len(a)), a.repeat_interleave(n)) for a in parts]
     else:

@@ -58,7 +58,7 @@ class LinearPath(nn.Module):
         if c.n_future:
             parts.append(batch.future.flatten(1))
         if c.n_dates:
-            parts.append(batch.dates[:, -c.horizon, : c.n_dates])
+            parts.append(batch.origin[:, : c.n_dates])
         return torch.cat([*parts, torch.ones_like(level)], 1)
 
     def forward(self, batch) -> Tensor:
