@@ -357,15 +357,16 @@ def test_covariates_of_the_future_are_used():
     assert np.abs(without.predict().xLSTM - data.y[200:].to_numpy()).mean() > 1
 
 
-@pytest.mark.parametrize("kind", ["attention", "slstm"])
-def test_series_that_see_each_other_can_be_fitted(kind):
+@pytest.mark.parametrize("kind", [{"variates": "attention"}, {"variates": "slstm"}, {"design": "xlstmtime"}], ids=str)
+def test_series_that_see_each_other_can_be_fitted(kind, tmp_path):
     data = frame(days=60)
     data = data[data.ds < "2024-02-20"]
-    settings = FitConfig(
-        steps=3, d_model=8, n_layers=1, n_heads=2, lookback=14, variates=kind, members=("linear", "network")
-    )
-    found = Forecaster(7, config=settings).fit(data).predict()
+    settings = FitConfig(steps=30, d_model=8, n_layers=1, n_heads=2, lookback=14, members=("network",), **kind)
+    model = Forecaster(7, config=settings).fit(data)
+    found = model.predict()
     assert np.isfinite(found.xLSTM).all()
+    model.save(tmp_path / "model")
+    pd.testing.assert_frame_equal(Forecaster.load(tmp_path / "model").predict(), found)
 
 
 @pytest.mark.parametrize("blocks", [("mlstm",), ("attention",), ("lstm",), ("mamba2",), ("slstm", "mlstm")])

@@ -177,7 +177,8 @@ class ForecastingConfig:
     seeds: tuple[int, ...] = (0,)
     """one fit a seed"""
     mixers: tuple[str, ...] = ("slstm",)
-    """blocks of the network, each in turn in the same network: slstm, mlstm, attention, mamba2, lstm; several joined by +"""
+    """blocks of the network, each in turn in the same network: slstm, mlstm, attention, mamba2, lstm; several joined by +; or
+    xlstmtime: the network of that paper, for panels of one length"""
     peers: tuple[str, ...] = ()
     """other libraries' models: patchtst, nhits, dlinear, xlstm (neuralforecast), autotheta (statsforecast)"""
     peer_python: str = ""

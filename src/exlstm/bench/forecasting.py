@@ -18,7 +18,7 @@ from exlstm.bench import timing
 from exlstm.bench.config import ForecastingConfig
 from exlstm.bench.forecast_tasks import Task, tasks_of
 from exlstm.forecast import engine, frames
-from exlstm.forecast.config import MODEL, TITLES
+from exlstm.forecast.config import MODEL, TITLES, FitConfig
 
 LEVELS = np.array(engine.LEVELS)
 DECILES = [k for k, level in enumerate(engine.LEVELS) if round(level * 10) == level * 10]
@@ -88,8 +88,7 @@ def _ours(task: Task, config: ForecastingConfig, seed: int) -> list[dict]:
             "refit": task.refit,
             "seed": seed,
         }
-        blocks = tuple(mixer.split("+"))
-        settings = replace(config.fit, **changes, blocks=blocks, n_layers=max(len(blocks), config.fit.n_layers))
+        settings = replace(config.fit, **changes, **_network(mixer, config.fit))
         fitted = engine.fit(task.learnt, settings, task.season, config.device, report=print)
         seconds = time.perf_counter() - start
         names = [m for m in fitted.scores if m != "blend" and (m == "network" or m not in shown)]
@@ -104,10 +103,18 @@ def _ours(task: Task, config: ForecastingConfig, seed: int) -> list[dict]:
     return rows
 
 
+def _network(mixer: str, fit: FitConfig) -> dict:
+    """The settings that a mixer changes."""
+    if mixer == "xlstmtime":
+        return {"design": mixer, "d_model": 256, "n_layers": 3}
+    blocks = tuple(mixer.split("+"))
+    return {"blocks": blocks, "n_layers": max(len(blocks), fit.n_layers)}
+
+
 def _judge(task: Task, fitted: engine.Engine, names) -> dict[str, Tally]:
     windows = fitted.windows(task.panel)
     series, cuts = (torch.from_numpy(x).to(windows.device) for x in task.windows)
-    if fitted.network is not None and fitted.network.config.variates != "none":
+    if fitted.network is not None and fitted.network.config.grouped:
         # Groups of one cut stand together.
         order = torch.argsort(cuts, stable=True)
         series, cuts = series[order], cuts[order]

@@ -46,6 +46,8 @@ class FitConfig:
     """dropout in training"""
     variates: str = "none"
     """how series of one panel see each other: none, attention, or slstm"""
+    design: str = "patches"
+    """patches, or xlstmtime: the network of that paper, without covariates and without a linear path in closed form"""
     steps: int = 0
     """updates of the network at most; 0: thirty times through the windows, from 200 to max_steps"""
     max_steps: int = 2000

@@ -97,7 +97,7 @@ class Engine:
             yield rows, {"blend": combine.stretched(mixed, self.factors), **out}, batch
 
     def _group(self, windows: Windows) -> int:
-        grouped = self.network is not None and self.network.config.variates != "none"
+        grouped = self.network is not None and self.network.config.grouped
         return len(windows.panel) if grouped and self.weights.get("network", 0) > 0 else 1
 
 
@@ -153,7 +153,7 @@ def _combine(engine: Engine, found: fitting.Split):
     val = found.val(config.horizon)
     most = max(64, HELD // (config.horizon * len(LEVELS) * len(config.members)))
     numbers = val.some(min(4096, most))
-    n = engine.network is not None and engine.network.config.variates != "none" and len(w.panel)
+    n = engine.network is not None and engine.network.config.grouped and len(w.panel)
     if n:
         cuts = val.some(max(1, min(4096, most) // n) * n)[::n] // n
         numbers = (torch.arange(n, device=w.device) * int(val.counts[0]) + cuts[:, None] % int(val.counts[0])).flatten()

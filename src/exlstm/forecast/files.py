@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from exlstm.data.panel import Columns, Panel
 from exlstm.forecast.config import FitConfig
 from exlstm.forecast.engine import Engine
+from exlstm.forecast.fitting import DESIGNS
 from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, from_dict, nearest
-from exlstm.models.forecaster import ForecasterNetwork
 from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
 
@@ -128,7 +128,8 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     network = None
     if settings["network"] is not None:
         values = {**settings["network"], "slstm": from_dict(SLSTMOptions, settings["network"]["slstm"])}
-        network = ForecasterNetwork(from_dict(ForecasterConfig, values), linear.config, device=device)
+        shape = from_dict(ForecasterConfig, values)
+        network = DESIGNS[shape.design](shape, linear.config, device=device)
         network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
         network.eval()
     series = dict(zip(settings["known"], map(tuple, tensors["series"].tolist())))

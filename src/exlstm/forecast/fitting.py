@@ -15,8 +15,9 @@ from exlstm.data.windows import Windows
 from exlstm.forecast.combine import residual_spread, stretch, stretched
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig, LinearConfig
-from exlstm.models.forecaster import ForecasterNetwork, pinball
+from exlstm.models.forecaster import ForecasterNetwork, pinball, set_spread
 from exlstm.models.linear import Gram, LinearPath, level_and_scale
+from exlstm.models.xlstmtime import XLSTMTime
 from exlstm.train.config import TrainConfig
 from exlstm.train.optim import Optimizer, lr_at
 
@@ -27,6 +28,7 @@ CHOOSE_BY, CHOOSE_FROM = 4096, 24576
 WIDEST = 3000
 EVALUATIONS = 20
 EMA = 0.99
+DESIGNS = {"patches": ForecasterNetwork, "xlstmtime": XLSTMTime}
 
 
 class Cuts:
@@ -221,25 +223,25 @@ def patch_of(lookback: int, horizon: int, season: int) -> int:
 def build_network(found: Split, linear: LinearPath, config: FitConfig) -> ForecasterNetwork:
     """The network over a fitted linear path, with the spread that its residuals have on validation."""
     w, h = found.windows, config.horizon
-    aligned = len(set(w.panel.first)) == len(set(w.panel.lengths.tolist())) == 1
-    if config.variates != "none" and not aligned:
-        told = "so that they can see each other; set variates to none"
-        raise ValueError(f"variates is {config.variates!r}, which wants series of one length and begin, {told}")
     patch = patch_of(linear.config.lookback, h, w.season)
     lookback = -(-linear.config.lookback // patch) * patch
     settings = ForecasterConfig(
         d_model=config.d_model, n_layers=config.n_layers, n_heads=config.n_heads, blocks=config.blocks, dropout=config.dropout,
         horizon=h, lookback=lookback, patch=patch, n_past=w.hist.shape[1] + w.futr.shape[1], n_future=w.futr.shape[1],
-        n_dates=w.n_dates, n_static=w.static.shape[1], variates=config.variates,
+        n_dates=w.n_dates, n_static=w.static.shape[1], variates=config.variates, design=config.design,
     )  # fmt: skip
+    aligned = len(set(w.panel.first)) == len(set(w.panel.lengths.tolist())) == 1
+    if settings.grouped and not aligned:
+        told = "variates and design xlstmtime let series see each other"
+        raise ValueError(f"{told}, which wants series of one length and begin; these have others")
     torch.manual_seed(config.seed)
-    network = ForecasterNetwork(settings, linear.config, device=w.device)
+    network = DESIGNS[settings.design](settings, linear.config, device=w.device)
     network.linear.weight.copy_(linear.weight)
     val, residuals = found.val(h), []
     for batch, _ in batches(w, val, val.some(CHOOSE_BY), seen(network), h):
         _, deviation = level_and_scale(batch, lookback, "mean", "window")
         residuals.append((batch.target - network.linear.predict(batch)) / deviation)
-    network.set_spread(residual_spread(torch.cat(residuals), network.levels))
+    set_spread(network, residual_spread(torch.cat(residuals), network.levels))
     return network
 
 
@@ -264,7 +266,7 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
     w, h, longest = found.windows, config.horizon, seen(network)
     cuts, val = found.train(network.config.lookback, h), found.val(h)
     steps = config.steps or min(config.max_steps, max(200, 30 * cuts.total // config.batch_size))
-    grouped = network.config.variates != "none"
+    grouped = network.config.grouped
     held = _held(w, val, longest, h, grouped)
     average = copy.deepcopy(network)
     start = time.perf_counter()
@@ -317,7 +319,7 @@ def _updates(network, average, cuts: Cuts, windows: Windows, config: FitConfig, 
     )
     optimizer = Optimizer(network, schedule)
     generator = torch.Generator(windows.device).manual_seed(config.seed)
-    grouped = network.config.variates != "none"
+    grouped = network.config.grouped
     ours, theirs = (list(m.parameters()) for m in (average, network))
     for step in range(1, steps + 1):
         network.train()

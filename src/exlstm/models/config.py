@@ -228,6 +228,8 @@ class ForecasterConfig(StackConfig):
     """numbers a series"""
     variates: str = "none"
     """how series of one panel see each other: none, attention, or slstm (both ways along the series)"""
+    design: str = "patches"
+    """patches: tokens are patches of time; xlstmtime: tokens are the series of the panel, as in the paper of that name"""
     quantiles: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975)
     """levels of the quantiles, the median in the middle"""
 
@@ -240,9 +242,16 @@ class ForecasterConfig(StackConfig):
             raise ValueError(f"quantiles are {q}, wanted rising levels between 0 and 1 with 0.5 in the middle")
         if self.variates not in ("none", "attention", "slstm"):
             raise ValueError(f"variates is {self.variates!r}{nearest(self.variates, ('none', 'attention', 'slstm'))}")
+        if self.design not in ("patches", "xlstmtime"):
+            raise ValueError(f"design is {self.design!r}{nearest(self.design, ('patches', 'xlstmtime'))}")
         if self.horizon < 1 or self.patch < 1 or self.lookback < 1 or self.lookback % self.patch:
             came = f"horizon {self.horizon}, lookback {self.lookback}, patch {self.patch}"
             raise ValueError(f"{came}; wanted at least 1 each, and a lookback of whole patches")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a batch holds whole panels: every series at one cut after the other."""
+        return self.variates != "none" or self.design == "xlstmtime"
 
 
 # `tiny` is tuned for minutes on a CPU: after 150 steps its alternation is at 2.17 bits a byte, `mlstm` alone at 2.43.

@@ -88,14 +88,7 @@ class ForecasterNetwork(nn.Module):
         for head in (self.head, self.step_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        with torch.no_grad():
-            quantiles = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(self.config.quantiles))
-            self.steps.copy_(quantiles.diff().log())
-
-    @torch.no_grad()
-    def set_spread(self, spread: Tensor):
-        """Begins with the quantiles `spread` (H, Q) around the median, in deviations of the window."""
-        self.steps.copy_(spread.diff(dim=1).clamp_min(1e-3).log())
+        set_spread(self, torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(self.config.quantiles))[None])
 
     def tokens(self, batch, level: Tensor, deviation: Tensor) -> Tensor:
         """(B, tokens, D): patches of the past, then of the future."""
@@ -133,16 +126,30 @@ class ForecasterNetwork(nn.Module):
         median = self.linear.predict(batch) + deviation * (whole + steps[..., 0])
         # One factor a side and step: the shape of the spread is learnt for all, its width for each window.
         low, high = (steps[..., 1:2].clamp(-4, 4), steps[..., 2:].clamp(-4, 4))
-        half = len(c.quantiles) // 2
-        below, above = self.steps[:, :half].exp() * low.exp(), self.steps[:, half:].exp() * high.exp()
-        below = -below.flip(-1).cumsum(-1).flip(-1)
-        spread = torch.cat([below, torch.zeros_like(median)[..., None], above.cumsum(-1)], -1)
-        return median[..., None] + deviation[..., None] * spread
+        return fan(median, deviation, self.steps.exp(), low.exp(), high.exp())
 
     def loss(self, batch, n_series: int = 1) -> Tensor:
         """Mean pinball loss over known steps and levels, in the linear path's units."""
         _, scale = self.linear.units(batch)
         return pinball(self(batch, n_series), batch.target, self.levels, scale)
+
+
+@torch.no_grad()
+def set_spread(network: nn.Module, spread: Tensor):
+    """The network begins with the quantiles `spread` (H or 1, Q) around the median, in deviations of the window."""
+    network.steps.copy_(spread.diff(dim=1).clamp_min(1e-3).log())
+
+
+def fan(
+    median: Tensor, deviation: Tensor, steps: Tensor, low: Tensor | float = 1.0, high: Tensor | float = 1.0
+) -> Tensor:
+    """(B, H, Q): quantiles around the median (B, H), apart by positive steps (H, Q - 1), times `low` below it, `high` above."""
+    half = steps.shape[-1] // 2
+    below = -(steps[:, :half] * low).flip(-1).cumsum(-1).flip(-1)
+    above = (steps[:, half:] * high).cumsum(-1)
+    shape = (*median.shape, half)
+    spread = torch.cat([below.expand(shape), torch.zeros_like(median)[..., None], above.expand(shape)], -1)
+    return median[..., None] + deviation[..., None] * spread
 
 
 def pinball(quantiles: Tensor, target: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
