@@ -1,6 +1,7 @@
 """Every benchmark at toy size, with and without peers; the clock, the table and the files that they share."""
 
 import csv
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from exlstm.bench import BENCHES, config, parity, peers, quality, timing
+from exlstm.bench import BENCHES, config, forecasting, parity, peers, quality, timing
 from exlstm.bench import mlstm as on_gpu
 from exlstm.bench import slstm as recurrent
 from exlstm.cli import main
+from exlstm.forecast.config import FitConfig
 from exlstm.models.config import LanguageConfig
 from exlstm.models.language import LanguageModel
 from exlstm.ops.mlstm import mlstm
@@ -25,10 +27,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWa
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 
 
+def forecasting_files(tmp_path):
+    """A long-horizon file, a price file and two archive files."""
+    hours = [f"2024-{1 + d // 28:02}-{1 + d % 28:02} {h:02}:00" for d in range(28) for h in range(24)]
+    waves = [math.sin(i / 24 * 2 * math.pi) + i % 5 for i in range(len(hours))]
+    (tmp_path / "long.csv").write_text("date,a,b\n" + "".join(f"{t},{w},{w * w}\n" for t, w in zip(hours, waves)))
+    rows = "".join(f"{t},{w},{-w},{3 * w}\n" for t, w in zip(hours, waves))
+    (tmp_path / "prices.csv").write_text("date, Grid load forecast, Wind power forecast,OT\n" + rows)
+    header = "@attribute series_name string\n@attribute start_timestamp date\n@frequency monthly\n@horizon 12\n@data\n"
+    for name in ("m3", "m4"):
+        series = (",".join(str(w + k) for w in waves[k : 70 + 9 * k]) for k in range(3))
+        body = "".join(f"T{k}:1990-01-01 00-00-00:{values}\n" for k, values in enumerate(series))
+        (tmp_path / f"{name}.tsf").write_text(header + body)
+    return tuple(tmp_path / name for name in ("long.csv", "prices.csv", "m3.tsf", "m4.tsf"))
+
+
 def toys(tmp_path):
     """name -> settings that take about a second."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
+    quick = FitConfig(steps=2, d_model=8, n_layers=1, n_heads=2, lookback=12)
     shared = {"threads": 1, "out": tmp_path / "out"}
     return {
         "kernels": config.KernelsConfig(
@@ -51,6 +69,14 @@ def toys(tmp_path):
         "parity": config.ParityConfig(steps=3, batch=8, d_model=8, n_heads=2, seeds=(0, 1), **shared),
         "quality": config.QualityConfig(
             text=text, blocks=("mlstm+slstm", "attention"), steps=2, minutes=0.002, files=(str(text),), **shared
+        ),
+        "forecast": config.ForecastingConfig(
+            files=forecasting_files(tmp_path),
+            horizons=(12,),
+            seeds=(0, 1),
+            mixers=("slstm", "lstm"),
+            fit=quick,
+            **shared,
         ),
     }
 
@@ -273,3 +299,57 @@ def test_the_default_slstm_learns_parity_and_keeps_it_on_longer_strings(tmp_path
     (row,) = parity.run(config.ParityConfig(seeds=(0,), out=tmp_path))
     assert row["seconds"] <= 180 + 10
     assert row["scaled accuracy"] >= 0.99
+
+
+def test_forecasts_are_judged_by_every_window_of_the_test_part(tmp_path):
+    pytest.importorskip("pandas")
+    settings = toys(tmp_path)["forecast"]
+    long, prices, m3, m4 = (forecasting.tasks_of(path, settings) for path in settings.files)
+    (task,) = long
+    rows = 28 * 24
+    assert task.cuts[0].tolist() == list(range(rows - rows // 5, rows - 12 + 1))
+    assert task.seen.tolist() == [rows - int(0.2 * rows)] * 2
+    assert [t.panel.columns.futr for t in prices] == [("Grid load forecast", "Wind power forecast"), ()]
+    for (task,), windows in ((m3, 1), (m4, 1)):
+        assert all(len(cuts) == windows for cuts in task.cuts)
+        assert [c[-1] + 12 for c in task.cuts] == task.panel.lengths.tolist()
+
+
+def test_a_tally_is_what_its_names_say():
+    levels = torch.tensor(forecasting.engine.LEVELS)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    y = torch.randn(20000, 2, generator=torch.Generator().manual_seed(0))
+    quantiles = normal.icdf(levels).expand(20000, 2, -1)
+    tally = forecasting.Tally()
+    tally.add(quantiles.numpy(), y.numpy(), torch.full((20000,), 2.0).numpy())
+    row = tally.row()
+    assert row["MSE"] == pytest.approx(1, abs=0.02)
+    assert row["MAE"] == pytest.approx(0.798, abs=0.01)
+    assert row["MASE"] == pytest.approx(0.399, abs=0.01)
+    assert row["cover 80"] == pytest.approx(0.8, abs=0.01)
+    assert row["cover 95"] == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_peer_runs_in_an_environment_of_its_own(tmp_path, capsys):
+    """A stand-in interpreter that answers as the script does, and one that fails."""
+    pytest.importorskip("pandas")
+    settings = toys(tmp_path)["forecast"]
+    ((task,),) = [forecasting.tasks_of(settings.files[2], settings)]
+    answer = (
+        "import json, sys, numpy as np, csv; place = sys.argv[2]; s = json.load(open(place + '/settings.json'))\n"
+        "rows = list(csv.DictReader(open(place + '/data.csv')))\n"
+        "ids = sorted({r['unique_id'] for r in rows}); n = {i: sum(r['unique_id'] == i for r in rows) for i in ids}\n"
+        "q = np.stack([np.zeros((s['h'], len(s['levels']))) + s['season'] for _ in ids])\n"
+        "np.savez(place + '/out.npz', quantiles=q, series=np.array(ids), cuts=np.array([n[i] - s['h'] for i in ids]))\n"
+    )
+    for name, code in (("good", answer), ("bad", "raise SystemExit('no such library')")):
+        script = tmp_path / f"{name}.py"
+        script.write_text(code)
+        python = tmp_path / name
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+        python.chmod(0o755)
+    (row,) = forecasting._theirs(task, replace(settings, peer_python=str(tmp_path / "good")), "patchtst")
+    truth = [task.panel.y[b - 12 : b] for b in task.panel.offsets[1:]]
+    assert row["MAE"] == pytest.approx(sum(abs(y - 12).mean() for y in truth) / 3)
+    assert forecasting._theirs(task, replace(settings, peer_python=str(tmp_path / "bad")), "nhits") == []
+    assert "nhits on m3 failed: no such library" in capsys.readouterr().out

@@ -16,6 +16,8 @@ _HOMES = {
     "LanguageConfig": "models.config",
     "Engine": "models.engine",
     "Request": "models.sequence",
+    "Forecaster": "forecast.forecaster",
+    "BatchForecaster": "forecast.batch",
     "backend": "ops.backend",
 }
 __all__ = ["__version__", *_HOMES]

@@ -1,4 +1,5 @@
-"""The command line: `exlstm train | generate | evaluate | plot | doctor | bench`, one row of COMMANDS each.
+"""The command line: `exlstm train | generate | evaluate | forecast | plot | doctor | bench`,
+one row of COMMANDS each.
 
 Nothing heavy is imported until a command runs. A user's error is one sentence on stderr and exit code 2, Ctrl-C is 130,
 SIGTERM 143; a bug keeps its traceback.
@@ -26,6 +27,8 @@ from tyro.conf import Positional, arg
 from exlstm import __version__
 from exlstm.bench import BENCHES
 from exlstm.data.config import DataConfig
+from exlstm.forecast.command import Forecast
+from exlstm.forecast.command import run as forecast
 from exlstm.models.config import LanguageConfig, nearest
 from exlstm.recipes import DEFAULT_SIZE, RunConfig, read_config, sized, train_language
 from exlstm.train.config import TrainConfig
@@ -198,6 +201,7 @@ COMMANDS = {
     "train": (Train, train, _train_default),
     "generate": (Generate, generate, None),
     "evaluate": (Evaluate, evaluate, None),
+    "forecast": (Forecast, forecast, None),
     "plot": (Plot, plot, None),
     "doctor": (Doctor, doctor, None),
     "bench": (None, bench, None),

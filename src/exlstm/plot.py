@@ -129,3 +129,41 @@ def _short(value):
     if value >= 1000:
         return f"{value / 1000:.0f}k" if value >= 9950 else f"{value / 1000:.1f}k"
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def draw_forecasts(pieces: list, model: str, baselines: list, path: Path | None = None):
+    """A panel a series: history, forecast with its intervals, and the baselines; the figure, or a PNG at `path`.
+
+    `pieces` holds (name, past times, past values, future times, {column: values}) a series, the columns of intervals named
+    <model>-lo-80 and <model>-hi-80.
+    """
+    columns = 1 if len(pieces) == 1 else 2
+    rows = -(-len(pieces) // columns)
+    figure, axes = _canvas(rows, columns, (8.0 if columns == 1 else 13.0, max(4.2, 2.9 * rows)))
+    for axis, (name, past, values, ahead, lines) in zip(axes.flat, pieces):
+        axis.plot(past, values, color=INK, linewidth=1.1, label="history")
+        levels = sorted((c.rsplit("-", 1)[1] for c in lines if c.startswith(f"{model}-lo-")), key=float, reverse=True)
+        for level, alpha in zip(levels, (0.15, 0.3, 0.4, 0.5, 0.6)):
+            low, high = lines[f"{model}-lo-{level}"], lines[f"{model}-hi-{level}"]
+            axis.fill_between(ahead, low, high, color=ACCENT, alpha=alpha, linewidth=0, label=f"{level} %")
+        for style, baseline in zip((":", "--"), baselines):
+            if baseline in lines:
+                axis.plot(
+                    ahead,
+                    lines[baseline],
+                    style,
+                    color=SECOND if style == ":" else MUTED,
+                    linewidth=1.2,
+                    label=baseline,
+                )
+        axis.plot(ahead, lines[model], color=ACCENT, linewidth=1.8, label=model)
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(axis="x", labelrotation=20)
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    for axis in list(axes.flat)[len(pieces) :]:
+        axis.remove()
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    if path is None:
+        return figure
+    figure.savefig(path)
+    return None

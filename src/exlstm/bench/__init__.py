@@ -19,4 +19,9 @@ BENCHES = {
     "decoding": ("exlstm.bench.decoding", "DecodingConfig", "greedy decoding of that stack, milliseconds a token"),
     "parity": ("exlstm.bench.parity", "ParityConfig", "state tracking: parity of strings longer than in training"),
     "quality": ("exlstm.bench.quality", "QualityConfig", "loss on text: nanoGPT's recipe, and the default run"),
+    "forecast": (
+        "exlstm.bench.forecasting",
+        "ForecastingConfig",
+        "public forecasting benchmarks, ours beside other libraries",
+    ),
 }

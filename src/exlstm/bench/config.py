@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from exlstm.forecast.config import FitConfig
 
 
 @dataclass(frozen=True)
@@ -226,3 +231,40 @@ class QualityConfig:
     """where it runs: cpu, cuda, ..."""
     out: Path = Path("runs/bench")
     """folder for the table (CSV), the picture (PNG) and the runs"""
+
+
+@dataclass(frozen=True)
+class ForecastingConfig:
+    """Forecasts of public benchmarks by their protocols, ours beside its own baselines and other libraries.
+
+    Files decide the protocol: a .tsf file is a task of the Monash archive; a CSV whose last column is OT and whose two others are
+    forecasts is a task of electricity prices; any other CSV is long-horizon, with every window of its test part.
+    """
+
+    files: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILES")] = ()
+    """CSV and .tsf files"""
+    protocol: Literal["auto", "long", "prices", "archive"] = "auto"
+    """long: every window, squared errors in deviations of the training part; prices: the same for one column, with the others
+    as covariates known for the future and without; archive: last windows of many series, MASE and weighted quantile loss"""
+    horizons: tuple[int, ...] = ()
+    """horizons of the long protocol; empty: 96 192 336 720, or 24 36 48 60 for files of less than 2,000 rows"""
+    seeds: tuple[int, ...] = (0,)
+    """one fit a seed"""
+    mixers: tuple[str, ...] = ("slstm",)
+    """blocks of the network, each in turn in the same network: slstm, mlstm, attention, mamba2, lstm; several joined by +; or
+    xlstmtime: the network of that paper, for panels of one length"""
+    peers: tuple[str, ...] = ()
+    """other libraries' models: patchtst, nhits, dlinear, xlstm (neuralforecast), autotheta (statsforecast)"""
+    peer_python: str = ""
+    """interpreter in whose environment the peers are installed; empty: this one"""
+    peer_steps: int = 1000
+    """training steps of a peer, at most; it stops early by its validation loss"""
+    stride: int = 1
+    """steps between test windows of the long protocol; anything but 1 is a preview"""
+    fit: FitConfig = field(default_factory=FitConfig)
+    threads: int = 2
+    """CPU threads"""
+    device: str = "cpu"
+    """where it runs: cpu, cuda, ..."""
+    out: Path = Path("runs/bench")
+    """folder for the tables (CSV, Markdown) and the picture (PNG)"""

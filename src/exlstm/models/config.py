@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from dataclasses import dataclass, field, fields
 
 
@@ -195,6 +196,96 @@ class LanguageConfig(StackConfig):
         _check_norm("norm", self.norm)
         if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size!r}, wanted a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """The linear path of a forecaster: which numbers it sees and in which units."""
+
+    horizon: int = 1
+    """steps forecast at once"""
+    lookback: int = 1
+    """steps of the target that it sees"""
+    past: int = 0
+    """steps of every past covariate that it sees"""
+    n_past: int = 0
+    """covariates of the past, those known for the future included"""
+    n_future: int = 0
+    """covariates known for the future"""
+    n_dates: int = 0
+    """numbers of the calendar that it sees, at the first step of the forecast; 0 leaves the calendar out"""
+    center: str = "mean"
+    """what is subtracted from a window: its mean, or its last value"""
+    scale: str = "window"
+    """what a window is counted in: its own deviation, or that of the whole series"""
+
+    def __post_init__(self):
+        for name, known in (("center", ("mean", "last")), ("scale", ("window", "series"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, wanted {' or '.join(known)}")
+        for name in ("horizon", "lookback"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1 step")
+
+    @property
+    def features(self) -> int:
+        """Numbers that the path sees, the constant included."""
+        return self.lookback + self.past * self.n_past + self.horizon * self.n_future + self.n_dates + 1
+
+
+@dataclass(frozen=True)
+class ForecasterConfig(StackConfig):
+    """The network of a forecaster: a stack over patches of the window, between an embedding and a head of quantiles."""
+
+    d_model: int = 64
+    """width of the residual stream"""
+    n_layers: int = 2
+    """number of blocks"""
+    blocks: tuple[str, ...] = ("slstm",)
+    """kinds of block, repeated in turn up to n_layers"""
+    dropout: float = 0.1
+    """dropout on the output of every mixer and feed-forward and in front of the head, in training"""
+    slstm: SLSTMOptions = field(default_factory=lambda: SLSTMOptions(dense=True))
+    horizon: int = 1
+    """steps forecast at once"""
+    lookback: int = 8
+    """steps of the past that the network sees, a multiple of patch"""
+    patch: int = 8
+    """steps a token"""
+    n_past: int = 0
+    """covariates of the past, those known for the future included"""
+    n_future: int = 0
+    """covariates known for the future"""
+    n_dates: int = 0
+    """numbers of the calendar"""
+    n_static: int = 0
+    """numbers a series"""
+    variates: str = "none"
+    """how series of one panel see each other: none, attention, or slstm (both ways along the series)"""
+    design: str = "patches"
+    """patches: tokens are patches of time; xlstmtime: tokens are the series of the panel, as in the paper of that name"""
+    quantiles: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975)
+    """levels of the quantiles, the median in the middle"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "quantiles", tuple(self.quantiles))
+        q = self.quantiles
+        rising = all(0 < a < b < 1 for a, b in itertools.pairwise(q))
+        if len(q) % 2 == 0 or not rising or q[len(q) // 2] != 0.5:
+            raise ValueError(f"quantiles are {q}, wanted rising levels between 0 and 1 with 0.5 in the middle")
+        if self.variates not in ("none", "attention", "slstm"):
+            raise ValueError(f"variates is {self.variates!r}{nearest(self.variates, ('none', 'attention', 'slstm'))}")
+        if self.design not in ("patches", "xlstmtime"):
+            raise ValueError(f"design is {self.design!r}{nearest(self.design, ('patches', 'xlstmtime'))}")
+        if self.horizon < 1 or self.patch < 1 or self.lookback < 1 or self.lookback % self.patch:
+            came = f"horizon {self.horizon}, lookback {self.lookback}, patch {self.patch}"
+            raise ValueError(f"{came}; wanted at least 1 each, and a lookback of whole patches")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a batch holds whole panels: every series at one cut after the other."""
+        return self.variates != "none" or self.design == "xlstmtime"
 
 
 # `tiny` is tuned for minutes on a CPU: after 150 steps its alternation is at 2.17 bits a byte, `mlstm` alone at 2.43.

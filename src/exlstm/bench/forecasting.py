@@ -1,0 +1,261 @@
+"""Forecasting benchmarks: every task fitted and judged alike, ours beside its own baselines and other libraries' models."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exlstm.bench import timing
+from exlstm.bench.config import ForecastingConfig
+from exlstm.bench.forecast_tasks import Task, tasks_of
+from exlstm.forecast import engine, frames
+from exlstm.forecast.config import MODEL, TITLES, FitConfig
+
+LEVELS = np.array(engine.LEVELS)
+DECILES = [k for k, level in enumerate(engine.LEVELS) if round(level * 10) == level * 10]
+SCRIPT = Path(__file__).with_name("forecast_peers.py")
+
+
+class Tally:
+    """Errors summed over windows: quantiles (B, H, Q) and truth (B, H) in units of the data."""
+
+    def __init__(self):
+        self.sums, self.windows = dict.fromkeys(("se", "ae", "n", "pinball", "size", "in80", "in95"), 0.0), []
+
+    def add(self, quantiles: np.ndarray, y: np.ndarray, scale: np.ndarray):
+        """`scale` (B,): the mean error of the naive forecast in the history of each window."""
+        half, known = len(LEVELS) // 2, ~np.isnan(y)
+        error = np.where(known, y - quantiles[..., half], 0.0)
+        off = np.where(known[..., None], y[..., None] - quantiles, 0.0)[..., DECILES]
+        levels, add = LEVELS[DECILES], self.sums
+        add["se"] += float((error**2).sum())
+        add["ae"] += float(np.abs(error).sum())
+        add["n"] += int(known.sum())
+        add["pinball"] += float(2 * np.maximum(levels * off, (levels - 1) * off).mean(-1).sum())
+        add["size"] += float(np.abs(y[known]).sum())
+        for name, low, high in (("in80", 2, -3), ("in95", 0, -1)):
+            add[name] += int(((y >= quantiles[..., low]) & (y <= quantiles[..., high]) & known).sum())
+        self.windows += list(np.abs(error).sum(1) / np.maximum(known.sum(1), 1) / scale)
+
+    def row(self) -> dict:
+        s, finite = self.sums, [w for w in self.windows if math.isfinite(w)]
+        n = max(s["n"], 1)
+        found = {"MSE": s["se"] / n, "MAE": s["ae"] / n, "MASE": float(np.mean(finite)) if finite else math.nan}
+        return {
+            **found,
+            "WQL": s["pinball"] / max(s["size"], 1e-300),
+            "cover 80": s["in80"] / n,
+            "cover 95": s["in95"] / n,
+        }
+
+
+def run(config: ForecastingConfig) -> list[dict]:
+    """Measures, prints and writes; returns a row a task and model."""
+    if not config.files:
+        raise ValueError("bench forecast wants files, as in: exlstm bench forecast ETTh1.csv m3_monthly_dataset.tsf")
+    rows = []
+    with timing.cores(config):
+        for task in (task for path in config.files for task in tasks_of(path, config)):
+            found = [row for seed in config.seeds for row in _ours(task, config, seed)]
+            found += [row for peer in config.peers for row in _theirs(task, config, peer)]
+            rows += _beside_naive(found)
+            print(timing.table(rows[-len(found) :]), flush=True)
+    rows += _averages(rows)
+    facts = timing.machine(config, "pandas")
+    timing.report("forecast", rows, config, facts, _drawing(rows))
+    _markdown(rows, config.out / "forecast.md", facts)
+    return rows
+
+
+def _ours(task: Task, config: ForecastingConfig, seed: int) -> list[dict]:
+    """Rows of the blend and of every member, one fit a mixer; the members without a network come from the first."""
+    rows, shown = [], set()
+    for mixer in config.mixers:
+        start = time.perf_counter()
+        changes = {
+            "horizon": task.horizon,
+            "metric": task.metric,
+            "val_size": task.val_size,
+            "refit": task.refit,
+            "seed": seed,
+        }
+        settings = replace(config.fit, **changes, **_network(mixer, config.fit))
+        fitted = engine.fit(task.learnt, settings, task.season, config.device, report=print)
+        seconds = time.perf_counter() - start
+        names = [m for m in fitted.scores if m != "blend" and (m == "network" or m not in shown)]
+        shown |= set(names)
+        for name, tally in _judge(task, fitted, names).items():
+            title = MODEL if name == "blend" else TITLES[name]
+            title += f" ({mixer})" if name in ("blend", "network") and mixer != "slstm" else ""
+            weight = fitted.weights.get(name)
+            rows.append(
+                _row(task, title, seed, tally, seconds, {"weight": weight, "look-back": fitted.linear.config.lookback})
+            )
+    return rows
+
+
+def _network(mixer: str, fit: FitConfig) -> dict:
+    """The settings that a mixer changes."""
+    if mixer == "xlstmtime":
+        return {"design": mixer, "d_model": 256, "n_layers": 3}
+    blocks = tuple(mixer.split("+"))
+    return {"blocks": blocks, "n_layers": max(len(blocks), fit.n_layers)}
+
+
+def _judge(task: Task, fitted: engine.Engine, names) -> dict[str, Tally]:
+    windows = fitted.windows(task.panel)
+    series, cuts = (torch.from_numpy(x).to(windows.device) for x in task.windows)
+    if fitted.network is not None and fitted.network.config.grouped:
+        # Groups of one cut stand together.
+        order = torch.argsort(cuts, stable=True)
+        series, cuts = series[order], cuts[order]
+    scale, tallies = _naive_errors(task), {name: Tally() for name in ("blend", *names)}
+    for at, out, batch in fitted.forecast(windows, series, cuts, names):
+        n, t = series[at].cpu().numpy(), cuts[at].cpu().numpy()
+        mean, deviation = windows.norms[n].T[:, :, None]
+        y = batch.target.double().cpu().numpy() * deviation + mean
+        unit = np.array([scale(int(i), int(c)) for i, c in zip(n, t)])
+        for name, q in out.items():
+            tallies[name].add(q.double().cpu().numpy() * deviation[..., None] + mean[..., None], y, unit)
+    return tallies
+
+
+def _naive_errors(task: Task):
+    """(series, cut) -> mean |y[t] - y[t - season]| before the cut; NaN where nothing moves."""
+    sums, lag = [], task.mase_season
+    for a, b in zip(task.panel.offsets[:-1], task.panel.offsets[1:]):
+        y = task.panel.y[a:b]
+        step = np.abs(y[lag:] - y[:-lag])
+        known = ~np.isnan(step)
+        sums.append((np.cumsum(np.where(known, step, 0.0)), np.cumsum(known)))
+
+    def error(series: int, cut: int) -> float:
+        total, count = sums[series]
+        at = cut - lag - 1
+        return total[at] / count[at] if at >= 0 and count[at] and total[at] > 0 else math.nan
+
+    return error
+
+
+def _row(task: Task, model: str, seed, tally: Tally, seconds: float, more: dict) -> dict:
+    figures = tally.row()
+    if task.protocol != "archive":
+        figures.pop("MASE"), figures.pop("WQL")
+    return {
+        "task": task.name,
+        "h": task.horizon,
+        "model": model,
+        "seed": seed,
+        **figures,
+        **more,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _beside_naive(rows: list[dict]) -> list[dict]:
+    """Archive rows with their ratios to the seasonal naive forecast."""
+    naive = next((row for row in rows if row["model"] == TITLES["naive"]), None)
+    for row in rows:
+        if naive is not None and "WQL" in row:
+            row |= {f"{name}/naive": row[name] / naive[name] for name in ("MASE", "WQL")}
+    return rows
+
+
+def _averages(rows: list[dict]) -> list[dict]:
+    """Means over the horizons of a file, and geometric means of the ratios over the archive's tasks."""
+    found, models = [], list(dict.fromkeys(row["model"] for row in rows))
+    for name in dict.fromkeys(row["task"] for row in rows if "WQL" not in row):
+        for model in models:
+            own = [row for row in rows if row["task"] == name and row["model"] == model]
+            if len({row["h"] for row in own}) > 1 or len({row["seed"] for row in own}) > 1:
+                means = {k: float(np.mean([row[k] for row in own])) for k in ("MSE", "MAE", "cover 80", "cover 95")}
+                seeds = {s: np.mean([r["MSE"] for r in own if r["seed"] == s]) for s in {r["seed"] for r in own}}
+                spread = {"sd over seeds": float(np.std(list(seeds.values()), ddof=1))} if len(seeds) > 1 else {}
+                found.append({"task": f"{name}, mean", "model": model, **means, **spread})
+    for model in models:
+        own = [row for row in rows if row["model"] == model and row.get("WQL/naive")]
+        if len({row["task"] for row in own}) > 1:
+            ratios = {k: float(np.exp(np.mean([np.log(row[k]) for row in own]))) for k in ("MASE/naive", "WQL/naive")}
+            found.append({"task": f"geometric mean of {len({r['task'] for r in own})} tasks", "model": model, **ratios})
+    return found
+
+
+def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
+    """The row of a peer, run on the same rows in an environment of its own; nothing when it fails, with a sentence."""
+    start = time.perf_counter()
+    settings = {
+        "model": peer,
+        "h": task.horizon,
+        "season": task.season,
+        "steps": config.peer_steps,
+        "step": config.stride if task.protocol != "archive" else task.horizon,
+        "levels": engine.LEVELS,
+        "windows": len(task.cuts[0]),
+        "val_size": task.val_size or task.horizon,
+        "seed": config.seeds[0],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        rows = frames.history(task.panel).set_axis(["unique_id", "ds", "y"], axis=1)
+        rows.to_csv(place / "data.csv", index=False)
+        (place / "settings.json").write_text(json.dumps(settings))
+        command = [config.peer_python or sys.executable, str(SCRIPT), str(place)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not (place / "out.npz").is_file():
+            told = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            print(f"{peer} on {task.name} failed: {told}")
+            return []
+        out = np.load(place / "out.npz", allow_pickle=False)
+        quantiles, ids, cuts = out["quantiles"], out["series"], out["cuts"]
+    scale, tally = _naive_errors(task), Tally()
+    place = {str(name): n for n, name in enumerate(task.panel.ids)}
+    for q, name, cut in zip(quantiles, ids, cuts):
+        n = place[str(name)]
+        a = task.panel.offsets[n] + cut
+        tally.add(q[None], task.panel.y[None, a : a + task.horizon], np.array([scale(n, int(cut))]))
+    return [_row(task, peer, config.seeds[0], tally, time.perf_counter() - start, {})]
+
+
+def _markdown(rows: list[dict], path: Path, facts: dict):
+    """The table as Markdown, with the facts of the machine below it."""
+    names = [n for n in dict.fromkeys(k for row in rows for k in row) if any(row.get(n) is not None for row in rows)]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = (row.get(n) for n in names)
+        lines.append(
+            "| " + " | ".join("" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |"
+        )
+    told = ", ".join(f"{key} {value or 'not installed'}" for key, value in facts.items())
+    path.write_text("\n".join([*lines, "", told, ""]), encoding="utf-8")
+    print(f"Markdown: {path}")
+
+
+def _drawing(rows: list[dict]):
+    """Bars a task: errors over those of the seasonal naive forecast."""
+    tasks = list(dict.fromkeys((row["task"], row["h"]) for row in rows if "h" in row))
+    models = list(dict.fromkeys(row["model"] for row in rows if "h" in row))
+
+    def draw(axes):
+        width = 0.8 / len(models)
+        for k, model in enumerate(models):
+            heights = []
+            for task, h in tasks:
+                own = [r for r in rows if (r["task"], r.get("h"), r["model"]) == (task, h, model)]
+                base = [r for r in rows if (r["task"], r.get("h"), r["model"]) == (task, h, TITLES["naive"])]
+                key = "WQL" if own and "WQL" in own[0] else "MSE"
+                heights.append(own[0][key] / base[0][key] if own and base else 0.0)
+            axes.bar([x + k * width for x in range(len(tasks))], heights, width, label=model)
+        axes.set_xticks([x + 0.4 for x in range(len(tasks))], [f"{t}\n{h}" for t, h in tasks], fontsize=7)
+        axes.set_ylabel("error over the seasonal naive forecast's")
+        axes.legend(fontsize=7)
+
+    return draw

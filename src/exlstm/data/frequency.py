@@ -1,0 +1,246 @@
+"""The clock of a series: guess its step from the timestamps, count steps on it, and what the calendar says of a time.
+
+A frequency is a pandas offset alias ("h", "15min", "D", "B", "W-SUN", "MS", "ME", "QS", "YE"), or a whole number for
+times that are whole numbers. pandas is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+# Seasons in steps, the first one is the season of the naive forecast; by the seconds of a step, or by a calendar step.
+_DAY = 86400
+_CALENDAR = {
+    "MS": (12,),
+    "ME": (12,),
+    "QS": (4,),
+    "QE": (4,),
+    "YS": (1,),
+    "YE": (1,),
+    "B": (5,),
+    "BMS": (12,),
+    "BME": (12,),
+}
+_MONTHLY = {1: ("MS", "ME"), 3: ("QS", "QE"), 12: ("YS", "YE")}
+_MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
+_WEEKDAYS = ["MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN"]
+
+
+def parse_times(values, column: str):
+    """A column of timestamps as a DatetimeIndex (time zones: in UTC), or as int64 where the times are whole numbers.
+
+    Returns (times, zone); ValueError names the first value that is no time.
+    """
+    import pandas as pd
+
+    series = pd.Series(values)
+    if pd.api.types.is_bool_dtype(series) or pd.api.types.is_float_dtype(series):
+        whole = series.notna().all() and not pd.api.types.is_bool_dtype(series) and (series % 1 == 0).all()
+        if not whole:
+            raise ValueError(f"column {column!r} holds {series.dtype} values, wanted timestamps or whole numbers")
+        series = series.astype("int64")
+    if series.isna().any():
+        row = int(np.flatnonzero(series.isna())[0])
+        raise ValueError(f"column {column!r} has no time in row {row + 1}")
+    if pd.api.types.is_integer_dtype(series):
+        return series.to_numpy(np.int64), None
+    if isinstance(series.dtype, pd.PeriodDtype):
+        series = series.dt.to_timestamp()
+    if isinstance(series.dtype, pd.DatetimeTZDtype):
+        return pd.DatetimeIndex(series.dt.tz_convert("UTC").dt.tz_localize(None)), str(series.dt.tz)
+    if not pd.api.types.is_datetime64_any_dtype(series):
+        series = _from_text(series, column)
+        if isinstance(series.dtype, pd.DatetimeTZDtype):
+            return pd.DatetimeIndex(series.dt.tz_localize(None)), "UTC"
+    return pd.DatetimeIndex(series), None
+
+
+def _from_text(series, column: str):
+    import pandas as pd
+
+    text = series.astype(str)
+    zoned = text.str.contains(r"(?:[+-]\d\d:?\d\d|Z)$", regex=True) & text.str.contains(":")
+    if zoned.any() and not zoned.all():
+        row = int(np.flatnonzero(~zoned)[0])
+        raise ValueError(f"column {column!r} mixes times with and without a zone, row {row + 1} is {text[row]!r}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        times = pd.to_datetime(series, errors="coerce", utc=bool(zoned.any()))
+        if times.isna().any():
+            times = pd.to_datetime(series, errors="coerce", utc=bool(zoned.any()), format="mixed")
+    if times.isna().any():
+        row = int(np.flatnonzero(times.isna())[0])
+        raise ValueError(f"column {column!r} holds {series.iloc[row]!r} in row {row + 1}, which is no time")
+    return times
+
+
+def guess(times, starts: np.ndarray):
+    """The frequency of sorted `times`, whose series begin at rows `starts`; ValueError when there is none."""
+    first = np.zeros(len(times), bool)
+    first[starts] = True
+    steps = np.diff(
+        np.asarray(times, dtype="int64" if isinstance(times, np.ndarray) else "datetime64[s]").astype(np.int64)
+    )
+    steps = steps[~first[1:]]
+    if not len(steps):
+        raise ValueError("every series has a single row, so its frequency cannot be told; give it, as in freq='D'")
+    values, counts = np.unique(steps, return_counts=True)
+    usual = int(values[counts.argmax()])
+    if isinstance(times, np.ndarray):
+        return usual
+    if usual >= 28 * _DAY:
+        return _guess_months(times, round(float(np.median(steps)) / (30.44 * _DAY)))
+    if usual == 7 * _DAY:
+        weekdays = np.unique(times.day_of_week)
+        midnight = bool((times.normalize() == times).all())
+        return f"W-{_WEEKDAYS[weekdays[0]]}" if len(weekdays) == 1 and midnight else "7D"
+    if usual == _DAY:
+        working = bool((times.day_of_week < 5).all()) and len(times) > 5 and 3 * _DAY in values
+        return "B" if working else "D"
+    for seconds, name in ((_DAY, "D"), (3600, "h"), (60, "min"), (1, "s")):
+        if usual % seconds == 0 and usual >= seconds:
+            return f"{usual // seconds}{name}" if usual > seconds else name
+    raise ValueError(f"steps of {usual} seconds are no frequency, give one, as in freq='h'")
+
+
+def _guess_months(times, months: int):
+    """The alias of a step of `months` months, by the days the times fall on."""
+    if months not in _MONTHLY:
+        fits = [m for m in _MONTHLY if months % m == 0]
+        start = _MONTHLY[max(fits)][0]
+        return f"{months // max(fits)}{start}"
+    start, end = _MONTHLY[months]
+    month = int(times.month[0])
+    # Quarters that fall on the same months have one name.
+    first, last = (month, month) if months == 12 else ((month - 1) % 3 + 1, (month - 1) % 3 + 10)
+    at_start, at_end = bool((times.day == 1).all()), bool(times.is_month_end.all())
+    name, month = (end, last) if at_end and not at_start else (start, first)
+    return name if months == 1 else f"{name}-{_MONTHS[month - 1]}"
+
+
+def checked(freq, times):
+    """A frequency given by the user, as an alias that pandas knows; old names as 'M' and 'H' are taken as the new ones."""
+    from pandas.tseries.frequencies import to_offset
+
+    if isinstance(times, np.ndarray):
+        if isinstance(freq, str) and freq.isdigit():
+            freq = int(freq)
+        if not isinstance(freq, int) or isinstance(freq, bool) or freq < 1:
+            raise ValueError(f"freq is {freq!r}, wanted a whole number: the times are whole numbers")
+        return freq
+    old = {"M": "ME", "Q": "QE", "A": "YE", "Y": "YE", "H": "h", "T": "min", "S": "s"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            name = freq.strip()
+            return to_offset(old.get(name, name)).freqstr
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"freq is {freq!r}, wanted a pandas alias as 'h', '15min', 'D', 'W-SUN', 'MS' or 'ME'"
+            ) from None
+
+
+def _tick(freq):
+    """Nanoseconds of a step of fixed length, None where the step depends on the calendar."""
+    import pandas as pd
+    from pandas.tseries.frequencies import to_offset
+
+    offset = to_offset(freq)
+    if isinstance(offset, pd.offsets.Week):
+        return offset.n * 7 * _DAY * 10**9
+    if isinstance(offset, pd.offsets.Day):
+        return offset.n * _DAY * 10**9
+    return offset.nanos if isinstance(offset, pd.offsets.Tick) else None
+
+
+def positions(times, starts: np.ndarray, lengths: np.ndarray, freq):
+    """Steps since the first row of its series for every row, and the rows that stand on no step of the clock."""
+    import pandas as pd
+
+    if isinstance(times, np.ndarray):
+        whole, rest = np.divmod(times - np.repeat(times[starts], lengths), freq)
+        return whole, np.flatnonzero(rest)
+    tick = _tick(freq)
+    stamps = times.as_unit("ns").asi8
+    if tick:
+        whole, rest = np.divmod(stamps - np.repeat(stamps[starts], lengths), tick)
+        return whole, np.flatnonzero(rest)
+    # Days are compared, so that month ends at noon are month ends; the clock within the day is the first row's.
+    days = times.normalize()
+    grid = pd.date_range(days.min(), days.max(), freq=freq)
+    place = grid.get_indexer(days)
+    return place - np.repeat(place[starts], lengths), np.flatnonzero(place < 0)
+
+
+def steps_after(last, freq, n: int):
+    """The n times that follow `last` (a timestamp or a whole number)."""
+    import pandas as pd
+
+    if not isinstance(last, pd.Timestamp):
+        return np.asarray(last + freq * np.arange(1, n + 1))
+    tick = _tick(freq)
+    if tick:
+        return pd.DatetimeIndex(last.as_unit("ns").asm8 + tick * np.arange(1, n + 1).astype("timedelta64[ns]"))
+    clock = last - last.normalize()
+    return pd.date_range(last.normalize(), periods=n + 1, freq=freq)[1:] + clock
+
+
+def span(first, freq, n: int):
+    """n times from `first` on, `first` included."""
+    if n == 0:
+        return steps_after(first, freq, 0)
+    rest = steps_after(first, freq, n - 1)
+    return np.concatenate([[first], rest]) if isinstance(rest, np.ndarray) else rest.insert(0, first)
+
+
+def seasons(freq) -> tuple[int, ...]:
+    """Lengths in steps of the seasons that data of this frequency usually has, shortest first; (1,) for none."""
+    if isinstance(freq, int):
+        return (1,)
+    tick = _tick(freq)
+    if tick is None:
+        from pandas.tseries.frequencies import to_offset
+
+        base = to_offset(freq)
+        lengths = _CALENDAR.get(base.freqstr.split("-")[0].lstrip("0123456789"), (1,))
+        return tuple(max(1, length // base.n) for length in lengths)
+    seconds = tick / 1e9
+    if seconds >= 7 * _DAY:
+        return (max(1, round(365.25 * _DAY / seconds)),) if seconds == 7 * _DAY else (1,)
+    if seconds >= _DAY:
+        return (7,) if seconds == _DAY else (1,)
+    found = [n for n in (3600, _DAY, 7 * _DAY) if n % seconds == 0 and n > seconds]
+    # Within the hour nothing repeats, unless the step is so short that a day is out of reach.
+    found = [n for n in found if n > 3600 or seconds < 60]
+    return tuple(int(n // seconds) for n in found) or (1,)
+
+
+def calendar(times, freq) -> tuple[np.ndarray, list[str]]:
+    """What the calendar says of the times: (T, C) in -1 to 1, and the names; nothing for whole numbers.
+
+    Sine and cosine of the place in the day, the week and the year, each where the step is shorter than it.
+    """
+    if isinstance(times, np.ndarray):
+        return np.zeros((len(times), 0), np.float32), []
+    tick = _tick(freq)
+    seconds = tick / 1e9 if tick else (_DAY if str(freq).split("-")[0] in ("B", "C") else 28 * _DAY)
+    day = (times.hour * 3600 + times.minute * 60 + times.second) / _DAY
+    columns, names = [], []
+
+    def wave(name, phase, harmonics):
+        for k in range(1, harmonics + 1):
+            columns.extend((np.sin(2 * np.pi * k * phase), np.cos(2 * np.pi * k * phase)))
+            names.extend((f"{name} sin {k}", f"{name} cos {k}"))
+
+    if seconds < _DAY:
+        wave("day", day, 4)
+    if seconds < 7 * _DAY:
+        week = times.day_of_week.to_numpy() + (day if seconds < _DAY else 0)
+        wave("week", np.asarray(week) / 7, 3)
+    if seconds < 360 * _DAY:
+        wave("year", (times.day_of_year - 1 + (day if seconds < _DAY else 0)) / 365.25, 6 if seconds <= _DAY else 2)
+    if not columns:
+        return np.zeros((len(times), 0), np.float32), []
+    return np.stack([np.asarray(c) for c in columns], 1).astype(np.float32), names

@@ -1,0 +1,104 @@
+"""A panel: many series one after the other on regular clocks, with their covariates. pandas is loaded on first use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from exlstm.data import frequency
+
+ID, TIME, TARGET = "unique_id", "ds", "y"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a frame mean what; empty names are guessed."""
+
+    id: str = ""
+    time: str = ""
+    target: str = ""
+    futr: tuple[str, ...] = ()
+    """covariates known for the future"""
+    hist: tuple[str, ...] = ()
+    """covariates known for the past only"""
+    static: tuple[str, ...] = ()
+    """one value a series"""
+
+
+@dataclass
+class Panel:
+    """N series, R rows in all; row r of series n stands at step r - offsets[n] of its clock, gaps are NaN."""
+
+    ids: list
+    y: np.ndarray  # (R,) float64, NaN where missing
+    offsets: np.ndarray  # (N + 1,)
+    first: list  # the first time of every series
+    freq: str | int
+    futr: np.ndarray  # (R, F)
+    hist: np.ndarray  # (R, P)
+    static: np.ndarray  # (N, S)
+    columns: Columns
+    zone: str | None = None
+    levels: dict = field(default_factory=dict)  # static column of text -> its values
+    told: list = field(default_factory=list)  # what was guessed, a sentence each
+    wide: bool = False
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def times(self, n: int, start: int, stop: int):
+        """Times of the steps start to stop of series n, in UTC where there is a zone; steps after the end are fine."""
+        return frequency.span(self.first[n], self.freq, stop)[start:]
+
+    def cut(self, drop) -> Panel:
+        """The panel without the last `drop` rows of every series (a number, or one a series); empty series go."""
+        ends = self.offsets[1:] - drop
+        keep = np.flatnonzero(ends > self.offsets[:-1])
+        if not len(keep):
+            raise ValueError(f"no series has more than {np.max(drop)} rows, so nothing is left to learn from")
+        rows = np.concatenate([np.arange(self.offsets[n], ends[n]) for n in keep])
+        lengths = ends[keep] - self.offsets[keep]
+        return replace(
+            self,
+            ids=[self.ids[n] for n in keep],
+            y=self.y[rows],
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            first=[self.first[n] for n in keep],
+            futr=self.futr[rows],
+            hist=self.hist[rows],
+            static=self.static[keep],
+        )
+
+
+def require_pandas():
+    """pandas, or a ValueError in one sentence when the extra is not installed."""
+    try:
+        import pandas
+    except ImportError:
+        raise ValueError("forecasting needs pandas, install it with: pip install 'exlstm[forecast]'") from None
+    return pandas
+
+
+def to_pandas(data):
+    """A pandas frame out of pandas, or of anything that narwhals knows (polars, pyarrow, ...)."""
+    pd = require_pandas()
+    if isinstance(data, pd.DataFrame):
+        return data
+    try:
+        import narwhals as nw
+
+        frame = nw.from_native(data, eager_only=True)
+    except (ImportError, TypeError):
+        kind = type(data).__name__
+        told = f"the data is {kind}, wanted a pandas or polars frame, a Series, or an array of numbers"
+        raise TypeError(told) from None
+    try:
+        return frame.to_pandas()
+    except ImportError:
+        # polars goes through pyarrow, which is not always there.
+        return pd.DataFrame({c: frame[c].to_list() for c in frame.columns})

@@ -1,0 +1,313 @@
+"""Panels from frames and arrays: columns and frequency guessed and said, rows put on their clock, gaps as NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from exlstm.data import frequency
+from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, require_pandas, to_pandas
+
+ID_NAMES = ("unique_id", "id", "series_id", "item_id", "series", "item", "series_name", "store", "sku")
+TIME_NAMES = (
+    "ds",
+    "date",
+    "time",
+    "timestamp",
+    "datetime",
+    "month",
+    "day",
+    "week",
+    "year",
+    "quarter",
+    "period",
+    "hour",
+)
+TARGET_NAMES = ("y", "target", "value", "values")
+
+
+def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | None = None) -> Panel:
+    """The panel of a long or wide frame, a Series, an array (T,) or (N, T), or a list of arrays.
+
+    `known` is the panel a model was fitted on: its columns, frequency and text levels are wanted again.
+    """
+    pd = require_pandas()
+    if isinstance(data, Panel):
+        return data
+    columns = columns or Columns()
+    if known is not None:
+        columns, freq = known.columns, known.freq
+    if isinstance(data, pd.Series):
+        return _of_series(data, columns, freq)
+    if isinstance(data, np.ndarray | list | tuple):
+        return _of_arrays(data, freq)
+    frame = to_pandas(data)
+    if frame.empty or not len(frame.columns):
+        raise ValueError("the data has no rows")
+    twice = frame.columns[frame.columns.duplicated()]
+    if len(twice):
+        raise ValueError(f"column {twice[0]!r} stands twice in the data")
+    frame, time = _with_time(frame, columns)
+    told = []
+    columns, wide = _guess_columns(frame, replace(columns, time=time), told, known)
+    if wide:
+        frame, columns = _melt(frame, columns), replace(columns, id=ID, target=TARGET)
+    panel = _of_long(frame, columns, freq, known)
+    panel.told[:0], panel.wide = told, bool(wide)
+    return panel
+
+
+def _of_series(series, columns: Columns, freq) -> Panel:
+    name = str(series.name) if series.name is not None else TARGET
+    frame = series.rename(TARGET).rename_axis(TIME).reset_index()
+    frame.insert(0, ID, name)
+    return _of_long(frame, replace(columns, id=ID, time=TIME, target=TARGET), freq, None)
+
+
+def _of_arrays(data, freq) -> Panel:
+    """Each array a series, its times 0, 1, 2, ...; named 0, 1, 2, ..."""
+    nested = isinstance(data, np.ndarray) and data.ndim == 2
+    if not nested:
+        nested = not isinstance(data, np.ndarray) and len(data) and isinstance(data[0], np.ndarray | list | tuple)
+    rows = list(data) if nested else [data]
+    try:
+        rows = [np.asarray(row, dtype=np.float64) for row in rows]
+    except (TypeError, ValueError):
+        raise ValueError("the array holds something that is no number") from None
+    bad = next((row for row in rows if row.ndim != 1 or not len(row)), None)
+    if bad is not None or not rows:
+        shape = "nothing" if bad is None else f"shape {bad.shape}"
+        raise ValueError(f"a series of the arrays has {shape}, wanted (T,) with T at least 1")
+    _refuse_infinite(np.concatenate(rows), TARGET)
+    lengths = [len(row) for row in rows]
+    total, n = sum(lengths), len(rows)
+    if freq is not None and not isinstance(freq, int):
+        raise ValueError(f"freq is {freq!r}, wanted a whole number or None: arrays have no timestamps")
+    return Panel(
+        list(range(n)), np.concatenate(rows), np.concatenate([[0], np.cumsum(lengths)]), [0] * n, freq or 1,
+        np.zeros((total, 0)), np.zeros((total, 0)), np.zeros((n, 0)), Columns(ID, TIME, TARGET),
+    )  # fmt: skip
+
+
+def _with_time(frame, columns: Columns):
+    """The frame with its time as a column, and the column's name."""
+    pd = require_pandas()
+    names = [str(c) for c in frame.columns]
+    frame = frame.set_axis([n.strip() for n in names], axis=1)
+    names = list(frame.columns)
+    if columns.time:
+        _present(names, columns.time, "time")
+        return frame, columns.time
+    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex):
+        name = frame.index.name or TIME
+        return frame.rename_axis(name).reset_index(), name
+    for name in TIME_NAMES:
+        found = [c for c in names if c.lower() == name]
+        if found:
+            return frame, found[0]
+    for name in names:
+        if pd.api.types.is_datetime64_any_dtype(frame[name]):
+            return frame, name
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            with np.errstate(all="ignore"):
+                try:
+                    frequency.parse_times(frame[name].head(50), name)
+                except (ValueError, TypeError):
+                    continue
+            return frame, name
+    raise ValueError(f"no column looks like a time; the columns are {_some(names)}; name one with time")
+
+
+def _present(names, name: str, what: str):
+    import difflib
+
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f", did you mean {close[0]!r}?" if close else f"; the columns are {_some(names)}"
+        raise ValueError(f"there is no column {name!r} ({what}){hint}")
+
+
+def _some(names) -> str:
+    names = [repr(n) for n in names]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _guess_columns(frame, columns: Columns, told: list, known):
+    """Columns with id and target named, and the value columns of a wide frame (or nothing)."""
+    pd = require_pandas()
+    names = list(frame.columns)
+    covariates = (*columns.futr, *columns.hist, *columns.static)
+    for name in covariates:
+        if name in (columns.id, columns.time, columns.target):
+            raise ValueError(f"column {name!r} is asked for twice, as a covariate and as id, time or target")
+        if not known or name in columns.futr or name in columns.hist:
+            _present(names, name, "covariate")
+    rest = [c for c in names if c not in (columns.time, *covariates)]
+    if known is not None and known.wide:
+        if lacking := [i for i in known.ids if i not in rest]:
+            raise ValueError(f"the data lacks the column {lacking[0]!r} that the model was fitted on")
+        return columns, list(known.ids)
+    if columns.id:
+        _present(names, columns.id, "id")
+    else:
+        found = [c for n in ID_NAMES for c in rest if c.lower() == n]
+        found += [c for c in rest if not pd.api.types.is_numeric_dtype(frame[c]) and _repeats(frame, c, columns.time)]
+        if found:
+            told.append(f"series are told apart by column {found[0]!r}")
+        columns = replace(columns, id=found[0] if found else "")
+    values = [c for c in rest if c != columns.id]
+    if columns.target:
+        _present(names, columns.target, "target")
+        return columns, []
+    named = [c for n in TARGET_NAMES for c in values if c.lower() == n]
+    numeric = [
+        c for c in values if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
+    ]
+    if not named and not numeric and len(values) == 1:
+        named = values
+    if not named and not numeric:
+        raise ValueError(
+            f"no column of numbers is left to forecast; the columns are {_some(names)}; name one with target"
+        )
+    if named or len(numeric) == 1:
+        target = (named or numeric)[0]
+        told.append(f"forecasts column {target!r} over {columns.time!r}")
+        return replace(columns, target=target), []
+    if columns.id:
+        raise ValueError(f"{_some(numeric)} could all be forecast; name one with target")
+    told.append(f"every column of numbers is a series: {_some(numeric)}")
+    return columns, numeric
+
+
+def _repeats(frame, column: str, time: str) -> bool:
+    """Whether times come again between the values of this column, as those of an id do."""
+    return bool(frame[time].duplicated().any()) and not frame.duplicated([column, time]).any()
+
+
+def _melt(frame, columns: Columns):
+    keep = [columns.time, *columns.futr, *columns.hist]
+    numeric = [c for c in frame.columns if c not in (*keep, *columns.static) and frame[c].dtype.kind in "iuf"]
+    return frame.melt(id_vars=keep, value_vars=numeric, var_name=ID, value_name=TARGET)
+
+
+def _of_long(frame, columns: Columns, freq, known) -> Panel:
+    pd = require_pandas()
+    times, zone = frequency.parse_times(frame[columns.time], columns.time)
+    ids = frame[columns.id] if columns.id else pd.Series([TARGET] * len(frame))
+    if ids.isna().any():
+        raise ValueError(f"column {columns.id!r} has no id in row {int(np.flatnonzero(ids.isna())[0]) + 1}")
+    y = numbers(frame, columns.target)
+    codes, names = pd.factorize(ids.reset_index(drop=True), sort=False)
+    order = np.lexsort((np.asarray(times), codes))
+    sorted_already = bool((order == np.arange(len(order))).all())
+    codes, times, y = codes[order], times[order], y[order]
+    starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
+    rows = np.diff(np.r_[starts, len(codes)])
+    _refuse_twice(codes, times, names, columns.time, zone)
+    daylong = None
+    if zone is not None:
+        times, zone, daylong = _wall_clock(times, zone, starts)
+    told = [] if sorted_already else ["rows were not sorted by series and time, and were sorted"]
+    if freq is None:
+        freq = frequency.guess(times, starts)
+        told.append(f"frequency {freq!r}" + (" (whole days of the time zone)" if daylong else ""))
+    else:
+        freq = frequency.checked(freq, times)
+    place, off = frequency.positions(times, starts, rows, freq)
+    if len(off):
+        raise ValueError(_mixed(off[0], codes, times, names, freq))
+    steps = np.array([place[s + r - 1] + 1 for s, r in zip(starts, rows)], dtype=np.int64)
+    if steps.sum() > 5 * len(y) + 5:
+        hint = "the series begin and end at odd times, or the step between rows is another one"
+        raise ValueError(f"only {len(y)} of {steps.sum()} steps of frequency {freq!r} have a row: {hint}")
+    offsets = np.concatenate([[0], np.cumsum(steps)])
+    target = np.repeat(offsets[:-1], rows) + place
+    if gaps := int(steps.sum() - len(y)):
+        told.append(f"{gaps} missing steps between the rows count as gaps")
+
+    def spread(values):
+        full = np.full((offsets[-1], *values.shape[1:]), np.nan)
+        full[target] = values
+        return full
+
+    futr = spread(np.stack([numbers(frame, c)[order] for c in columns.futr], 1)) if columns.futr else None
+    hist = spread(np.stack([numbers(frame, c)[order] for c in columns.hist], 1)) if columns.hist else None
+    static, levels = _static(frame, columns, order, starts, known)
+    none = np.zeros((offsets[-1], 0))
+    firsts = [times[s] for s in starts] if not isinstance(times, np.ndarray) else [int(times[s]) for s in starts]
+    return Panel(
+        list(names), spread(y), offsets, firsts, freq, none if futr is None else futr, none if hist is None else hist,
+        static, columns, zone, levels, told,
+    )  # fmt: skip
+
+
+def numbers(frame, column: str) -> np.ndarray:
+    """A column as float64; the first text that is no number, or an infinity, is a ValueError."""
+    pd = require_pandas()
+    values = frame[column]
+    if pd.api.types.is_datetime64_any_dtype(values) or isinstance(values.dtype, pd.CategoricalDtype):
+        raise ValueError(f"column {column!r} holds {values.dtype}, wanted numbers")
+    if not pd.api.types.is_numeric_dtype(values):
+        coerced = pd.to_numeric(values, errors="coerce")
+        text = values.astype(str).str.strip().str.lower()
+        bad = np.flatnonzero(coerced.isna() & values.notna() & ~text.isin(("", "nan", "na", "null", "none", "?")))
+        if len(bad):
+            raise ValueError(f"column {column!r} holds {values.iloc[bad[0]]!r} in row {bad[0] + 1}, wanted a number")
+        values = coerced
+    values = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    _refuse_infinite(values, column)
+    return values
+
+
+def _refuse_infinite(values, column: str):
+    if (bad := np.flatnonzero(np.isinf(values))).size:
+        raise ValueError(f"column {column!r} holds an infinity in row {bad[0] + 1}, wanted a number or nothing")
+    if (bad := np.flatnonzero(np.abs(values) > 1e30)).size:
+        raise ValueError(f"column {column!r} holds {values[bad[0]]:g} in row {bad[0] + 1}, more than 1e30")
+
+
+def _refuse_twice(codes, times, names, column: str, zone):
+    twice = np.flatnonzero((codes[1:] == codes[:-1]) & np.asarray(times[1:] == times[:-1]))
+    if len(twice):
+        series = "" if len(names) == 1 and names[0] == TARGET else f" of series {names[codes[twice[0]]]!r}"
+        hint = "; if clocks went back then, give times with their zone" if _autumn(times, twice[0]) and not zone else ""
+        raise ValueError(f"{times[twice[0]]} stands {len(twice) and 'twice'} in column {column!r}{series}{hint}")
+
+
+def _autumn(times, row) -> bool:
+    return not isinstance(times, np.ndarray) and times[row].month in (10, 11) and times[row].hour in (1, 2)
+
+
+def _wall_clock(times, zone: str, starts):
+    """Steps of a day and more are counted on the local clock, shorter ones in UTC: no step is 23 or 25 hours long."""
+    local = times.tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    inside = np.ones(len(times), bool)
+    inside[starts] = False
+    steps = np.diff(times.as_unit("s").asi8)[inside[1:]]
+    if len(steps) and np.median(steps) >= 23 * 3600:
+        return local, None, True
+    return times, zone, False
+
+
+def _mixed(row, codes, times, names, freq) -> str:
+    series = "" if len(names) == 1 else f" of series {names[codes[row]]!r}"
+    return f"{times[row]}{series} is no step of frequency {freq!r}: the steps are mixed, or freq is another one"
+
+
+def _static(frame, columns: Columns, order, starts, known):
+    """One row a series: numbers as they are, text as one column a value."""
+    parts, levels = [np.zeros((len(starts), 0))], {}
+    pd = require_pandas()
+    for name in columns.static:
+        _present(list(frame.columns), name, "static")
+        values = frame[name].iloc[order].reset_index(drop=True).iloc[starts]
+        if pd.api.types.is_numeric_dtype(values):
+            parts.append(values.to_numpy(dtype=np.float64, na_value=np.nan)[:, None])
+            continue
+        seen = known.levels[name] if known is not None else sorted(values.dropna().astype(str).unique())
+        if len(seen) > 100:
+            raise ValueError(f"column {name!r} has {len(seen)} values, too many for a static one (at most 100)")
+        parts.append((values.astype(str).to_numpy()[:, None] == np.array(seen)[None]).astype(np.float64))
+        levels[name] = list(seen)
+    return np.nan_to_num(np.concatenate(parts, 1)), levels

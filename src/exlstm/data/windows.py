@@ -1,0 +1,155 @@
+"""Windows over a panel as tensors on any device: the past, what is known of the future, and the target, by series and cut.
+
+A window (series n, cut t) sees the steps before t and is asked for the h steps from t on. Gaps are filled causally
+(the value one season before, else the last one), and a mask keeps what was really seen. Every series is counted in its
+own deviations from its own mean, so that float32 is enough for any of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exlstm.data import frequency
+from exlstm.data.panel import Panel
+
+
+class Batch(NamedTuple):
+    """B windows of L past and H future steps; steps before the first row are 0 with seen and inside False."""
+
+    y: Tensor  # (B, L)
+    seen: Tensor  # (B, L) bool: a number was there
+    inside: Tensor  # (B, L) bool: not before the first row
+    past: Tensor  # (B, L, P + F) covariates
+    future: Tensor  # (B, H, F)
+    dates: Tensor  # (B, L + H, C) the calendar; (B, 0, C) where it was not asked for
+    origin: Tensor  # (B, C) the calendar at the first step of the future
+    static: Tensor  # (B, S)
+    target: Tensor  # (B, H), NaN where unknown
+
+
+def filled(y: np.ndarray, season: int) -> np.ndarray:
+    """y (T,) without gaps, each filled from before it; a gap at the beginning takes the first value."""
+    known = np.flatnonzero(~np.isnan(y))
+    if len(known) in (0, len(y)):
+        return np.nan_to_num(y)
+    y = y.copy()
+    y[: known[0]] = y[known[0]]
+    for t in np.flatnonzero(np.isnan(y)):
+        y[t] = y[t - season] if t >= season + known[0] else y[t - 1]
+    return y
+
+
+class Windows:
+    """The panel on `device`, with h steps of known future behind each series where `future` (N, h, F) gives them.
+
+    `statistics` are those of the windows a model was fitted on; a series that they know keeps its mean and scale.
+    """
+
+    def __init__(self, panel: Panel, season: int, statistics: dict | None = None, future=None, device="cpu"):
+        self.panel, self.season, self.device = panel, season, torch.device(device)
+        lengths, offsets = panel.lengths, panel.offsets
+        parts = [panel.y[a:b] for a, b in itertools.pairwise(offsets)]
+        known = (statistics or {}).get("series", {})
+        self.norms = np.array([known.get(i) or _norm(part) for i, part in zip(panel.ids, parts)])  # (N, 2)
+        flat = np.concatenate([(filled(part, season) - mean) / scale for part, (mean, scale) in zip(parts, self.norms)])
+        own = {"series": {i: tuple(norm.tolist()) for i, norm in zip(panel.ids, self.norms)}}
+        self.statistics = statistics or {**_statistics(panel), **own}
+        futr, hist = (_standard(getattr(panel, kind), *self.statistics[kind], offsets) for kind in ("futr", "hist"))
+        static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]
+        more = 0 if future is None else future.shape[1]
+        if future is not None:
+            mean, deviation = self.statistics["futr"]
+            tails = np.nan_to_num((future - mean) / deviation)
+            futr = np.concatenate([p for n in range(len(panel)) for p in (futr[offsets[n] : offsets[n + 1]], tails[n])])
+        self.more = more
+        self.y = self._tensor(flat)
+        self.seen = torch.from_numpy(~np.isnan(panel.y)).to(self.device)
+        self.futr, self.hist, self.static = self._tensor(futr), self._tensor(hist), self._tensor(static)
+        self.starts = torch.from_numpy(offsets[:-1].astype(np.int64)).to(self.device)
+        self.lengths = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
+        self.dates = None
+
+    def _tensor(self, values) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
+
+    def with_calendar(self, horizon: int) -> Windows:
+        """Adds the calendar, `horizon` steps beyond the end of every series; series on one clock share one table."""
+        panel, rows, place = self.panel, [], {}
+        starts = np.zeros(len(panel), np.int64)
+        longest = {}
+        for n, first in enumerate(panel.first):
+            longest[first] = max(longest.get(first, 0), int(panel.lengths[n]) + horizon)
+        for first, steps in longest.items():
+            place[first] = sum(len(r) for r in rows)
+            times = frequency.span(first, panel.freq, steps)
+            if panel.zone:
+                times = times.tz_localize("UTC").tz_convert(panel.zone).tz_localize(None)
+            rows.append(frequency.calendar(times, panel.freq)[0])
+        for n, first in enumerate(panel.first):
+            starts[n] = place[first]
+        self.dates, self.date_starts = self._tensor(np.concatenate(rows)), torch.from_numpy(starts).to(self.device)
+        return self
+
+    @property
+    def n_dates(self) -> int:
+        return self.dates.shape[1]
+
+    def batch(self, series: Tensor, cuts: Tensor, lookback: int, horizon: int, dates: bool = True) -> Batch:
+        """The windows (series[b], cuts[b]), both (B,) int64 on the device; the whole calendar only with `dates`."""
+        step = cuts[:, None] + torch.arange(-lookback, horizon, device=self.device)  # (B, L + H)
+        start, length = self.starts[series][:, None], self.lengths[series][:, None]
+        before, inside = step[:, :lookback], step[:, :lookback] >= 0
+        rows = start + before.clamp_min(0)
+        ahead = step[:, lookback:]
+        known = ahead < length
+        target_rows = start + torch.minimum(ahead, length - 1)
+        target = torch.where(known & self.seen[target_rows], self.y[target_rows], torch.nan)
+        own = start + self.more * series[:, None]
+        futr = self.futr[own + torch.minimum(step.clamp_min(0), length + self.more - 1)]
+        past = torch.cat([self.hist[rows], futr[:, :lookback]], -1) * inside[..., None]
+        place = self.date_starts[series]
+        calendar = self.dates[place[:, None] + (step if dates else step[:, :0]).clamp_min(0)]
+        return Batch(
+            self.y[rows] * inside, self.seen[rows] & inside, inside, past, futr[:, lookback:], calendar, self.dates[place + cuts],
+            self.static[series], target,
+        )  # fmt: skip
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The windows that ask for what follows every series."""
+        return torch.arange(len(self.panel), device=self.device), self.lengths.clone()
+
+
+def _norm(y: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of a series; deviation 1 for one that never moves."""
+    known = y[~np.isnan(y)]
+    if not len(known):
+        return 0.0, 1.0
+    mean, deviation = float(known.mean()), float(known.std())
+    return mean, deviation if deviation > 1e-9 * np.abs(known).max() else 1.0
+
+
+def _statistics(panel: Panel) -> dict:
+    """Mean and deviation of every covariate, over all rows."""
+    found = {}
+    for kind in ("futr", "hist", "static"):
+        values = getattr(panel, kind)
+        known = np.ma.masked_invalid(values)
+        mean, deviation = (np.asarray(np.ma.filled(f(known, axis=0), 0.0), np.float64) for f in (np.ma.mean, np.ma.std))
+        found[kind] = (mean, np.where(deviation > 1e-12, deviation, 1.0))
+    return found
+
+
+def _standard(values: np.ndarray, mean, deviation, offsets) -> np.ndarray:
+    """Standardised covariates; a gap keeps the value before it, 0 (the mean) at the beginning of a series."""
+    values = (values - mean) / deviation
+    if np.isnan(values).any():
+        rows = np.arange(len(values))[:, None]
+        last = np.maximum.accumulate(np.where(np.isnan(values), 0, rows), 0)
+        start = np.repeat(offsets[:-1], np.diff(offsets))[:, None]
+        values = np.where(last >= start, np.take_along_axis(values, last, 0), 0.0)
+    return np.nan_to_num(values)

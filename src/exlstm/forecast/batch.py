@@ -1,0 +1,85 @@
+"""Forecasts of very many series with one fitted model: a picklable callable for Ray and Spark, and processes on one machine.
+
+ray.data.read_parquet("sales/").groupby("unique_id").map_groups(BatchForecaster("model"), batch_format="pandas")
+frame.repartition("unique_id").mapInPandas(BatchForecaster("model").map, schema)        # Spark
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from exlstm.forecast import frames
+
+PART = 1000
+
+
+class BatchForecaster:
+    """frame -> frame with the forecasts of its series; the model is read where it runs, once a process.
+
+    Args:
+        folder: where `Forecaster.save` put the model; every machine has to see it.
+        level: intervals in percent; None: those the model was fitted with.
+        device: cpu, cuda, ...; auto: the accelerator if there is one.
+        threads: CPU threads a process; 0 leaves them as they are.
+    """
+
+    def __init__(self, folder, level=None, device: str = "cpu", threads: int = 0):
+        if not (Path(folder) / "forecaster.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no forecaster.json: not the folder of a saved forecaster")
+        if level is not None:
+            frames.check_levels(level, None)
+        self.folder, self.level, self.device, self.threads, self.model = str(folder), level, device, threads, None
+
+    def __getstate__(self):
+        return {**self.__dict__, "model": None}
+
+    def __call__(self, frame):
+        """The forecasts of the series in `frame`, which holds the whole history of each."""
+        if self.model is None:
+            import torch
+
+            from exlstm.forecast.forecaster import Forecaster
+
+            if self.threads:
+                torch.set_num_threads(self.threads)
+            self.model = Forecaster.load(self.folder, self.device)
+        return self.model.predict(frame, level=self.level, baselines=False)
+
+    def map(self, parts):
+        """The forecasts of all series in the frames of a partition (Spark's mapInPandas)."""
+        import pandas as pd
+
+        whole = list(parts)
+        if whole:
+            yield self(pd.concat(whole, ignore_index=True))
+
+
+def in_parts(
+    frame, id_column: str, forecaster: BatchForecaster, out: Path, workers: int, kind: str = "csv", report=print
+) -> int:
+    """Writes out/part-00000.csv, ... of PART series each in `workers` processes; parts that are there are left as they are.
+
+    Returns the number of parts that were written.
+    """
+    from exlstm.forecast.tables import write_table
+
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, wanted at least 1")
+    ids = list(dict.fromkeys(frame[id_column]))
+    place = {name: n // PART for n, name in enumerate(ids)}
+    groups = dict(list(frame.groupby(frame[id_column].map(place), sort=True)))
+    out.mkdir(parents=True, exist_ok=True)
+    left = {k: out / f"part-{k:05}.{kind}" for k in groups if not (out / f"part-{k:05}.{kind}").exists()}
+    report(f"{len(ids):,} series in {len(groups)} parts, {len(groups) - len(left)} of them done before")
+    start, done = time.perf_counter(), 0
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(forecaster, groups[k]): path for k, path in left.items()}
+        for job in as_completed(jobs):
+            write_table(job.result(), jobs[job])
+            done += 1
+            seconds = (time.perf_counter() - start) / done * (len(left) - done)
+            report(f"{jobs[job].name}: {done} of {len(left)}, {seconds:.0f} s left")
+    return done

@@ -1,0 +1,113 @@
+"""From members to one forecast: the spread of their residuals, weights by validation, and conformal calibration.
+
+Quantiles are averaged level by level (Vincent), so that the blend is as sharp as its members. The calibration stretches
+each level's distance to the median by one factor, the conformal quantile of what validation needed (Romano et al., 2019).
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from exlstm.models.forecaster import pinball
+
+STRETCH = (0.25, 6.0)
+
+
+def residual_spread(residual: Tensor, levels: Tensor) -> Tensor:
+    """(H, Q): quantiles of residuals (W, H, NaN where unknown), the shape shared by all steps, the size smoothed over them."""
+    known = ~residual.isnan()
+    size = torch.where(known, residual.abs(), 0.0).sum(0) / known.sum(0).clamp_min(1)  # (H,)
+    h = len(size)
+    reach = max(1, h // 8)
+    near = (torch.arange(h)[:, None] - torch.arange(h)).abs().le(reach).to(size)
+    size = (near @ size / near.sum(1)).clamp_min(1e-9)
+    pool = (residual / size)[known]
+    if not len(pool):
+        pool = torch.zeros(1, device=residual.device)
+    # torch.quantile takes 16 million numbers at most.
+    shape = torch.quantile(pool[:: max(1, len(pool) // 10**6)].float(), levels.to(pool))
+    half = len(levels) // 2
+    sides = torch.cat([shape[:half].clamp_max(0), torch.zeros_like(shape[:1]), shape[half + 1 :].clamp_min(0)])
+    return size[:, None] * sides
+
+
+def blend(members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str) -> list[float]:
+    """Weights of the members (M, W, H, Q), which add up to 1, with the least loss on target (W, H); unit (W, 1)."""
+
+    def loss(weights) -> float:
+        mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=members.device), members)
+        if metric == "mse":
+            known = ~target.isnan()
+            error = torch.where(known, mixed[..., mixed.shape[-1] // 2] - target, 0.0)
+            return float(error.square().sum() / known.sum().clamp_min(1))
+        return float(pinball(mixed, target, levels, unit))
+
+    n = len(members)
+    coarse = [tuple(x / 4 for x in c) for c in itertools.product(range(5), repeat=n) if sum(c) == 4]
+    best = min((loss(w), w) for w in coarse)
+    for step in (0.1, 0.05):
+        better = True
+        while better:
+            near = [
+                _moved(best[1], a, b, step) for a in range(n) for b in range(n) if a != b and best[1][a] >= step - 1e-9
+            ]
+            found = min(((loss(w), w) for w in near), default=best)
+            # A change that gains next to nothing is left: weights that validation cannot tell apart stay simple.
+            better = found[0] < best[0] * (1 - 1e-4)
+            best = found if better else best
+    return list(best[1])
+
+
+def _moved(weights, giver: int, taker: int, step: float) -> tuple[float, ...]:
+    moved = list(weights)
+    moved[giver], moved[taker] = round(moved[giver] - step, 4), round(moved[taker] + step, 4)
+    return tuple(max(0.0, w) for w in moved)
+
+
+def stretch(quantiles: Tensor, target: Tensor, levels: Tensor) -> Tensor:
+    """(Q,): the factor by which each level's distance to the median grows, so that validation (W, H) lies below it as often."""
+    half, n = quantiles.shape[-1] // 2, len(target)
+    away = target - quantiles[..., half]
+    known = ~away.isnan()
+    factors = []
+    for k, level in enumerate(levels.tolist()):
+        if k == half:
+            factors.append(1.0)
+            continue
+        distance = quantiles[..., k] - quantiles[..., half]
+        ratio = (away / torch.where(distance.abs() > 1e-12, distance, torch.full_like(distance, 1e-12)))[known]
+        ratio = ratio[:: max(1, len(ratio) // 10**6)].float()
+        share = level if k > half else 1 - level
+        # With n windows the next one lies outside with probability 1 / (n + 1) even beyond the furthest.
+        share = min(1.0, share * (1 + 1 / n))
+        factors.append(float(torch.quantile(ratio, share).clamp(*STRETCH)) if len(ratio) else 1.0)
+    return torch.tensor(factors, dtype=quantiles.dtype, device=quantiles.device)
+
+
+def stretched(quantiles: Tensor, factors: Tensor) -> Tensor:
+    """The quantiles (..., Q) with their distances to the median stretched; none crosses another."""
+    half = quantiles.shape[-1] // 2
+    median = quantiles[..., half : half + 1]
+    away = (quantiles - median) * factors
+    below = away[..., :half].flip(-1).cummin(-1).values.flip(-1).clamp_max(0)
+    above = away[..., half + 1 :].cummax(-1).values.clamp_min(0)
+    return torch.cat([median + below, median, median + above], -1)
+
+
+def at_levels(quantiles: Tensor, levels: Tensor, wanted: list[float]) -> Tensor:
+    """(..., len(wanted)): the quantiles at other levels, on straight lines over the normal's quantiles, also beyond the ends."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    have = normal.icdf(levels.double()).cpu()
+    found = []
+    for level in wanted:
+        if (exact := (levels.cpu() - level).abs() < 1e-6).any():
+            found.append(quantiles[..., int(exact.nonzero()[0])])
+            continue
+        z = float(normal.icdf(torch.tensor(level, dtype=torch.float64)))
+        right = int(torch.searchsorted(have, z).clamp(1, len(have) - 1))
+        share = (z - float(have[right - 1])) / float(have[right] - have[right - 1])
+        found.append(quantiles[..., right - 1] + share * (quantiles[..., right] - quantiles[..., right - 1]))
+    return torch.stack(found, -1)

@@ -1,0 +1,241 @@
+"""A fitted forecaster without frames: the members over tensors of windows, their blend, and its calibration."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from exlstm.data.panel import Panel
+from exlstm.data.windows import Batch, Windows
+from exlstm.forecast import baselines, combine, fitting
+from exlstm.forecast.config import FitConfig
+from exlstm.models.config import ForecasterConfig
+from exlstm.models.forecaster import ForecasterNetwork, pinball
+from exlstm.models.linear import LinearPath
+
+LEVELS = ForecasterConfig().quantiles
+FINETUNE_ALPHA = 1e-3
+EVALUATIONS = fitting.EVALUATIONS
+# Numbers of validation quantiles that weights and calibration are chosen by.
+HELD = 8 * 10**6
+
+
+@dataclass
+class Engine:
+    """Everything that a forecast needs besides the history."""
+
+    config: FitConfig
+    season: int
+    statistics: dict
+    linear: LinearPath | None = None
+    network: ForecasterNetwork | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # (H, Q) in units of the window; the network's (Q,) stretch
+    factors: Tensor | None = None  # (Q,)
+    scores: dict[str, dict] = field(default_factory=dict)  # member -> its losses on validation
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device(self):
+        return self.linear.weight.device
+
+    @property
+    def levels(self) -> Tensor:
+        return torch.tensor(LEVELS, device=self.device)
+
+    @property
+    def plain(self) -> Tensor:
+        return torch.ones(len(LEVELS), device=self.device)
+
+    @property
+    def longest(self) -> int:
+        """Steps of history that a forecast looks at."""
+        theta = min(512, max(96, 8 * self.season)) if "theta" in self.config.members else 1
+        linear = self.linear.config
+        network = fitting.seen(self.network) if self.network is not None else 1
+        return max(theta, self.season, linear.lookback, linear.past, network)
+
+    def windows(self, panel: Panel, future=None) -> Windows:
+        """The panel as this engine sees it; `future` (N, H, F) or None."""
+        return Windows(panel, self.season, self.statistics, future, self.device).with_calendar(self.config.horizon)
+
+    @torch.no_grad()
+    def members(self, batch: Batch, offset: Tensor, names, n_series: int = 1) -> dict[str, Tensor]:
+        """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them."""
+        h, found = self.config.horizon, {}
+        _, scale = self.linear.units(batch)
+        for name in names:
+            if name == "network":
+                found[name] = combine.stretched(self.network(batch, n_series), self.spreads.get(name, self.plain))
+                continue
+            point = {
+                "naive": lambda: baselines.seasonal_naive(batch, self.season, h),
+                "theta": lambda: baselines.theta(batch, self.season, h, offset),
+                "linear": lambda: self.linear.predict(batch),
+            }[name]()
+            spread = self.spreads.get(name)
+            point = point[..., None].expand(-1, -1, len(LEVELS))
+            found[name] = point if spread is None else point + scale[..., None] * spread
+        return found
+
+    def forecast(self, windows: Windows, series: Tensor, cuts: Tensor, also=(), size: int = 512):
+        """Yields (rows, {"blend": (B, H, Q), and every name in `also`: ...}, batch) in units of the series."""
+        used = [m for m, w in self.weights.items() if w > 0]
+        n = self._group(windows)
+        for rows in torch.arange(len(series), device=windows.device).split(max(n, size // n * n)):
+            s = series[rows]
+            batch = windows.batch(s, cuts[rows], self.longest, self.config.horizon, dates="network" in (*used, *also))
+            found = self.members(batch, offsets(windows, s), dict.fromkeys((*used, *also)), n)
+            mixed = sum(self.weights[m] * found[m] for m in used)
+            out = {m: found[m] for m in also}
+            yield rows, {"blend": combine.stretched(mixed, self.factors), **out}, batch
+
+    def _group(self, windows: Windows) -> int:
+        grouped = self.network is not None and self.network.config.grouped
+        return len(windows.panel) if grouped and self.weights.get("network", 0) > 0 else 1
+
+
+def offsets(windows: Windows, series: Tensor) -> Tensor:
+    """(B, 1): where the zero of each series lies in its units."""
+    norms = torch.from_numpy(windows.norms).to(windows.device, torch.float32)
+    return (-norms[:, 0] / norms[:, 1])[series][:, None]
+
+
+def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None) -> Engine:
+    """The whole procedure: split, linear path, network, blend, calibration, refit. `report(text)` hears of it."""
+    say = report or (lambda text: None)
+    windows = Windows(panel, season, device=device).with_calendar(config.horizon)
+    found = fitting.split(windows, config)
+    # Scales and means come from what is learnt from, not from the validation part.
+    learnt = panel.cut((windows.lengths - found.begins).cpu().numpy())
+    statistics = Windows(learnt, season, device=device).statistics
+    windows = Windows(panel, season, statistics, device=device).with_calendar(config.horizon)
+    found = fitting.split(windows, config)
+    start = time.perf_counter()
+    linear, alpha, tried = fitting.choose_linear(found, config)
+    c = linear.config
+    calendar = ", calendar" if c.n_dates else ""
+    covariates = f", {c.n_past} covariates" if c.n_past else ""
+    note = (
+        f"linear path of {len(tried)} tried: look-back {c.lookback}, {c.center} of the window, scale of the {c.scale}"
+    )
+    engine = Engine(config, season, statistics, linear, notes=[f"{note}{covariates}{calendar}, alpha {alpha:.1g}"])
+    say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
+    story = None
+    if "network" in config.members:
+        engine.network = fitting.build_network(found, linear, config)
+        story = fitting.train_network(engine.network, found, config, report=getattr(report, "step", None))
+        size = sum(p.numel() for p in engine.network.parameters() if p.requires_grad)
+        shape = f"{size:,} parameters ({config.n_layers} x {'+'.join(config.blocks)}, patches of {engine.network.config.patch})"
+        losses = f"validation loss {story['losses'][0]:.4f} -> {min(story['losses']):.4f}"
+        engine.notes.append(f"network of {shape}: {story['steps']} updates, best at {story['best_step']}, {losses}")
+        say(f"{engine.notes[-1]} ({story['seconds']:.1f} s)")
+        if not story["best_step"]:
+            engine.network = None
+            engine.notes.append("the network found nothing that the linear path misses, and is left out")
+            say(engine.notes[-1])
+    _combine(engine, found)
+    if config.refit:
+        _refit(engine, found, alpha, story)
+    return engine
+
+
+@torch.no_grad()
+def _combine(engine: Engine, found: fitting.Split):
+    """Spreads, weights, calibration and scores from the validation windows."""
+    w, config = found.windows, engine.config
+    val = found.val(config.horizon)
+    most = max(64, HELD // (config.horizon * len(LEVELS) * len(config.members)))
+    numbers = val.some(min(4096, most))
+    n = engine.network is not None and engine.network.config.grouped and len(w.panel)
+    if n:
+        cuts = val.some(max(1, min(4096, most) // n) * n)[::n] // n
+        numbers = (torch.arange(n, device=w.device) * int(val.counts[0]) + cuts[:, None] % int(val.counts[0])).flatten()
+    engine.spreads = {}
+    mixed_in = [m for m in config.members if m != "network" or engine.network is not None] or ["linear"]
+    # The two simplest are measured even where they may not enter the blend.
+    names = list(dict.fromkeys((*mixed_in, "naive", "linear")))
+    gathered, targets, units, scales = {m: [] for m in names}, [], [], []
+    for part in numbers.split(max(n, 512 // n * n) if n else 512):
+        series, at = val.at(part)
+        batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
+        for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
+            gathered[name].append(q)
+        targets.append(batch.target)
+        units.append(found.unit[series])
+        scales.append(engine.linear.units(batch)[1])
+    target, unit, scale = torch.cat(targets), torch.cat(units), torch.cat(scales)
+    stacked, levels = {m: torch.cat(q) for m, q in gathered.items()}, engine.levels
+    for name, quantiles in stacked.items():
+        if name == "network":
+            engine.spreads[name] = combine.stretch(quantiles, target, levels)
+            stacked[name] = combine.stretched(quantiles, engine.spreads[name])
+        else:
+            point = quantiles[..., len(LEVELS) // 2]
+            engine.spreads[name] = combine.residual_spread((target - point) / scale, levels)
+            stacked[name] = quantiles + scale[..., None] * engine.spreads[name]
+    whole = torch.stack([stacked[m] for m in mixed_in])
+    weights = combine.blend(whole, target, unit, levels, config.metric)
+    engine.weights = dict(zip(mixed_in, weights))
+    mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
+    engine.factors = combine.stretch(mixed, target, levels)
+    for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
+        engine.scores[name] = _score(quantiles, target, unit, levels)
+
+
+def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> dict:
+    half = len(LEVELS) // 2
+    known = ~target.isnan()
+    error = torch.where(known, quantiles[..., half] - target, 0.0)
+    count = known.sum().clamp_min(1)
+    inside = {}
+    for level in (80, 95):
+        low = LEVELS.index(round(0.5 - level / 200, 4))
+        high = len(LEVELS) - 1 - low
+        within = (target >= quantiles[..., low]) & (target <= quantiles[..., high])
+        inside[f"coverage {level}"] = float((within & known).sum() / count)
+    return {
+        "mae": float((error.abs() / unit).sum() / count),
+        "mse": float(error.square().sum() / count),
+        "pinball": float(pinball(quantiles, target, levels, unit)),
+        **inside,
+    }
+
+
+def _refit(engine: Engine, found: fitting.Split, alpha: float, story: dict | None):
+    """Learns from the validation part too: the linear path anew, the network for a fifth of its updates more."""
+    engine.linear = fitting.fit_linear(found, engine.linear.config, alpha, engine.config, whole=True)
+    if engine.network is not None and engine.weights.get("network", 0) > 0:
+        with torch.no_grad():
+            engine.network.linear.weight.copy_(engine.linear.weight)
+        fitting.continue_network(engine.network, found, engine.config, story["best_step"] // 5, engine.config.lr / 3)
+
+
+def finetune(engine: Engine, panel: Panel, steps: int, report=None) -> Engine:
+    """A new engine that has learnt from `panel` too: the better linear path of the old one and one fitted to it, the network
+    trained on for `steps` updates, blend and calibration chosen on its validation part."""
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps is {steps!r}, wanted a whole number of at least 0")
+    new = copy.deepcopy(engine)
+    windows = new.windows(panel)
+    found = fitting.split(windows, new.config)
+    fresh = fitting.fit_linear(found, new.linear.config, FINETUNE_ALPHA, new.config, whole=False)
+    new.linear = min((new.linear, fresh), key=lambda path: fitting.linear_error(found, path, new.config))
+    told = "fitted anew" if new.linear is fresh else "kept"
+    if new.network is not None:
+        with torch.no_grad():
+            new.network.linear.weight.copy_(new.linear.weight)
+        config = replace(new.config, steps=max(1, steps), patience=EVALUATIONS, lr=new.config.lr / 3)
+        story = fitting.train_network(new.network, found, config) if steps else {"best_step": 0}
+        told += f", network trained on for {story['best_step']} updates"
+    new.notes.append(f"finetuned: linear path {told}")
+    if report:
+        report(new.notes[-1])
+    _combine(new, found)
+    return new

@@ -1,0 +1,160 @@
+"""A forecaster on disk: forecaster.json and tensors.safetensors, written whole or not at all; nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from exlstm.data.panel import Columns, Panel
+from exlstm.forecast.config import FitConfig
+from exlstm.forecast.engine import Engine
+from exlstm.forecast.fitting import DESIGNS
+from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, from_dict, nearest
+from exlstm.models.linear import LinearPath
+from exlstm.train.checkpoint import MANIFEST, verify, write_folder
+
+FORMAT, VERSION = "exlstm-forecaster", 1
+SETTINGS, TENSORS = "forecaster.json", "tensors.safetensors"
+
+
+def save(model, folder: str | os.PathLike):
+    """Writes the folder; replaces one that holds a forecaster and nothing else, or nothing at all."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, wanted a folder to save the forecaster in")
+    foreign = sorted({f.name for f in folder.iterdir()} - {SETTINGS, TENSORS, MANIFEST}) if folder.is_dir() else []
+    if foreign:
+        raise ValueError(f"{folder} holds {foreign[0]}, which is no part of a saved forecaster; choose another folder")
+    settings, tensors = _pack(model)
+    text = json.dumps(settings, indent=1, allow_nan=False)
+
+    def write(aside: Path):
+        (aside / SETTINGS).write_text(text + "\n", encoding="utf-8")
+        save_file(tensors, aside / TENSORS)
+
+    write_folder(folder, write)
+
+
+def _pack(model) -> tuple[dict, dict]:
+    engine, panel = model.engine, model.panel
+    keep = engine.longest + model.h
+    rows, lengths, firsts = [], [], []
+    for n in range(len(panel)):
+        a, b = int(panel.offsets[n]), int(panel.offsets[n + 1])
+        start = max(0, b - a - keep)
+        rows.append(np.arange(a + start, b))
+        lengths.append(b - a - start)
+        firsts.append(str(panel.times(n, start, start + 1)[0]))
+    rows = np.concatenate(rows)
+    series = engine.statistics["series"]
+    tensors = {
+        f"history.{k}": torch.from_numpy(np.ascontiguousarray(getattr(panel, k)[rows])) for k in ("y", "futr", "hist")
+    }
+    tensors["history.static"] = torch.from_numpy(np.ascontiguousarray(panel.static))
+    tensors["history.lengths"] = torch.tensor(lengths)
+    tensors["series"] = torch.tensor(list(series.values()), dtype=torch.float64)
+    for kind in ("futr", "hist", "static"):
+        tensors[f"statistics.{kind}"] = torch.from_numpy(np.stack(engine.statistics[kind]))
+    tensors["linear.weight"] = engine.linear.weight
+    tensors["factors"] = engine.factors
+    tensors |= {f"spread.{k}": v for k, v in engine.spreads.items()}
+    if engine.network is not None:
+        tensors |= {f"network.{k}": v for k, v in engine.network.state_dict().items()}
+    settings = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fit": asdict(engine.config),
+        "linear": asdict(engine.linear.config),
+        "network": None if engine.network is None else asdict(engine.network.config),
+        "season": engine.season,
+        "weights": engine.weights,
+        "scores": engine.scores,
+        "notes": engine.notes,
+        "level": model.level,
+        "freq": panel.freq,
+        "zone": panel.zone,
+        "wide": panel.wide,
+        "columns": asdict(panel.columns),
+        "levels": panel.levels,
+        "ids": [_plain(i) for i in panel.ids],
+        "known": [_plain(i) for i in series],
+        "firsts": firsts,
+    }
+    return settings, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+
+def _plain(name):
+    name = name.item() if isinstance(name, np.generic) else name
+    if not isinstance(name, str | int | float | bool):
+        raise ValueError(f"the series {name!r} is named by {type(name).__name__}; only text and numbers can be saved")
+    return name
+
+
+def load(kind, folder: str | os.PathLike, device: str):
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder of a saved forecaster")
+    if not (folder / SETTINGS).is_file():
+        raise FileNotFoundError(f"{folder} holds no {SETTINGS}: not the folder of a saved forecaster")
+    verify(folder)
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise ValueError(f"{folder / SETTINGS} is not of format {FORMAT!r}")
+    if settings.get("version") != VERSION:
+        raise ValueError(f"{folder / SETTINGS} has version {settings.get('version')!r}, this exlstm reads {VERSION}")
+    try:
+        return _unpack(kind, settings, tensors, device)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _unpack(kind, settings: dict, tensors: dict, device: str):
+    import pandas as pd
+
+    fit = _dataclass(FitConfig, settings["fit"])
+    linear = LinearPath(_dataclass(LinearConfig, settings["linear"]), device=device)
+    linear.weight.copy_(tensors["linear.weight"])
+    network = None
+    if settings["network"] is not None:
+        values = {**settings["network"], "slstm": from_dict(SLSTMOptions, settings["network"]["slstm"])}
+        shape = from_dict(ForecasterConfig, values)
+        network = DESIGNS[shape.design](shape, linear.config, device=device)
+        network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+        network.eval()
+    series = dict(zip(settings["known"], map(tuple, tensors["series"].tolist())))
+    statistics = {k: tuple(tensors[f"statistics.{k}"].numpy()) for k in ("futr", "hist", "static")} | {"series": series}
+    spreads = {k[7:]: v.to(device) for k, v in tensors.items() if k.startswith("spread.")}
+    made = [fit, settings["season"], statistics, linear, network, settings["weights"], spreads]
+    engine = Engine(*made, tensors["factors"].to(device), settings["scores"], settings["notes"])
+    columns = _dataclass(Columns, settings["columns"])
+    numeric = isinstance(settings["freq"], int)
+    firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]
+    offsets = np.concatenate([[0], np.cumsum(tensors["history.lengths"].numpy())])
+    arrays = {k: tensors[f"history.{k}"].numpy() for k in ("y", "futr", "hist", "static")}
+    panel = Panel(
+        settings["ids"], arrays["y"], offsets, firsts, settings["freq"], arrays["futr"], arrays["hist"], arrays["static"],
+        columns, settings["zone"], settings["levels"], [], settings["wide"],
+    )  # fmt: skip
+    names = (columns.futr, columns.hist, columns.static, columns.id, columns.time, columns.target)
+    model = kind(fit.horizon, settings["freq"], None, settings["level"], *names, settings["season"], fit, device)
+    model.engine, model.panel = engine, panel
+    return model
+
+
+def _dataclass(kind, values: dict):
+    known = [f.name for f in fields(kind)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown field {key!r}{nearest(key, known)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

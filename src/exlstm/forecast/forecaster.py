@@ -1,0 +1,307 @@
+"""Forecaster: frames in, calibrated probabilistic forecasts out, with the simple baselines always beside them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from exlstm.data import frequency
+from exlstm.data.panel import TARGET, Columns, Panel
+from exlstm.data.series import panel_of
+from exlstm.forecast import combine, engine, files, frames
+from exlstm.forecast.config import MODEL, TITLES, FitConfig
+
+BASELINES = ("naive", "linear")
+
+
+class Forecaster:
+    """One model over many series: quantiles for `h` steps, direct, from a blend that validation chooses.
+
+    The members are the seasonal naive forecast, the theta method, ridge regression in closed form, and a network of
+    xLSTM blocks that begins as that regression. Everything left at its default is chosen on the last part of the data.
+
+    Args:
+        h: steps that are forecast.
+        freq: a pandas alias ("h", "D", "MS"), or a whole number where times are numbers; guessed without.
+        input_size: steps of the past that are seen; None: chosen on validation.
+        level: intervals in percent that `predict` gives.
+        futr_exog, hist_exog, stat_exog: columns known for the future, for the past only, and one value a series.
+        id_col, time_col, target_col: names of columns; guessed without.
+        season: steps of the season of the naive forecast; None: by the frequency.
+        config: every other setting.
+        device: cpu, cuda, ...; auto: the accelerator if there is one.
+        report: a function that hears sentences on what is done, such as `print`.
+
+    >>> model = Forecaster(h=12).fit(frame)      # columns unique_id, ds, y, or any others that can be told apart
+    >>> model.predict()                          # unique_id, ds, xLSTM, xLSTM-lo-80, xLSTM-hi-80, ..., SeasonalNaive, Linear
+    """
+
+    def __init__(
+        self,
+        h: int,
+        freq=None,
+        input_size: int | None = None,
+        level=(80, 95),
+        futr_exog=(),
+        hist_exog=(),
+        stat_exog=(),
+        id_col: str = "",
+        time_col: str = "",
+        target_col: str = "",
+        season: int | None = None,
+        config: FitConfig | None = None,
+        device: str = "auto",
+        report=None,
+    ):
+        config = config or FitConfig()
+        self.config = replace(config, horizon=h, lookback=config.lookback if input_size is None else input_size)
+        self.level = list(level)
+        frames.check_levels(self.level, None)
+        exog = [(e,) if isinstance(e, str) else tuple(e) for e in (futr_exog, hist_exog, stat_exog)]
+        self.columns = Columns(id_col, time_col, target_col, *exog)
+        if season is not None and (not isinstance(season, int) or season < 1):
+            raise ValueError(f"season is {season!r}, wanted a whole number of at least 1")
+        self.freq, self.season, self.device, self.report = freq, season, _device(device), report
+        self.engine: engine.Engine | None = None
+        self.panel: Panel | None = None
+
+    @property
+    def h(self) -> int:
+        return self.config.horizon
+
+    def fit(self, df) -> Forecaster:
+        """Learns from a long or wide frame (pandas, polars), a Series, an array (T,) or (N, T), or a list of arrays."""
+        panel = self._drop_empty(panel_of(df, self.columns, self.freq))
+        season = self.season or frequency.seasons(panel.freq)[0]
+        self._say(*panel.told, f"{len(panel)} series, {int(panel.lengths.sum()):,} steps, season {season}")
+        self.engine = engine.fit(panel, self.config, season, self.device, self.report)
+        self.panel = panel
+        return self
+
+    def predict(self, df=None, futr_df=None, level=None, quantiles=None, h: int | None = None, baselines: bool = True):
+        """The next `h` steps of every series: of the data fitted and updated, or of `df` with the same columns.
+
+        Columns: id, time, xLSTM, then its intervals; with `baselines` SeasonalNaive and Linear with theirs.
+        """
+        self._fitted()
+        h = self._horizon(h)
+        wanted, endings = frames.check_levels(self.level if level is None and quantiles is None else level, quantiles)
+        panel = self.panel if df is None else self._drop_empty(self._same(df))
+        future = frames.future_values(panel, futr_df, h)
+        if future is not None and h < self.h:
+            future = np.concatenate([future, np.repeat(future[:, -1:], self.h - h, 1)], 1)
+        windows = self.engine.windows(panel, future)
+        values = self._values(windows, *windows.ends(), wanted, endings, BASELINES if baselines else (), h)
+        frame = frames.rows(panel, np.arange(len(panel)), panel.lengths, h, values)
+        return frames.like(frame, df)
+
+    def cross_validation(
+        self, df=None, n_windows: int = 1, step_size: int | None = None, refit: bool = False, level=None
+    ):
+        """Forecasts of the last `n_windows` windows, `step_size` apart (the horizon by default), each from before its cutoff.
+
+        The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values.
+        """
+        panel = self._drop_empty(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
+        step = self.h if step_size is None else step_size
+        for name, value in (("n_windows", n_windows), ("step_size", step)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+        wanted, endings = frames.check_levels(self.level if level is None else level, None)
+        season, whole = self.season or frequency.seasons(panel.freq)[0], []
+        model = copy.copy(self)
+        for k in range(n_windows - 1, -1, -1):
+            back = self.h + k * step
+            if k == n_windows - 1 or refit:
+                model.engine = engine.fit(panel.cut(back), self.config, season, self.device, self.report)
+            windows = model.engine.windows(panel)
+            keep = torch.nonzero(windows.lengths > back)[:, 0]
+            cuts = windows.lengths[keep] - back
+            values = model._values(windows, keep, cuts, wanted, endings, BASELINES, self.h)
+            whole.append(
+                frames.rows(panel, keep.cpu().numpy(), cuts.cpu().numpy(), self.h, values, cutoff=True, y=True)
+            )
+        import pandas as pd
+
+        frame = pd.concat(whole, ignore_index=True)
+        return frames.like(frame.sort_values([frames.id_column(panel), "cutoff"], kind="stable", ignore_index=True), df)
+
+    def evaluate(self, forecasts, df=None, metrics=frames.METRICS, level=None):
+        """One row a model of mae, rmse, smape, mase, wql and coverage; `forecasts` from `cross_validation`, or from
+        `predict` with the true values in `df`."""
+        from exlstm.data.panel import to_pandas
+
+        panel, cv = self._panel(), to_pandas(forecasts)
+        ids, time, target = frames.id_column(panel), panel.columns.time, panel.columns.target or TARGET
+        if target not in cv.columns:
+            if df is None:
+                raise ValueError(f"the forecasts have no column {target!r}; give the true values as df")
+            cv = cv.merge(frames.history(self._same(df)), on=[ids, time], how="inner")
+        before = frames.history(panel)
+        first = cv[time].min()
+        kept = before[before[time] < first]
+        models = [m for m in (MODEL, *(TITLES[b] for b in BASELINES)) if m in cv.columns]
+        trained = (
+            panel
+            if kept.empty
+            else panel_of(kept, replace(panel.columns, id=ids, futr=(), hist=(), static=()), panel.freq)
+        )
+        return frames.evaluated(cv, models, trained, self._season(), self.level if level is None else level, metrics)
+
+    def update(self, df) -> Forecaster:
+        """Appends new rows to the series that are known; a forecast then begins after them. Costs the same at any age."""
+        self._fitted()
+        new = self._same(df)
+        self.panel = _joined(self.panel, new, self.engine.longest + self.h)
+        return self
+
+    def on(self, df) -> Forecaster:
+        """The same model on another history: forecasts begin after the rows of `df`, which has the same columns."""
+        self._fitted()
+        other = copy.copy(self)
+        other.panel = self._drop_empty(self._same(df))
+        return other
+
+    def finetune(self, df, steps: int = 200) -> Forecaster:
+        """Goes on learning from other data with the same columns: the linear path is fitted to it, the network trained on."""
+        self._fitted()
+        panel = self._drop_empty(self._same(df))
+        self.engine = engine.finetune(self.engine, panel, steps, self.report)
+        self.panel = panel
+        return self
+
+    def skill(self):
+        """One row a member on the validation part: its errors over those of the seasonal naive forecast, and its weight."""
+        import pandas as pd
+
+        scores, weights = self._fitted().scores, self.engine.weights
+        base = scores.get("naive") or scores["linear"]
+        rows = []
+        for name, score in scores.items():
+            title = MODEL if name == "blend" else TITLES[name]
+            ratios = {k: score[k] / max(base[k], 1e-12) for k in ("mae", "pinball")}
+            coverage = {k: v for k, v in score.items() if k.startswith("coverage")}
+            rows.append({"model": title, "weight": weights.get(name), **ratios, **coverage})
+        return pd.DataFrame(rows)
+
+    def plot(self, forecasts=None, path=None, max_series: int = 8):
+        """Draws history, forecast, intervals and baselines; returns the matplotlib figure, or writes it to `path`."""
+        from exlstm.plot import draw_forecasts
+
+        panel, fc = self._panel(), self.predict() if forecasts is None else forecasts
+        ids, time = frames.id_column(panel), panel.columns.time
+        past = frames.history(panel, last=max(4 * self.h, 3 * self._season()))
+        pieces = []
+        for name in panel.ids[:max_series]:
+            own = fc[fc[ids] == name]
+            lines = {c: own[c].to_numpy() for c in own.columns if c not in (ids, time)}
+            seen = past[past[ids] == name]
+            pieces.append((str(name), seen[time].to_numpy(), seen.iloc[:, 2].to_numpy(), own[time].to_numpy(), lines))
+        return draw_forecasts(pieces, MODEL, [TITLES[b] for b in BASELINES], path)
+
+    def save(self, folder) -> None:
+        """A folder of safetensors and JSON that `load` reads, with the end of every series."""
+        self._fitted()
+        files.save(self, folder)
+
+    @classmethod
+    def load(cls, folder, device: str = "auto") -> Forecaster:
+        """The forecaster in a folder of `save`; the same forecasts, bit for bit on the same machine."""
+        return files.load(cls, folder, _device(device))
+
+    def _values(self, windows, series, cuts, wanted, endings, also, h: int) -> dict[str, np.ndarray]:
+        """Column name -> (B, h) in the units of the data."""
+        mean, scale = windows.norms[series.cpu().numpy()].T[:, :, None]
+        found: dict[str, list] = {}
+        half = len(engine.LEVELS) // 2
+        for _, out, _ in self.engine.forecast(windows, series, cuts, also):
+            for name, q in out.items():
+                title = MODEL if name == "blend" else TITLES[name]
+                picked = combine.at_levels(q, self.engine.levels, wanted) if wanted else q[..., :0]
+                found.setdefault(title, []).append(q[..., half])
+                for k, ending in enumerate(endings):
+                    found.setdefault(title + ending, []).append(picked[..., k])
+        # What float32 does not hold is not shown: six digits of the series' deviation.
+        digits = 10.0 ** (5 - np.floor(np.log10(scale)))
+        values = {name: torch.cat(parts)[:, :h].double().cpu().numpy() * scale + mean for name, parts in found.items()}
+        return {name: np.rint(value * digits) / digits for name, value in values.items()}
+
+    def _same(self, df) -> Panel:
+        """New data with the columns and frequency of the data fitted."""
+        return panel_of(df, known=self.panel)
+
+    def _drop_empty(self, panel: Panel) -> Panel:
+        seen = [not np.isnan(panel.y[a:b]).all() for a, b in zip(panel.offsets[:-1], panel.offsets[1:])]
+        if all(seen):
+            return panel
+        lost = [str(i) for i, s in zip(panel.ids, seen) if not s]
+        if not any(seen):
+            raise ValueError(
+                f"every value of the target is missing{'' if len(lost) > 1 else f' in series {lost[0]!r}'}"
+            )
+        self._say(f"{len(lost)} series without a single value are left out: {', '.join(lost[:5])}")
+        return panel.cut(np.where(seen, 0, panel.lengths))
+
+    def _fitted(self) -> engine.Engine:
+        if self.engine is None:
+            raise ValueError("this forecaster has not been fitted; call fit(df) first")
+        return self.engine
+
+    def _panel(self) -> Panel:
+        self._fitted()
+        return self.panel
+
+    def _season(self) -> int:
+        return self.engine.season
+
+    def _horizon(self, h) -> int:
+        if h is None:
+            return self.h
+        if not isinstance(h, int) or not 1 <= h <= self.h:
+            raise ValueError(f"h is {h!r}, wanted 1 to {self.h}: the model was fitted for {self.h} steps")
+        return h
+
+    def _say(self, *sentences):
+        for sentence in sentences:
+            if self.report:
+                self.report(sentence)
+
+
+def _device(name: str) -> str:
+    from exlstm.runs import device_of
+
+    return str(device_of(name))
+
+
+def _joined(old: Panel, new: Panel, keep: int) -> Panel:
+    """The old panel's last `keep` steps with the new rows behind them."""
+    place = {name: n for n, name in enumerate(new.ids)}
+    if unknown := [name for name in new.ids if name not in set(old.ids)]:
+        raise ValueError(f"series {unknown[0]!r} is not one that the model knows; predict(df) takes new ones")
+    parts = {k: [] for k in ("y", "futr", "hist")}
+    firsts, lengths = [], []
+    for n, name in enumerate(old.ids):
+        a, b = old.offsets[n], old.offsets[n + 1]
+        start = max(0, b - a - keep)
+        firsts.append(old.times(n, start, start + 1)[0])
+        rows = {k: [getattr(old, k)[a + start : b]] for k in parts}
+        if name in place:
+            m = place[name]
+            next_time = old.times(n, b - a, b - a + 1)[0]
+            if new.first[m] != next_time:
+                whose = "" if len(old) == 1 else f" of series {name!r}"
+                raise ValueError(
+                    f"the new rows{whose} begin at {new.first[m]}, wanted {next_time}: the step after the last"
+                )
+            c, d = new.offsets[m], new.offsets[m + 1]
+            for k in parts:
+                rows[k].append(getattr(new, k)[c:d])
+        whole = {k: np.concatenate(v) for k, v in rows.items()}
+        lengths.append(len(whole["y"]))
+        for k in parts:
+            parts[k].append(whole[k])
+    joined = {k: np.concatenate(v) for k, v in parts.items()}
+    return replace(old, offsets=np.concatenate([[0], np.cumsum(lengths)]), first=firsts, told=[], **joined)

@@ -1,0 +1,187 @@
+"""Frames around the engine: covariates of the future, forecasts as rows, and metrics in the words of utilsforecast."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from exlstm.data import frequency
+from exlstm.data.panel import ID, TARGET, Panel, require_pandas, to_pandas
+from exlstm.data.series import numbers
+
+
+def shown(times, zone: str | None):
+    """Times as the user wrote them: in their zone."""
+    return times if zone is None or isinstance(times, np.ndarray) else times.tz_localize("UTC").tz_convert(zone)
+
+
+def ahead(panel: Panel, n: int, horizon: int):
+    """The times of the `horizon` steps after series n."""
+    length = int(panel.lengths[n])
+    return panel.times(n, length, length + horizon)
+
+
+def id_column(panel: Panel) -> str:
+    return panel.columns.id or ID
+
+
+def future_values(panel: Panel, futr, horizon: int) -> np.ndarray | None:
+    """(N, horizon, F) of the covariates known for the future; every step of every series has to be there."""
+    names = panel.columns.futr
+    if not names:
+        return None
+    if futr is None:
+        told = ", ".join(names)
+        raise ValueError(f"the model was fitted with {told} known for the future; give their next {horizon} steps")
+    pd, frame = require_pandas(), to_pandas(futr)
+    frame = frame.set_axis([str(c).strip() for c in frame.columns], axis=1)
+    time, ids = panel.columns.time, id_column(panel)
+    shared = panel.wide or not panel.columns.id
+    for name in (time, *names, *(() if shared else (ids,))):
+        if name not in frame.columns:
+            have = ", ".join(repr(c) for c in frame.columns)
+            raise ValueError(f"the future covariates lack column {name!r}; they have {have}")
+    times, zone = frequency.parse_times(frame[time], time)
+    if panel.zone is None and zone is not None:
+        times = times.tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    values = np.stack([numbers(frame, name) for name in names], 1)
+    keys = [None] * len(frame) if shared else frame[ids].tolist()
+    stamps = times.tolist() if isinstance(times, np.ndarray) else times.as_unit("ns").asi8.tolist()
+    table = pd.Series(np.arange(len(frame)), index=pd.MultiIndex.from_arrays([keys, stamps]))
+    if (twice := table.index.duplicated()).any():
+        row = int(np.flatnonzero(twice)[0])
+        raise ValueError(f"the future covariates hold {times[row]} twice{'' if shared else f' for {keys[row]!r}'}")
+    table = dict(zip(zip(keys, stamps), range(len(frame))))
+    out = np.empty((len(panel), horizon, len(names)))
+    for n, name in enumerate(panel.ids):
+        wanted = ahead(panel, n, horizon)
+        marks = wanted.tolist() if isinstance(wanted, np.ndarray) else wanted.as_unit("ns").asi8.tolist()
+        rows = [table.get((None if shared else name, mark)) for mark in marks]
+        if None in rows:
+            lacking = [str(wanted[i]) for i, row in enumerate(rows) if row is None]
+            whose = "" if len(panel) == 1 else f" of series {name!r}"
+            raise ValueError(f"the future covariates lack {len(lacking)} of {horizon} rows{whose}: {_few(lacking)}")
+        out[n] = values[rows]
+        if np.isnan(out[n]).any():
+            step, column = np.argwhere(np.isnan(out[n]))[0]
+            raise ValueError(f"the future covariate {names[column]!r} is missing at {wanted[step]} of series {name!r}")
+    return out
+
+
+def _few(names) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_levels(level, quantiles) -> tuple[list[float], list[str]]:
+    """The quantiles that are wanted, and the endings of their columns: -lo-80, -hi-80, or _ql0.1."""
+    if level is not None and quantiles is not None:
+        raise ValueError("level and quantiles are both given; one of the two says which intervals are wanted")
+    if quantiles is not None:
+        bad = [q for q in quantiles if not isinstance(q, int | float) or not 0 < q < 1]
+        if bad:
+            raise ValueError(f"quantiles hold {bad[0]!r}, wanted numbers between 0 and 1")
+        return [float(q) for q in quantiles], [f"_ql{q:g}" for q in quantiles]
+    level = [80, 95] if level is None else list(level)
+    bad = [x for x in level if not isinstance(x, int | float) or isinstance(x, bool) or not 0 < x < 100]
+    if bad:
+        raise ValueError(f"level holds {bad[0]!r}, wanted numbers between 0 and 100, as 80 or 95")
+    wanted, names = [], []
+    for x in sorted(level):
+        wanted += [0.5 - x / 200, 0.5 + x / 200]
+        names += [f"-lo-{x:g}", f"-hi-{x:g}"]
+    return wanted, names
+
+
+def rows(
+    panel: Panel, series, cuts, horizon: int, values: dict[str, np.ndarray], cutoff: bool = False, y: bool = False
+):
+    """A long frame of windows (series[b], cuts[b]); `values` name -> (B, H). Adds y and the cutoff where asked for."""
+    pd = require_pandas()
+    blocks = {id_column(panel): np.repeat(np.array(panel.ids, dtype=object)[series], horizon)}
+    times = [panel.times(int(n), int(t) - (1 if cutoff else 0), int(t) + horizon) for n, t in zip(series, cuts)]
+    skip = 1 if cutoff else 0
+    flat = np.concatenate([np.asarray(t[skip:]) for t in times])
+    if not isinstance(panel.freq, int):
+        flat = shown(pd.DatetimeIndex(flat), panel.zone)
+    blocks[panel.columns.time] = flat
+    if cutoff:
+        starts = np.concatenate([np.repeat(np.asarray(t[:1]), horizon) for t in times])
+        blocks["cutoff"] = starts if isinstance(panel.freq, int) else shown(pd.DatetimeIndex(starts), panel.zone)
+    if y:
+        ends = panel.offsets[series] + cuts
+        blocks[panel.columns.target or TARGET] = np.concatenate([panel.y[e : e + horizon] for e in ends])
+    for name, value in values.items():
+        blocks[name] = value.reshape(-1)
+    frame = pd.DataFrame(blocks)
+    frame[id_column(panel)] = frame[id_column(panel)].infer_objects()
+    return frame
+
+
+def history(panel: Panel, last: int | None = None):
+    """The rows of the panel as a long frame, gaps as NaN; the `last` ones of every series."""
+    pd = require_pandas()
+    parts = []
+    for n, name in enumerate(panel.ids):
+        length = int(panel.lengths[n])
+        start = 0 if last is None else max(0, length - last)
+        times = panel.times(n, start, length)
+        times = times if isinstance(panel.freq, int) else shown(times, panel.zone)
+        y = panel.y[panel.offsets[n] + start : panel.offsets[n + 1]]
+        parts.append(
+            pd.DataFrame({id_column(panel): name, panel.columns.time: times, panel.columns.target or TARGET: y})
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def like(frame, sample):
+    """The frame in the library of `sample` (polars in, polars out)."""
+    pd = require_pandas()
+    if sample is None or isinstance(sample, pd.DataFrame | pd.Series | np.ndarray | list | tuple):
+        return frame
+    import narwhals as nw
+
+    library = nw.get_native_namespace(sample)
+    columns = {c: frame[c].tolist() for c in frame.columns}
+    return nw.from_dict(columns, backend=library).to_native()
+
+
+METRICS = ("mae", "rmse", "smape", "mase", "wql", "coverage")
+
+
+def evaluated(frame, models, panel_before: Panel, season: int, levels, metrics=METRICS):
+    """One row a model: means of the metrics over series and cutoffs; wql over the quantiles of `levels` and the median."""
+    import utilsforecast.losses as losses
+
+    pd = require_pandas()
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
+    ids, target = id_column(panel_before), panel_before.columns.target or TARGET
+    known = frame[frame[target].notna()].drop(columns="cutoff", errors="ignore")
+    common = {"models": models, "id_col": ids, "target_col": target}
+    trained = history(panel_before).dropna(subset=[target])
+    found = {}
+    for name in ("mae", "rmse", "smape"):
+        if name in metrics:
+            found[name] = getattr(losses, name)(known, **common)[models].mean()
+    if "mase" in metrics:
+        values = losses.mase(known, **common, seasonality=season, train_df=trained)[models]
+        found["mase"] = values.replace([np.inf, -np.inf], np.nan).mean()
+    total = known[target].abs().sum()
+    for level in levels:
+        if "coverage" in metrics:
+            found[f"coverage {level:g}"] = losses.coverage(known, **common, level=f"{level:g}")[models].mean()
+    if "wql" in metrics:
+        found["wql"] = pd.Series({m: _wql(known, m, target, levels) / max(total, 1e-12) for m in models})
+    return pd.DataFrame(found).rename_axis("model").reset_index()
+
+
+def _wql(frame, model: str, target: str, levels) -> float:
+    """Sum of twice the pinball losses, a mean over the levels."""
+    y, parts = frame[target].to_numpy(), []
+    columns = [(0.5, model)]
+    for x in levels:
+        columns += [(0.5 - x / 200, f"{model}-lo-{x:g}"), (0.5 + x / 200, f"{model}-hi-{x:g}")]
+    for q, column in columns:
+        error = y - frame[column].to_numpy()
+        parts.append(2 * np.maximum(q * error, (q - 1) * error).sum())
+    return float(np.mean(parts))

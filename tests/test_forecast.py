@@ -1,0 +1,502 @@
+"""Forecasting: the laws of clocks, windows, linear path, network and calibration, and the interface from frame to frame."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from exlstm import BatchForecaster, Forecaster, cli
+from exlstm.data import frequency
+from exlstm.data.series import panel_of
+from exlstm.data.windows import Windows, filled
+from exlstm.forecast import baselines, batch, combine, engine, fitting, frames
+from exlstm.forecast.config import MEMBERS, FitConfig
+from exlstm.models.config import ForecasterConfig, LinearConfig
+from exlstm.models.forecaster import ForecasterNetwork, pinball
+from exlstm.models.linear import Gram, LinearPath
+
+pd = pytest.importorskip("pandas")
+SMALL = FitConfig(steps=4, d_model=8, n_layers=1, n_heads=2, max_lookback=21, batch_size=16)
+
+
+def frame(n=3, days=80, seed=0):
+    """Daily series with a week in them, a trend and noise."""
+    draw, parts = np.random.default_rng(seed), []
+    for k in range(n):
+        t = np.arange(days - 3 * k)
+        y = 10 * (k + 1) + 3 * np.sin(2 * np.pi * t / 7) + 0.05 * t + draw.normal(0, 0.3, len(t))
+        dates = pd.date_range("2024-01-01", periods=len(t))
+        parts.append(pd.DataFrame({"unique_id": f"s{k}", "ds": dates, "y": y, "x": np.cos(t)}))
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return Forecaster(7, config=SMALL).fit(frame())
+
+
+def network(**more):
+    torch.manual_seed(0)
+    config = ForecasterConfig(d_model=8, n_layers=1, n_heads=2, horizon=7, lookback=14, patch=7, n_dates=18, **more)
+    n_past, n_future = config.n_past, config.n_future
+    return ForecasterNetwork(config, LinearConfig(7, 14, 7 * bool(n_past), n_past, n_future)).eval()
+
+
+def windows(data=None, columns=None, season=7):
+    return Windows(panel_of(frame() if data is None else data, columns), season).with_calendar(7)
+
+
+# Clocks: an alias, and what is guessed from its times (itself unless named).
+CLOCKS = {
+    "s": "s", "5min": "5min", "15min": "15min", "h": "h", "6h": "6h", "D": "D", "B": "B", "W-SUN": "W-SUN", "14D": "14D",
+    "MS": "MS", "ME": "ME", "QS-JAN": "QS-JAN", "QE-DEC": "QE-DEC", "YS-JAN": "YS-JAN", "YE-DEC": "YE-DEC", "2MS": "2MS",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alias", CLOCKS)
+def test_the_clock_is_guessed_and_goes_on_over_gaps(alias):
+    times = pd.date_range("2020-01-01", periods=40, freq=alias)
+    kept = np.delete(np.arange(40), [7, 8, 21])
+    panel = panel_of(pd.DataFrame({"ds": times[kept], "y": np.arange(40.0)[kept]}))
+    assert panel.freq == CLOCKS[alias]
+    assert panel.lengths.tolist() == [40]
+    assert np.flatnonzero(np.isnan(panel.y)).tolist() == [7, 8, 21]
+    assert list(panel.times(0, 0, 40)) == list(times)
+    later = pd.date_range(times[-1], periods=4, freq=alias)[1:]
+    assert list(frames.ahead(panel, 0, 3)) == list(later)
+    table, names = frequency.calendar(times, panel.freq)
+    assert table.shape == (40, len(names))
+    assert np.abs(table).max(initial=0) <= 1
+    assert all(season >= 1 for season in frequency.seasons(panel.freq))
+
+
+def test_time_zones_and_daylight_saving():
+    """Hours are counted in UTC and shown in the zone, days by the local date: neither sees a gap or a step twice."""
+    hours = pd.date_range("2024-03-30", periods=72, freq="h", tz="Europe/Berlin")
+    panel = panel_of(pd.DataFrame({"ds": hours, "y": 1.0}))
+    assert (panel.freq, panel.lengths.tolist(), panel.zone) == ("h", [72], "Europe/Berlin")
+    shown = frames.history(panel)["ds"]
+    assert list(shown) == list(hours)
+    days = pd.date_range("2024-03-25", periods=14, freq="D", tz="Europe/Berlin")
+    panel = panel_of(pd.DataFrame({"ds": days, "y": 1.0}))
+    assert (panel.freq, panel.lengths.tolist(), panel.zone) == ("D", [14], None)
+
+
+def test_forms_of_data_are_one_panel():
+    long = frame(2, 40).drop(columns="x")
+    long = long[long.ds < long.ds.iloc[-1]]
+    wide = long.pivot(index="ds", columns="unique_id", values="y")
+    shuffled = long.sample(frac=1, random_state=0)
+    polars = pytest.importorskip("polars")
+    as_polars = polars.DataFrame({c: long[c].tolist() for c in long.columns})
+    truth = panel_of(long)
+    for data in (shuffled, wide, wide.reset_index(), as_polars):
+        panel = panel_of(data)
+        order = [panel.ids.index(i) for i in truth.ids]
+        for n, m in enumerate(order):
+            got = panel.y[panel.offsets[m] : panel.offsets[m + 1]]
+            want = truth.y[truth.offsets[n] : truth.offsets[n + 1]]
+            assert np.array_equal(got[: len(want)], want)
+    arrays = panel_of([wide["s0"].to_numpy(), wide["s1"].to_numpy()])
+    assert arrays.ids == [0, 1]
+    assert panel_of(wide["s0"]).ids == ["s0"]
+    assert panel_of(long.rename(columns={"unique_id": "shop", "ds": "Date", "y": "sold"})).columns.id == "shop"
+
+
+def test_gaps_are_filled_from_before_them():
+    y = np.array([np.nan, 1, 2, 3, np.nan, 5, np.nan, np.nan, np.nan])
+    assert filled(y, 3).tolist() == [1, 1, 2, 3, 1, 5, 3, 1, 5]
+    t = 5
+    changed = np.concatenate([y[:t], y[t:] + 100])
+    assert np.array_equal(filled(y, 3)[:t], filled(changed, 3)[:t])
+
+
+def test_a_window_sees_nothing_of_its_future():
+    """Whatever stands behind the cut, input and forecast stay; and what stands behind it is the target."""
+    data = frame()
+    later = data.copy()
+    later.loc[later.ds >= "2024-02-20", ["y"]] += 50.0
+    a, b = windows(data), None
+    b = Windows(panel_of(later), 7, a.statistics).with_calendar(7)
+    series, cuts = torch.arange(3), torch.full((3,), 50)
+    one, two = a.batch(series, cuts, 14, 7), b.batch(series, cuts, 14, 7)
+    for name, x, y in zip(one._fields, one, two):
+        assert torch.equal(x, y) == (name != "target"), name
+    model = network()
+    assert torch.equal(model(one), model(two))
+    truth = data[data.unique_id == "s1"].y.to_numpy()[50:57]
+    mean, scale = a.norms[1]
+    assert np.allclose(one.target[1] * scale + mean, truth, atol=1e-4)
+
+
+def test_steps_before_the_first_row_are_zero_and_marked():
+    batch = windows().batch(torch.tensor([0]), torch.tensor([5]), 14, 7)
+    assert not batch.inside[0, :9].any()
+    assert batch.inside[0, 9:].all()
+    assert not batch.y[0, :9].any()
+
+
+def test_the_linear_path_is_ridge_regression_and_sums_over_pieces():
+    torch.manual_seed(0)
+    config = LinearConfig(horizon=7, lookback=14, scale="series", n_dates=12)
+    w, path = windows(), LinearPath(config)
+    series = torch.arange(3).repeat_interleave(20)
+    cuts = torch.arange(20, 40).repeat(3)
+    whole, pieces = Gram(path), Gram(path)
+    whole.add(w.batch(series, cuts, 14, 7))
+    for part in range(0, 60, 7):
+        pieces.add(w.batch(series[part : part + 7], cuts[part : part + 7], 14, 7))
+    batch = w.batch(series, cuts, 14, 7)
+    level, scale = path.units(batch)
+    x = path.features(batch, level, scale).double()
+    y = (batch.target - level).double()
+    penalty = 0.1 * (x.T @ x).diagonal().mean()
+    rows = torch.cat([x, penalty.sqrt() * torch.eye(x.shape[1])])
+    wanted = torch.linalg.lstsq(rows, torch.cat([y, torch.zeros(x.shape[1], 7)])).solution
+    for gram in (whole, pieces):
+        (weight,) = gram.solve([0.1])
+        assert torch.allclose(weight.double(), wanted, atol=1e-4)
+        assert int(gram.windows) == 60
+
+
+@pytest.mark.parametrize("variates", ["none", "attention", "slstm"])
+def test_before_training_the_network_is_the_linear_path(variates):
+    model = network(variates=variates)
+    torch.nn.init.normal_(model.linear.weight, std=0.2)
+    batch = windows().batch(torch.arange(3), torch.full((3,), 60), 14, 7)
+    found = model(batch, 3)
+    assert torch.allclose(found[..., 6], model.linear.predict(batch), atol=1e-5)
+    assert found.shape == (3, 7, 13)
+    assert (found.diff(dim=-1) > 0).all()
+
+
+def test_quantiles_never_cross_and_the_loss_is_the_pinball_loss():
+    model = network()
+    for head in (model.head, model.step_head):
+        torch.nn.init.normal_(head.weight, std=30.0)
+    batch = windows().batch(torch.arange(3), torch.full((3,), 60), 14, 7)
+    found = model(batch)
+    assert (found.diff(dim=-1) >= 0).all()
+    _, scale = model.linear.units(batch)
+    error = (batch.target[..., None] - found) / scale[..., None]
+    wanted = 2 * torch.where(error > 0, model.levels * error, (model.levels - 1) * error).mean()
+    assert torch.allclose(model.loss(batch), wanted)
+    model.loss(batch).backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name != "linear.weight")
+
+
+def test_missing_targets_do_not_count():
+    target = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
+    quantiles = torch.zeros(2, 2, 3)
+    loss = pinball(quantiles, target, torch.tensor([0.1, 0.5, 0.9]), torch.ones(2, 1))
+    assert torch.allclose(loss, 2 * torch.tensor([0.1, 0.5, 0.9]).mean())
+
+
+def test_series_see_each_other_only_through_the_variate_mixer():
+    batch = windows().batch(torch.arange(3), torch.full((3,), 60), 14, 7)
+    other = batch._replace(y=batch.y + torch.tensor([[0.0], [0.0], [1.0]]) * torch.randn(3, 14))
+    for variates in ("none", "attention", "slstm"):
+        model = network(variates=variates)
+        for head in (model.head, model.step_head, *([model.mixer.out] if model.mixer else [])):
+            torch.nn.init.normal_(head.weight)
+        moved = (model(batch, 3) - model(other, 3))[0].abs().max() > 1e-6
+        assert moved == (variates != "none")
+
+
+def test_baselines_continue_what_they_are_made_for():
+    t = torch.arange(48.0)
+    season = 10 + 3 * torch.sin(2 * torch.pi * t / 12)
+    batch = windows().batch(torch.tensor([0]), torch.tensor([60]), 48, 7)
+    whole = batch._replace(y=season[None], inside=torch.ones(1, 48, dtype=torch.bool))
+    after = (10 + 3 * torch.sin(2 * torch.pi * torch.arange(48.0, 66.0) / 12))[None]
+    assert torch.allclose(baselines.seasonal_naive(whole, 12, 18), after, atol=1e-4)
+    assert torch.allclose(baselines.theta(whole, 12, 18, torch.zeros(1, 1)), after, atol=0.15)
+    line = whole._replace(y=(2 + 0.5 * t)[None])
+    ahead = baselines.theta(line, 1, 4, torch.full((1, 1), -5.0))
+    # Theta halves the trend: the mean of the line and of the last level.
+    assert torch.allclose(ahead, ((2 + 0.5 * torch.arange(48.0, 52.0) + 25.5) / 2)[None], atol=0.05)
+
+
+def test_the_blend_finds_the_good_member_and_averages_two_halves():
+    torch.manual_seed(0)
+    levels, unit = torch.tensor([0.1, 0.5, 0.9]), torch.ones(200, 1)
+    target, spread = torch.randn(200, 5), torch.tensor([-1.3, 0.0, 1.3])
+    good, bad = target[..., None] + 0.1 * torch.randn(200, 5, 1) + spread, torch.full((200, 5, 3), 3.0) + spread
+    assert combine.blend(torch.stack([bad, good]), target, unit, levels, "mae") == [0, 1]
+    noise = torch.randn(200, 5, 1)
+    halves = torch.stack([target[..., None] + noise + spread, target[..., None] - noise + spread])
+    for metric in ("mae", "mse"):
+        assert combine.blend(halves, target, unit, levels, metric) == pytest.approx([0.5, 0.5], abs=0.051)
+
+
+def test_calibration_covers_what_it_says():
+    """A spread half as wide as it should be, and lopsided, is stretched until later windows fall inside as often as told."""
+    torch.manual_seed(0)
+    levels = torch.tensor(engine.LEVELS)
+    truth = torch.distributions.Gamma(2.0, 1.0).sample((3000, 4))
+    z = torch.distributions.Normal(0.0, 0.5).icdf(levels).expand(3000, 4, -1) + truth.median()
+    factors = combine.stretch(z[:1000], truth[:1000], levels)
+    found = combine.stretched(z[1000:], factors)
+    below = (truth[1000:, :, None] < found).float().mean((0, 1))
+    assert (below - levels).abs().max() < 0.03
+    assert (found.diff(dim=-1) >= 0).all()
+    assert torch.equal(combine.at_levels(found, levels, [0.1, 0.9])[..., 0], found[..., 2])
+    between = combine.at_levels(found, levels, [0.01, 0.15, 0.99])
+    assert (between[..., 0] < found[..., 0]).all()
+    assert ((between[..., 1] > found[..., 2]) & (between[..., 1] < found[..., 3])).all()
+
+
+def test_a_panel_is_split_where_it_should_be():
+    w = windows()
+    found = fitting.split(w, FitConfig(horizon=7))
+    assert found.begins.tolist() == [80 - 12, 77 - 11, 74 - 11]
+    train, val = found.train(14, 7), found.val(7)
+    for cuts in (train, val):
+        series, at = cuts.at(torch.arange(cuts.total))
+        assert (at + 7 <= (found.begins if cuts is train else w.lengths)[series]).all()
+        assert (at >= (7 if cuts is train else found.begins[series])).all()
+        assert len(set(zip(series.tolist(), at.tolist()))) == cuts.total
+
+
+# Interface
+
+
+def test_predict_gives_the_columns_of_neuralforecast(fitted):
+    found = fitted.predict(level=[80])
+    assert list(found.columns)[:5] == ["unique_id", "ds", "xLSTM", "xLSTM-lo-80", "xLSTM-hi-80"]
+    assert {"SeasonalNaive", "Linear-hi-80"} <= set(found.columns)
+    assert len(found) == 21
+    assert found.ds.iloc[0] == pd.Timestamp("2024-01-01") + pd.Timedelta(days=80)
+    assert (found["xLSTM-lo-80"] <= found["xLSTM"]).all()
+    assert (found["xLSTM"] <= found["xLSTM-hi-80"]).all()
+    quantiles = fitted.predict(quantiles=[0.25, 0.5], h=2, baselines=False)
+    assert list(quantiles.columns) == ["unique_id", "ds", "xLSTM", "xLSTM_ql0.25", "xLSTM_ql0.5"]
+    assert quantiles["xLSTM_ql0.5"].equals(quantiles["xLSTM"].rename("xLSTM_ql0.5"))
+    assert len(quantiles) == 6
+
+
+def test_it_forecasts_what_is_there_to_be_seen(fitted):
+    """Better than the seasonal naive forecast on a week with a trend, and the weights add up to one."""
+    whole = frame(days=87)
+    truth = whole.groupby("unique_id").tail(7)
+    found = fitted.predict().merge(truth, on=["unique_id", "ds"])
+    assert len(found) == 21
+    assert (found.xLSTM - found.y).abs().mean() < (found.SeasonalNaive - found.y).abs().mean()
+    assert sum(fitted.engine.weights.values()) == pytest.approx(1)
+    skill = fitted.skill().set_index("model")
+    assert skill.loc["SeasonalNaive", "mae"] == 1
+    assert skill.loc["xLSTM", "pinball"] <= skill["pinball"].min() + 0.05
+
+
+def test_the_same_seed_gives_the_same_forecast(fitted):
+    again = Forecaster(7, config=SMALL).fit(frame())
+    pd.testing.assert_frame_equal(again.predict(), fitted.predict())
+
+
+def test_a_saved_forecaster_is_the_same(fitted, tmp_path):
+    fitted.save(tmp_path / "model")
+    loaded = Forecaster.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.predict(), fitted.predict())
+    new = frame(seed=5)
+    pd.testing.assert_frame_equal(loaded.predict(new), fitted.predict(new))
+    assert {f.suffix for f in (tmp_path / "model").iterdir()} == {".json", ".safetensors"}
+    fitted.save(tmp_path / "model")
+    settings = tmp_path / "model" / "tensors.safetensors"
+    data = bytearray(settings.read_bytes())
+    data[-3] ^= 1
+    settings.write_bytes(data)
+    with pytest.raises(ValueError, match=r"tensors\.safetensors"):
+        Forecaster.load(tmp_path / "model")
+
+
+def test_update_is_the_same_as_predicting_from_the_whole_history(fitted):
+    whole = frame(days=87)
+    series = [g for _, g in whole.groupby("unique_id")]
+    model = fitted.on(pd.concat([g.iloc[:-7] for g in series]))
+    for day in range(7):
+        model.update(pd.concat([g.iloc[[len(g) - 7 + day]] for g in series]))
+    pd.testing.assert_frame_equal(model.predict(), fitted.predict(whole))
+    assert model.panel.lengths.max() <= fitted.engine.longest + 8
+
+
+def test_cross_validation_forecasts_from_before_the_cutoff(fitted):
+    data = frame()
+    cv = fitted.cross_validation(data, n_windows=2, step_size=7)
+    assert list(cv.columns[:4]) == ["unique_id", "ds", "cutoff", "y"]
+    assert len(cv) == 42
+    assert ((cv.ds - cv.cutoff).dt.days.between(1, 7)).all()
+    before = pd.concat([g.iloc[:-14] for _, g in data.groupby("unique_id")])
+    alone = Forecaster(7, config=SMALL).fit(before).predict()
+    first = cv[cv.groupby("unique_id").cutoff.transform("min") == cv.cutoff].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first[alone.columns], alone, rtol=1e-4)
+    table = fitted.evaluate(cv).set_index("model")
+    error = (cv.y - cv.xLSTM).abs().groupby(cv.unique_id).mean().mean()
+    assert table.loc["xLSTM", "mae"] == pytest.approx(error)
+    assert {"mase", "wql", "coverage 80", "coverage 95"} <= set(table.columns)
+
+
+def test_polars_in_polars_out(fitted):
+    polars = pytest.importorskip("polars")
+    data = frame()
+    found = fitted.predict(polars.DataFrame({c: data[c].tolist() for c in data.columns}))
+    assert isinstance(found, polars.DataFrame)
+    assert np.allclose(found["xLSTM"].to_numpy(), fitted.predict().xLSTM)
+
+
+def test_covariates_of_the_future_are_used():
+    """The target follows a covariate that cannot be foreseen: with it the error nearly vanishes."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=207)
+    data = pd.DataFrame({"ds": pd.date_range("2024-01-01", periods=207), "y": 3 * x + 5, "x": x, "place": "a"})
+    known, future = data.iloc[:200], data.iloc[200:][["ds", "x"]]
+    with_it = Forecaster(7, futr_exog="x", target_col="y", config=SMALL).fit(known)
+    found = with_it.predict(futr_df=future)
+    assert np.abs(found.xLSTM - data.y[200:].to_numpy()).mean() < 0.5
+    without = Forecaster(7, hist_exog="x", target_col="y", stat_exog="place", config=SMALL).fit(known)
+    assert np.abs(without.predict().xLSTM - data.y[200:].to_numpy()).mean() > 1
+
+
+@pytest.mark.parametrize("kind", [{"variates": "attention"}, {"variates": "slstm"}, {"design": "xlstmtime"}], ids=str)
+def test_series_that_see_each_other_can_be_fitted(kind, tmp_path):
+    data = frame(days=60)
+    data = data[data.ds < "2024-02-20"]
+    settings = FitConfig(steps=30, d_model=8, n_layers=1, n_heads=2, lookback=14, members=("network",), **kind)
+    model = Forecaster(7, config=settings).fit(data)
+    found = model.predict()
+    assert np.isfinite(found.xLSTM).all()
+    model.save(tmp_path / "model")
+    pd.testing.assert_frame_equal(Forecaster.load(tmp_path / "model").predict(), found)
+
+
+@pytest.mark.parametrize("blocks", [("mlstm",), ("attention",), ("lstm",), ("mamba2",), ("slstm", "mlstm")])
+def test_any_block_mixes_time(blocks):
+    settings = FitConfig(steps=2, d_model=16, n_layers=len(blocks), n_heads=2, lookback=14, blocks=blocks)
+    assert np.isfinite(Forecaster(7, config=settings).fit(frame(2)).predict().xLSTM).all()
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_alone(member):
+    settings = FitConfig(steps=2, d_model=8, n_layers=1, n_heads=2, lookback=14, members=(member,))
+    model = Forecaster(7, config=settings).fit(frame(2))
+    assert np.isfinite(model.predict().xLSTM).all()
+    assert model.skill()["mae"].notna().all()
+
+
+def test_finetuning_takes_what_new_data_teach(fitted):
+    other = frame(seed=9)
+    tuned = fitted.on(frame()).finetune(other, steps=2)
+    assert "finetuned" in tuned.engine.notes[-1]
+    assert len(tuned.predict()) == 21
+    assert "finetuned" not in fitted.engine.notes[-1]
+
+
+def test_gaps_constants_and_short_series_are_forecast():
+    data = frame()
+    data.loc[data.index[5:9], "y"] = np.nan
+    still = pd.DataFrame({"unique_id": "still", "ds": pd.date_range("2024-01-01", periods=60), "y": 4.0})
+    short = pd.DataFrame({"unique_id": "short", "ds": pd.date_range("2024-02-01", periods=3), "y": [1.0, 2.0, 3.0]})
+    empty = still.assign(unique_id="empty", y=np.nan)
+    told = []
+    whole = pd.concat([data, still, short, empty])
+    found = Forecaster(7, config=SMALL, report=told.append).fit(whole).predict()
+    assert set(found.unique_id) == {"s0", "s1", "s2", "still", "short"}
+    assert np.isfinite(found.select_dtypes("number")).all(axis=None)
+    assert np.allclose(found[found.unique_id == "still"].xLSTM, 4, atol=0.5)
+    assert any("empty" in sentence for sentence in told)
+
+
+def test_the_figure_is_drawn(fitted, tmp_path):
+    pytest.importorskip("matplotlib")
+    fitted.plot(path=tmp_path / "fc.png")
+    assert (tmp_path / "fc.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Very many series
+
+
+def test_a_batch_forecaster_travels_and_agrees(fitted, tmp_path):
+    fitted.save(tmp_path / "model")
+    traveller = pickle.loads(pickle.dumps(BatchForecaster(tmp_path / "model", level=[80])))
+    wanted = fitted.predict(frame(), level=[80], baselines=False)
+    pd.testing.assert_frame_equal(traveller(frame()), wanted)
+    assert pickle.loads(pickle.dumps(traveller)).model is None
+    parts = [group for _, group in frame().groupby("unique_id")]
+    (mapped,) = BatchForecaster(tmp_path / "model", level=[80]).map(iter(parts))
+    pd.testing.assert_frame_equal(mapped, wanted)
+
+
+def test_ray_maps_it_over_groups(fitted, tmp_path):
+    ray = pytest.importorskip("ray")
+    fitted.save(tmp_path / "model")
+    data = ray.data.from_pandas(frame()).groupby("unique_id")
+    found = data.map_groups(BatchForecaster(tmp_path / "model"), batch_format="pandas").to_pandas()
+    wanted = fitted.predict(baselines=False)
+    found = found.sort_values(["unique_id", "ds"], ignore_index=True)
+    assert np.allclose(found.xLSTM, wanted.xLSTM, rtol=1e-4)
+
+
+def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "PART", 2)
+    monkeypatch.chdir(tmp_path)
+    fitted.save("model")
+    frame().to_csv("data.csv", index=False)
+    command = ["forecast", "data.csv", "--model", "model", "--out", "parts", "--workers", "1"]
+    assert cli.main(command) == 0
+    files = sorted((tmp_path / "parts").iterdir())
+    assert [f.name for f in files] == ["part-00000.csv", "part-00001.csv"]
+    whole = pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
+    assert np.allclose(whole.xLSTM, fitted.predict().xLSTM)
+    files[1].unlink()
+    files[0].write_text("kept")
+    assert cli.main(command) == 0
+    assert "3 series in 2 parts, 1 of them done before" in capsys.readouterr().out
+    assert files[0].read_text() == "kept"
+    assert files[1].exists()
+
+
+# The command
+
+FAST = [
+    "--fit.steps",
+    "3",
+    "--fit.d-model",
+    "8",
+    "--fit.n-layers",
+    "1",
+    "--fit.n-heads",
+    "2",
+    "--fit.max-lookback",
+    "21",
+]
+
+
+def test_the_command_from_csv_to_csv_and_again_with_the_saved_model(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    frame().to_csv("data.csv", index=False)
+    command = ["forecast", "data.csv", "--horizon", "7", "--target", "y", "--out", "fc.csv", "--model", "kept"]
+    assert cli.main([*command, "--cv", "1", "--plot", "fc.png", *FAST]) == 0
+    out = capsys.readouterr().out
+    for told in (
+        "frequency 'D'",
+        "linear path",
+        "test on the last 1 windows",
+        "SeasonalNaive",
+        "forecast: fc.csv, 21 rows",
+    ):
+        assert told in out
+    first = pd.read_csv("fc.csv")
+    assert len(first) == 21
+    assert (tmp_path / "fc.png").stat().st_size > 1000
+    assert cli.main(["forecast", "data.csv", "--model", "kept", "--out", "again.csv"]) == 0
+    assert "uses the model in kept" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(pd.read_csv("again.csv"), first)
+
+
+def test_the_command_without_a_file_has_a_series(capsys):
+    pytest.importorskip("vega_datasets")
+    assert cli.main(["forecast", *FAST, "--fit.lookback", "24", "--fit.members", "naive", "linear"]) == 0
+    out = capsys.readouterr().out
+    assert "seattle-temps.csv" in out
+    assert "horizon 24" in out

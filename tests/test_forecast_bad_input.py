@@ -1,0 +1,231 @@
+"""A forecast of bad data: one sentence that says what came and what was wanted, exit code 2, and nothing written."""
+
+import json
+
+import numpy as np
+import pytest
+
+from exlstm import Forecaster, cli
+from exlstm.forecast.config import FitConfig
+
+pd = pytest.importorskip("pandas")
+DAYS = pd.date_range("2024-01-01", periods=40)
+GOOD = pd.DataFrame({"ds": DAYS, "y": np.arange(40.0) % 7, "x": np.arange(40.0)})
+UNALIGNED = FitConfig(variates="attention", lookback=7, steps=1)
+LINEAR = FitConfig(members=("naive", "linear"), max_lookback=14)
+FAST = "--fit.members naive linear --fit.max-lookback 14"
+
+
+def changed(row, column, value):
+    frame = GOOD.astype({column: object})
+    frame.loc[row, column] = value
+    return frame
+
+
+# file: its content
+FILES = {
+    "good.csv": GOOD,
+    "header.csv": GOOD.iloc[:0],
+    "single.csv": GOOD[["y"]],
+    "row.csv": GOOD.iloc[:1],
+    "short.csv": GOOD.iloc[:9],
+    "notime.csv": GOOD[["y", "x"]],
+    "text.csv": changed(4, "y", "seven"),
+    "inf.csv": changed(4, "y", np.inf),
+    "huge.csv": changed(4, "y", 1e40),
+    "missing.csv": GOOD.assign(y=np.nan),
+    "date.csv": changed(4, "ds", "the fifth"),
+    "hole.csv": changed(4, "ds", None),
+    "twice.csv": pd.concat([GOOD, GOOD.iloc[[3]]]),
+    "mixed.csv": changed(5, "ds", "2024-01-06 07:13:00"),
+    "zones.csv": changed(5, "ds", "2024-01-06T00:00:00+02:00"),
+    "autumn.csv": pd.DataFrame(
+        {"ds": pd.to_datetime(["2024-10-27 01:00", "2024-10-27 02:00", "2024-10-27 02:00"]), "y": 1.0}
+    ),
+    "months.csv": pd.DataFrame({"ds": ["2024-01-31", "2024-02-29", "2024-03-15", "2024-04-30"], "y": 1.0}),
+    "column_twice.csv": "ds,y,y\n2024-01-01,1,2\n2024-01-02,1,2\n",
+    "empty.csv": "",
+    "ragged.csv": "ds,y\n2024-01-01,1\n2024-01-02,1,3,4\n",
+    "words.csv": pd.DataFrame({"ds": DAYS, "name": [f"n{i}" for i in range(40)], "place": "x"}),
+    "two.csv": pd.DataFrame({"id": ["a", "b"] * 20, "ds": np.repeat(DAYS[:20], 2), "p": 1.0, "q": 2.0}),
+    "noid.csv": pd.DataFrame({"id": ["a", None] * 20, "ds": np.repeat(DAYS[:20], 2), "y": 1.0}),
+    "future.csv": pd.DataFrame({"ds": pd.date_range("2024-02-10", periods=7), "x": 1.0}),
+    "future_short.csv": pd.DataFrame({"ds": pd.date_range("2024-02-10", periods=5), "x": 1.0}),
+    "future_hole.csv": pd.DataFrame({"ds": pd.date_range("2024-02-10", periods=7), "x": [1.0, np.nan, *[1.0] * 5]}),
+    "future_other.csv": pd.DataFrame({"ds": pd.date_range("2024-02-10", periods=7), "z": 1.0}),
+    "future_twice.csv": pd.DataFrame({"ds": [pd.Timestamp("2024-02-10")] * 7, "x": 1.0}),
+    "weekly.csv": pd.DataFrame({"ds": pd.date_range("2024-01-01", periods=40, freq="7D"), "y": 1.0, "x": 1.0}),
+    "other_columns.csv": GOOD.rename(columns={"y": "sales"}),
+    "bad.tsf": "@relation x\n@frequency daily\n@data\nT1:1,2,three\n",
+    "none.tsf": "hello\n",
+}
+# command: what its sentence must say
+COMMANDS = {
+    "forecast nothing.csv": "there is no file nothing.csv",
+    "forecast .": ". is a folder",
+    "forecast empty.csv": "empty.csv is empty",
+    "forecast header.csv": "has a header and no rows",
+    "forecast single.csv": "single column 'y'",
+    "forecast ragged.csv": "ragged.csv cannot be read as a table",
+    "forecast notime.csv": "no column looks like a time",
+    "forecast good.csv --time when": "there is no column 'when' (time)",
+    "forecast good.csv --target yy": "there is no column 'yy' (target), did you mean 'y'?",
+    "forecast good.csv --id shop": "there is no column 'shop' (id)",
+    "forecast good.csv --exog price": "there is no column 'price' (covariate)",
+    "forecast good.csv --target y --exog y": "column 'y' is asked for twice",
+    "forecast words.csv --id place": "column 'name' holds 'n0' in row 1, wanted a number",
+    "forecast two.csv": "'p', 'q' could all be forecast; name one with target",
+    "forecast noid.csv": "column 'id' has no id in row 2",
+    "forecast row.csv --target y": "a single row",
+    "forecast short.csv --target y --horizon 7": "the longest series has 9 rows, a horizon of 7 wants at least 21",
+    "forecast text.csv --target y": "column 'y' holds 'seven' in row 5, wanted a number",
+    "forecast inf.csv --target y": "column 'y' holds an infinity in row 5",
+    "forecast huge.csv --target y": "more than 1e30",
+    "forecast missing.csv --target y": "every value of the target is missing in series 'y'",
+    "forecast date.csv --target y": "column 'ds' holds 'the fifth' in row 5, which is no time",
+    "forecast hole.csv --target y": "column 'ds' has no time in row 5",
+    "forecast twice.csv --target y": "2024-01-04 00:00:00 stands twice in column 'ds'",
+    "forecast mixed.csv --target y": "2024-01-06 07:13:00 is no step of frequency 'D'",
+    "forecast zones.csv --target y": "mixes times with and without a zone",
+    "forecast autumn.csv": "if clocks went back then, give times with their zone",
+    "forecast months.csv": "is no step of frequency",
+    "forecast good.csv --target y --freq fortnight": "freq is 'fortnight', wanted a pandas alias",
+    "forecast good.csv --target y --freq W-SUN": "is no step of frequency 'W-SUN'",
+    "forecast good.csv --target y --horizon -1": "horizon is -1",
+    "forecast good.csv --target y --horizon seven": "--horizon is 'seven', wanted a number",
+    "forecast good.csv --target y --level 120": "level holds 120.0, wanted numbers between 0 and 100",
+    "forecast good.csv --target y --cv -2": "cv is -2",
+    "forecast good.csv --target y --fit.members oracle": "unknown member 'oracle'",
+    "forecast good.csv --target y --fit.blocks slst": "unknown block 'slst'",
+    "forecast good.csv --target y --fit.lr 0": "lr is 0",
+    "forecast good.csv --target y --device gpu9": "device 'gpu9' cannot be used here",
+    "forecast good.csv --target y --horizn 3": "unknown field --horizn, did you mean --horizon?",
+    "forecast good.csv --target y --out nowhere/fc.csv": "there is no folder",
+    "forecast good.csv --target y --out fc.parquet --fit.val-size 3": "val_size is 3, wanted at least the horizon",
+    "forecast good.csv --target y --model thesis": "thesis holds no forecaster and is not empty",
+    "forecast good.csv --target y --future future.csv": "--future holds covariates, but no --exog names them",
+    "forecast good.csv --target y --exog x --future future_short.csv": "lack 2 of 7 rows: 2024-02-15 00:00:00, 2024-02-16",
+    "forecast good.csv --target y --exog x --future future_hole.csv": "'x' is missing at 2024-02-11",
+    "forecast good.csv --target y --exog x --future future_other.csv": "the future covariates lack column 'x'",
+    "forecast good.csv --target y --exog x --future future_twice.csv": "hold 2024-02-10 00:00:00 twice",
+    "forecast good.csv --model kept": "the model was fitted with x known for the future",
+    "forecast other_columns.csv --model kept --future future.csv": "there is no column 'y' (target)",
+    "forecast weekly.csv --model kept --future future.csv": "only 40 of 274 steps of frequency 'D' have a row",
+    "forecast good.csv --model kept --horizon 9": "holds a model for a horizon of 7, --horizon is 9",
+    "forecast good.csv --model damaged": "tensors.safetensors",
+    "forecast good.csv --target y --workers 2": "--workers wants a table, a fitted model in --model",
+    "forecast good.csv --model kept --out parts --workers 2 --cv 1": "neither --exog, --future, --cv nor --plot",
+    "forecast good.csv --model kept --out parts --workers 2": "so it has no parts",
+    "forecast bad.tsf": "bad.tsf has 2 fields in line 4, wanted 1",
+    "forecast none.tsf": "not a .tsf file",
+    "forecast column_twice.csv --target y --level 80 --freq 3": "freq is '3'",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Files of every kind of bad data, a saved model and a damaged one."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, content in FILES.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+        else:
+            content.to_csv(folder / name, index=False)
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "chapter.tex").write_text("x")
+    model = Forecaster(7, target_col="y", futr_exog="x", config=LINEAR).fit(GOOD)
+    for name in ("kept", "damaged"):
+        model.save(folder / name)
+    tensors = folder / "damaged" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_forecast_is_one_sentence(command, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    before = contents(place)
+    words = command.split() + (FAST.split() if "--fit.members" not in command else [])
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("exlstm: ")
+    assert told.count("\n") == 1, told
+    assert COMMANDS[command] in told
+    assert contents(place) == before
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Forecaster(7, target_col="y", config=LINEAR).fit(GOOD[["ds", "y"]])
+
+
+# what is wrong, and what the sentence must say
+CALLS = {
+    "not fitted": (lambda m: Forecaster(3).predict(), "has not been fitted"),
+    "a dictionary": (lambda m: Forecaster(3).fit({"y": [1]}), "the data is dict, wanted a pandas or polars frame"),
+    "three axes": (lambda m: Forecaster(3).fit(np.zeros((2, 2, 2))), "shape (2, 2, 2)"),
+    "text in an array": (lambda m: Forecaster(3).fit(["a", "b"]), "no number"),
+    "an empty frame": (lambda m: Forecaster(3).fit(GOOD.iloc[:0]), "the data has no rows"),
+    "horizon 0": (lambda m: Forecaster(0), "horizon is 0"),
+    "a season of none": (lambda m: Forecaster(3, season=0), "season is 0"),
+    "further than fitted": (lambda m: m.predict(h=9), "h is 9, wanted 1 to 7"),
+    "level and quantiles": (lambda m: m.predict(level=[80], quantiles=[0.1]), "are both given"),
+    "a quantile of 2": (lambda m: m.predict(quantiles=[2]), "quantiles hold 2"),
+    "no windows": (lambda m: m.cross_validation(n_windows=0), "n_windows is 0"),
+    "more windows than rows": (lambda m: m.cross_validation(n_windows=9), "so nothing is left to learn from"),
+    "a gap before the update": (lambda m: m.update(GOOD.iloc[[20]][["ds", "y"]]), "wanted 2024-02-10 00:00:00"),
+    "an unknown metric": (
+        lambda m: m.evaluate(m.cross_validation(), metrics=["mase", "luck"]),
+        "unknown metric 'luck'",
+    ),
+    "forecasts without truth": (lambda m: m.evaluate(m.predict()), "give the true values as df"),
+    "column twice": (lambda m: Forecaster(3).fit(GOOD.set_axis(["ds", "y", "y"], axis=1)), "stands twice in the data"),
+    "truth and number": (lambda m: Forecaster(3).fit(GOOD.assign(ds=DAYS[3] < DAYS)), "wanted timestamps"),
+    "no folder": (lambda m: Forecaster.load("nowhere"), "nowhere is no folder"),
+    "unaligned variates": (
+        lambda m: Forecaster(3, config=FitConfig(variates="attention", lookback=7, steps=1)).fit(
+            [np.arange(40.0), np.arange(41.0)]
+        ),
+        "wants series of one length and begin",
+    ),
+    "covariates of text": (
+        lambda m: Forecaster(3, futr_exog="x", target_col="y").fit(GOOD.assign(x="a")),
+        "column 'x' holds 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_bad_call_is_one_sentence(call, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attempt, sentence = CALLS[call]
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as caught:
+        attempt(model)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"version": 99}, {"format": "other"}, {"fit": {"horizons": 3}}, {"linear": None}])
+def test_a_model_that_is_not_ours_is_refused(change, model, tmp_path):
+    model.save(tmp_path / "model")
+    path = tmp_path / "model" / "forecaster.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    (tmp_path / "model" / "manifest.json").unlink()
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        Forecaster.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(model, place):
+    with pytest.raises(ValueError, match=r"chapter\.tex"):
+        model.save(place / "thesis")
+    assert (place / "thesis" / "chapter.tex").read_text() == "x"
+
+
+def test_the_tables_are_long_enough():
+    assert len(COMMANDS) + len(CALLS) >= 25
