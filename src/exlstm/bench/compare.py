@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from exlstm.bench import contenders, scoreboard, timing
+from exlstm.bench import contenders, rows, scoreboard, timing
 from exlstm.bench.config import CompareConfig
 from exlstm.bench.feeds import open_feed, open_text
 from exlstm.bench.rows import MODELS, ROWS, TEXTS, THEIRS, Row
@@ -38,7 +38,7 @@ def run(name: str, config: CompareConfig) -> list[dict]:
     began = time.time()
     until = began + 60 * config.minutes if config.minutes else float("inf")
     row, device = chosen(name, config), device_of(config.device)
-    folder = config.out / name
+    folder = config.out / (f"{name}-quick" if config.quick else name)
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.only_writer(folder), timing.cores(replace(config, device=device)):
         warnings.filterwarnings("ignore", "This instance was constructed with capturable", UserWarning)
@@ -77,6 +77,8 @@ def chosen(name: str, config: CompareConfig) -> Row:
         )
     if any(case.task in TEXTS for case in row.cases) and config.text is None:
         raise ValueError(f"row {name} reads a text, give its file with --text")
+    if config.quick:
+        row = rows.toy(row)
     kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "n_layers", "n_heads")
     row = replace(row, **{field: getattr(config, field) for field in kept if getattr(config, field)})
     if config.cases:

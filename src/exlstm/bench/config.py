@@ -263,6 +263,8 @@ class CompareConfig:
     """record the steps as CUDA graphs"""
     text: Path | None = None
     """the file of a row that reads text: tinyshakespeare.txt, enwik8, or code (its held-out packages beside it as FILE.val)"""
+    quick: bool = False
+    """two steps of toys on short words: does everything run here?"""
     threads: int = 1
     """CPU threads of a run"""
     device: str = "auto"

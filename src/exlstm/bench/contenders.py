@@ -4,6 +4,7 @@ Every contender has `loss((inputs, targets))`, `answers(inputs, asked)` and `rea
 """
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,23 @@ def network(name: str, row: Row, vocab_size: int) -> LanguageConfig:
     settings = from_dict(LanguageConfig, {**sizes, "blocks": blocks, "vocab_size": vocab_size, **options})
     if not row.match or name == row.match:
         return settings
-    wanted = LanguageModel(network(row.match, row, vocab_size), device="meta").n_parameters()
+    wanted = n_parameters(network(row.match, row, vocab_size))
     # At least one round of the kinds, so that a ratio is what its name says.
-    layers = range(len(kinds), 4 * row.n_layers + len(kinds))
-    stacks = [replace(settings, n_layers=n) for n in layers]
-    return min(stacks, key=lambda stack: abs(LanguageModel(stack, device="meta").n_parameters() - wanted))
+    stacks = [replace(settings, n_layers=n) for n in range(len(kinds), 4 * row.n_layers + len(kinds))]
+    return min(stacks, key=lambda stack: abs(n_parameters(stack) - wanted))
+
+
+def n_parameters(settings: LanguageConfig) -> int:
+    """Parameters of the model with these settings: one block of every kind is built, without memory, and counted."""
+    blocks = {kind: replace(settings, blocks=(kind,), n_layers=1) for kind in settings.blocks}
+    sizes = {kind: _block_size(stack) for kind, stack in blocks.items()}
+    maps = settings.vocab_size * settings.d_model * (1 if settings.tie_embeddings else 2) + settings.d_model
+    return maps + sum(sizes[kind] for kind in settings.layers())
+
+
+@lru_cache(maxsize=256)
+def _block_size(stack: LanguageConfig) -> int:
+    return sum(p.numel() for p in Stack(stack, device="meta").parameters())
 
 
 def state_bytes(model: nn.Module, length: int) -> int | None:

@@ -6,7 +6,7 @@ tenth of warm-up, cosine. MQAR as in Zoology (arXiv 2312.04927). enwik8: 90, 5 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # name -> (blocks in turn, settings of the kinds beside the defaults); "matrix" is the row's kind of mLSTM block.
 MODELS = {
@@ -83,6 +83,22 @@ class Row:
     """a run ends where an evaluation on the way reaches this score, as Zoology's do; 0: never"""
     widths: tuple[int, ...] = ()
     """several d_model in place of the one"""
+
+
+def toy(row: Row) -> Row:
+    """The row as a matter of seconds: two steps, small models, words of at most 64 tokens."""
+
+    def short(ends):
+        cut = ((min(low, 40 if low < high else 64), min(high, 64), min(items, 4)) for low, high, items in ends)
+        return tuple(dict.fromkeys(cut))
+
+    cases = []
+    for case in row.cases:
+        train = short(case.train)
+        shares = case.shares if len(train) == len(case.shares) else (1,) * len(train)
+        cases.append(replace(case, train=train, shares=shares, test=short(case.test)))
+    sizes = {"d_model": 16, "widths": (), "n_layers": 2, "n_heads": 2, "dropout": 0.0}
+    return replace(row, cases=tuple(cases), steps=2, batch=4, lrs=row.lrs[:1], seeds=row.seeds[:1], **sizes)
 
 
 RECURRENT = ("xlstm[0:1]", "xlstm[1:1]", "xlstm[1:0]")
@@ -211,7 +227,7 @@ ROWS = {
     "tinyshakespeare": Row(
         "characters, nanoGPT's recipe for a GPU: 6 layers of 384, context 256, best validation loss in nats",
         (Case("tinyshakespeare", "tinyshakespeare", train=((256, 256, 0),), test=((256, 256, 0), (1024, 1024, 0))),),
-        LANGUAGE,
+        tuple(model for model in LANGUAGE if model != "xlstm[7:1]"),
         steps=5000,
         batch=64,
         lrs=(1e-3,),

@@ -203,7 +203,8 @@ class Trial:
     def save(self):
         """A checkpoint to go on from."""
         self._wait()
-        state = {"step": self.step, "curve": self.curve}
+        loss = None if self.loss is None else self.loss.item()
+        state = {"step": self.step, "curve": self.curve, "loss": loss if loss is None or math.isfinite(loss) else None}
         checkpoint.save(checkpoint.step_folder(self.folder, self.step), self.model, self.optimizer, state)
         checkpoint.prune(self.folder, self.step, 1)
         self.saved_at = time.time()
@@ -219,5 +220,4 @@ class Trial:
         state = checkpoint.read_state(path)
         checkpoint.load(path, self.model, self.optimizer)
         self.step, self.curve = state["step"], state["curve"]
-        # A step behind the last evaluation has a loss only once it is taken.
-        self.loss = torch.tensor(self.curve[-1]["loss"] if self.curve else 0.0)
+        self.loss = torch.tensor(math.nan if state["loss"] is None else state["loss"])
