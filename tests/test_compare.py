@@ -260,6 +260,7 @@ def record(model="a", lr=1e-3, seed=0, last=0.9, pace=0.1, **more):
     curve = [{"step": s, "loss": 1.0, "scores": {"40–256": last * s / 10}} for s in (5, 10)]
     scores = {"40–256": last, "long": last / 2}
     facts = {"case": "parity", "model": model, "lr": lr, "seed": seed, "equal": "tokens", "d_model": 64, "steps": 10}
+    facts |= {"n_layers": 2, "n_heads": 4, "batch": 8}
     return {**facts, "pace": pace, "curve": curve, "scores": scores, "parameters": 7, "state_bytes": 64, **more}
 
 
@@ -268,9 +269,9 @@ def test_a_table_counts_right():
     ended = [record(seed=s, last=v) for s, v in enumerate((0.5, 0.9, 0.8))]
     ended += [record(lr=1e-2, seed=s, last=v) for s, v in enumerate((0.1, 1.0, 0.2))]
     ended += [record("slow", last=1.0, pace=0.2)]
-    first, slow = scoreboard.table(row, [], ended)
+    first, slow = scoreboard.table(row, ended)
     assert (first["lr"], first["median"], first["best"], first["spread"]) == (1e-3, 0.8, 0.9, 0.4)
-    assert (first["seeds"], first["runs"], first["long"], first["seconds"]) == (3, "6/0", 0.4, 1.0)
+    assert (first["seeds"], first["runs"], first["long"], first["seconds"]) == (3, 6, 0.4, 1.0)
     assert first["at equal seconds"] == 0.8
     # In the second that the quick ones took, the slow one made half of its steps.
     assert (slow["median"], slow["at equal seconds"], slow["ms a step"]) == (1.0, 0.5, 200.0)
@@ -282,14 +283,14 @@ def test_a_loss_is_better_when_lower_and_counts_where_it_was_best():
     ended += [
         record(lr=1e-2, curve=[{"step": 10, "loss": 1.0, "scores": {"validation": 1.7}}], scores={"validation": 1.7})
     ]
-    (line,) = scoreboard.table(ROWS["tinyshakespeare"], [], ended)
+    (line,) = scoreboard.table(ROWS["tinyshakespeare"], ended)
     assert (line["lr"], line["median"], line["test"]) == (1e-3, 1.4, 1.6)
 
 
 def test_markdown_names_the_protocol_and_leaves_empty_columns_out():
-    lines = scoreboard.markdown("state", ROWS["state"], [{"model": "a", "x": None, "n": 1234}], {"torch": "1"}, 1, 2)
+    lines = scoreboard.markdown("state", ROWS["state"], [{"model": "a", "x": None, "n": 1234}], {"torch": "1"}, 2)
     assert "| model | n |\n| --- | --- |\n| a | 1,234 |" in lines
-    assert "1 of 2 runs" in lines and "AdamW β 0.9 and 0.99" in lines
+    assert "2 runs have not ended" in lines and "AdamW β 0.9 and 0.99" in lines
 
 
 def test_equal_seconds_give_the_quicker_more_steps(tmp_path):

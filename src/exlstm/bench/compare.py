@@ -53,7 +53,7 @@ def run(name: str, config: CompareConfig) -> list[dict]:
         if waiting:
             done |= _Supervisor(config, device, folder, texts, plans, waiting, speeds, until).go()
     facts = timing.machine(replace(config, device=device), "xlstm", "triton")
-    return scoreboard.report(folder, name, row, plans, {p.key: done[p.key] for p in plans if p.key in done}, facts)
+    return scoreboard.report(folder, name, row, [plan.key for plan in plans], done, facts)
 
 
 def chosen(name: str, config: CompareConfig) -> Row:
@@ -181,8 +181,8 @@ class _Supervisor:
     def _job(self) -> dict:
         config, largest = self.config, max(p.row.batch * max(e[1] for e in p.case.train) for p in self.waiting)
         at_once = 1
-        if self.device.startswith("cuda") and not self.texts:
-            at_once = config.at_once or max(1, min(MOST, SHARED // largest))
+        if self.device.startswith("cuda"):
+            at_once = config.at_once or (1 if self.texts else max(1, min(MOST, SHARED // largest)))
         more = {"folder": self.folder / "checkpoints", "until": self.until, "at_once": at_once}
         return {"device": self.device, "graphs": config.graphs, "threads": config.threads, "texts": self.texts, **more}
 
@@ -219,7 +219,8 @@ class _Supervisor:
             return
         plan = self.plans[key]
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
-        facts |= {"d_model": plan.row.d_model, "pace": self.cost[key] / plan.steps, "steps": plan.steps}
+        facts |= {field: getattr(plan.row, field) for field in ("d_model", "n_layers", "n_heads", "batch")}
+        facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps}
         self.records[key] = {**facts, **record}
         _write(self.folder / "records" / f"{key}.json", self.records[key])
         score = record.get("failed") or scoreboard.told(record["scores"])

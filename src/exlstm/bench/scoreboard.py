@@ -13,16 +13,20 @@ from pathlib import Path
 from exlstm.bench import timing
 from exlstm.bench.rows import Row
 
+# What the runs of one line of the table share.
+LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "steps", "equal")
+
 
 def told(scores: dict[str, float]) -> str:
     """Scores as a line."""
     return ", ".join(f"{value:.4f} ({name})" for name, value in scores.items())
 
 
-def report(folder: Path, name: str, row: Row, plans: list, records: dict[str, dict], facts: dict) -> list[dict]:
-    """Prints and writes what there is: runs.csv, table.csv, table.md and table.png; returns the rows of the table."""
+def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str, dict], facts: dict) -> list[dict]:
+    """Prints and writes what the folder's records hold, those of earlier commands too: runs.csv, table.csv, table.md and
+    table.png; returns the rows of the table. `keys` are the runs of this command."""
     ended = [record for record in records.values() if record.get("scores")]
-    rows = table(row, plans, ended)
+    rows = table(row, ended)
     failed = [record for record in records.values() if record.get("failed")]
     print(f"\n{name}: {row.about}\n{timing.table(rows)}")
     print(", ".join(f"{key} {value or 'not installed'}" for key, value in facts.items()))
@@ -30,32 +34,31 @@ def report(folder: Path, name: str, row: Row, plans: list, records: dict[str, di
         print(
             f"failed: {record['case']}, {record['model']}, lr {record['lr']:g}, seed {record['seed']}: {record['failed']}"
         )
-    if len(ended) < len(plans):
-        print(f"{len(plans) - len(ended)} of {len(plans)} runs have not ended: the same command goes on")
+    left = sum(not records.get(key, {}).get("scores") for key in keys)
+    if left:
+        print(f"{left} of {len(keys)} runs have not ended: the same command goes on")
     _write_csv(folder / "runs.csv", [_plain(record) for record in (*ended, *failed)], facts)
     _write_csv(folder / "table.csv", rows, facts)
-    (folder / "table.md").write_text(markdown(name, row, rows, facts, len(ended), len(plans)), encoding="utf-8")
+    (folder / "table.md").write_text(markdown(name, row, rows, facts, left), encoding="utf-8")
     print(f"table: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'runs.csv'}")
     if ended:
         _picture(folder / "table.png", row, ended)
     return rows
 
 
-def table(row: Row, plans: list, ended: list[dict]) -> list[dict]:
-    """A row a case, model, width and way of being equal, from the records of the runs that ended."""
+def table(row: Row, ended: list[dict]) -> list[dict]:
+    """A row a case, model, size and length of training, from the records of the runs that ended."""
     rows = []
-    for group in _groups(ended):
+    for group in _groups(row, ended):
         best = _best(row, group)
         first, scores = best[0], [score(row, record) for record in best]
-        wanted = [p for p in plans if (p.case.name, p.model, p.row.d_model) == _place(first)]
         others = {
             test: round(statistics.median(record["scores"][test] for record in best), 4)
             for test in list(first["scores"])[1:]
         }
         rows.append(
             {
-                "case": first["case"],
-                "model": first["model"],
+                **{name: first[name] for name in ("case", "model")},
                 "width": first["d_model"],
                 "parameters": first["parameters"],
                 "state bytes": first["state_bytes"],
@@ -68,10 +71,11 @@ def table(row: Row, plans: list, ended: list[dict]) -> list[dict]:
                 "measured": next(iter(first["scores"])),
                 **others,
                 "steps": first["steps"],
+                "batch": first["batch"],
                 "ms a step": round(1e3 * first["pace"], 3),
                 "seconds": round(first["pace"] * first["steps"], 1),
                 "equal": first["equal"],
-                "runs": f"{len(group)}/{len(wanted)}",
+                "runs": len(group),
             }
         )
     return rows
@@ -83,16 +87,20 @@ def score(row: Row, record: dict, step: int | None = None) -> float | None:
     return (min(curve) if row.lower else curve[-1]) if curve else None
 
 
-def _place(record: dict) -> tuple:
-    return record["case"], record["model"], record["d_model"]
-
-
-def _groups(ended: list[dict]) -> list[list[dict]]:
-    """The runs of a case, model, width and way of being equal, in the order in which they came."""
+def _groups(row: Row, ended: list[dict]) -> list[list[dict]]:
+    """The runs of a line of the table, the cases and models in the order of the row."""
     groups = {}
     for record in ended:
-        groups.setdefault((*_place(record), record["equal"]), []).append(record)
-    return list(groups.values())
+        groups.setdefault(tuple(record[name] for name in LINE), []).append(record)
+    cases, models = [case.name for case in row.cases], list(row.models)
+
+    def place(names: list[str], name: str) -> int:
+        return names.index(name) if name in names else len(names)
+
+    def order(group):
+        return place(cases, group[0]["case"]), group[0]["d_model"], place(models, group[0]["model"])
+
+    return sorted(groups.values(), key=order)
 
 
 def _best(row: Row, group: list[dict]) -> list[dict]:
@@ -110,25 +118,25 @@ def _best(row: Row, group: list[dict]) -> list[dict]:
 
 def _in_time(row: Row, ended: list[dict], best: list[dict]) -> float | None:
     """Median of the scores when the quickest model of the case had finished; None without one in that time."""
-    same = [
-        r
-        for r in ended
-        if (r["case"], r["equal"], r["d_model"]) == tuple(best[0][k] for k in ("case", "equal", "d_model"))
-    ]
+    # Models are compared that differ in nothing else.
+    shared = [name for name in LINE if name not in ("model", "n_layers")]
+    if best[0]["equal"] == "seconds":
+        shared.remove("steps")
+    same = [record for record in ended if all(record[name] == best[0][name] for name in shared)]
     budget = min(record["pace"] * record["steps"] for record in same)
     found = [score(row, record, int(1.001 * budget / record["pace"])) for record in best]
     found = [value for value in found if value is not None]
     return round(statistics.median(found), 4) if found else None
 
 
-def markdown(name: str, row: Row, rows: list[dict], facts: dict, ended: int, planned: int) -> str:
+def markdown(name: str, row: Row, rows: list[dict], facts: dict, left: int) -> str:
     """The table as Markdown, with the protocol above it and the machine below."""
     names = list(dict.fromkeys(key for line in rows for key in line))
     names = [n for n in names if any(line.get(n) is not None for line in rows)]
     shown = [[_cell(line.get(n)) for n in names] for line in rows]
-    head = f"# {name}\n\n{row.about}. {ended} of {planned} runs. "
+    head = f"# {name}\n\n{row.about[0].upper() + row.about[1:]}. {f'{left} runs have not ended. ' if left else ''}"
     head += f"Learning rates {', '.join(f'{lr:g}' for lr in row.lrs)}, seeds {', '.join(map(str, row.seeds))}, "
-    head += f"batch {row.batch}, AdamW β {row.betas[0]:g} and {row.betas[1]:g}, decay {row.weight_decay:g}, clip {row.clip:g}.\n"
+    head += f"AdamW β {row.betas[0]:g} and {row.betas[1]:g}, decay {row.weight_decay:g}, clip {row.clip:g}.\n"
     lines = [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *shown]]
     return "\n".join([head, *lines, "", ", ".join(f"{k} {v or 'not installed'}" for k, v in facts.items()), ""])
 
@@ -165,7 +173,7 @@ def _picture(path: Path, row: Row, ended: list[dict]):
     figure = Figure(figsize=(5 * columns, 3.4 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), columns, squeeze=False)
     for line, case in zip(axes, cases):
-        groups = [_best(row, group) for group in _groups(ended) if group[0]["case"] == case]
+        groups = [_best(row, group) for group in _groups(row, ended) if group[0]["case"] == case]
         for group in groups:
             _draw_curve(line, row, group, len(widths) > 1)
         if columns == 3:

@@ -72,6 +72,9 @@ class Trial:
         self.rate = torch.tensor(0.0, device=self.device)
         self.graphs = {} if self.cuda and graphs else None
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
+        self.generator = torch.default_generator
+        if self.cuda:
+            self.generator = torch.cuda.default_generators[self.device.index or 0]
         self.mark, self.loss, self.note = None, None, ""
         self.step, self.curve, self.eager, self.saved_at = 0, [], {}, time.time()
         self.stops = sorted({round(plan.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)} - {0})
@@ -122,6 +125,9 @@ class Trial:
 
     def _take(self, part: int, batch, lr: float):
         """One step, by the graph of its shape where there is one."""
+        if self.plan.row.dropout:
+            # What is dropped depends on seed and step, however often the run stops and whoever runs beside it.
+            self.generator.manual_seed(self.plan.seed * 1_000_003 + self.step)
         if not self.cuda:
             loss = self._work(*batch)
             self.optimizer.step(lr)
