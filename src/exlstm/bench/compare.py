@@ -164,7 +164,7 @@ class _Supervisor:
     def go(self) -> dict[str, dict]:
         """The records of the runs that ended."""
         workers = 1
-        if not self.device.startswith("cuda"):
+        if self.device == "cpu":
             workers = min(
                 self.config.at_once or max(1, (os.cpu_count() or 1) // self.config.threads), len(self.waiting)
             )
@@ -272,7 +272,8 @@ def work(job: dict, take, tell, stopped):
         if active and not any(trial.ready() for trial in active):
             time.sleep(1e-4)
     for trial in active:
-        trial.save()
+        if trial.step:
+            trial.save()
         tell(trial.plan.key, trial.step / trial.plan.steps, None)
 
 

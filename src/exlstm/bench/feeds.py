@@ -82,7 +82,7 @@ class Words:
         """Batches of a test, and where they ask; kept, since every run of the case is asked the same."""
         low, high, items = ends
         # Long words have many questions or take long: fewer of them say as much.
-        words = min(words, max(64, AT_ONCE // high))
+        words = min(words, max(64, 8 * AT_ONCE // high))
         if (ends, words) not in self.asked:
             rows = max(1, min(256, words, AT_ONCE // high, LOGITS // (high * max(1, self.vocab_size))))
             batches = TaskBatches(

@@ -63,7 +63,7 @@ class Trial:
     def __init__(self, plan: Plan, feed, folder: Path, device: str, graphs: bool = True):
         self.plan, self.feed, self.device, self.folder = plan, feed, torch.device(device), folder / plan.key
         self.cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if self.cuda else []):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)
             # Weights are drawn on the CPU, so that they are the same wherever the run is.
             self.model = contenders.build(plan.model, plan.case, plan.row, feed.vocab_size).to(self.device)
