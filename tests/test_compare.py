@@ -313,6 +313,7 @@ def test_equal_seconds_give_the_quicker_more_steps(tmp_path):
         (["enwik8", "--text", "nowhere.txt"], "there is no file nowhere.txt with the text of enwik8"),
         (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
         (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
+        (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),
         (["state", "--step", "1"], "unknown field --step, did you mean --steps?"),
     ],
 )
@@ -321,6 +322,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(arguments, sentence, tmp_pat
     assert main(["compare", *arguments]) == 2
     told = capsys.readouterr().err
     assert sentence in told and told.count("\n") == 1
+    assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_the_rows_are_listed(capsys):

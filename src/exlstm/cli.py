@@ -190,10 +190,11 @@ def bench(argv: list[str]):
 def compare(argv: list[str]):
     """Train models side by side on a row of the scoreboard, with tables and plots: `exlstm compare ROW`."""
     from exlstm.bench.config import CompareConfig
-    from exlstm.bench.rows import ROWS
+    from exlstm.bench.rows import MODELS, ROWS, THEIRS
 
     if not argv or argv[0] in ("-h", "--help"):
         rows = [f"  {name:16} {row.about}" for name, row in ROWS.items()]
+        rows += ["", f"models, for --models: {', '.join((*MODELS, *THEIRS))}"]
         print(
             "\n".join(
                 ["usage: exlstm compare ROW ...", "", *rows, "", "exlstm compare ROW --help explains its settings."]

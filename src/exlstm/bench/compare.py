@@ -45,6 +45,8 @@ def run(name: str, config: CompareConfig) -> list[dict]:
         texts = _texts(row, config.text, folder)
         speeds = Speeds(folder / "speeds.json", device, texts, config.graphs)
         plans = planned(row, config, speeds)
+        if not plans:
+            raise ValueError(f"no model of row {name} can run so: {next(iter(speeds.failed.values()))}")
         done = _records(folder)
         waiting = [plan for plan in plans if done.get(plan.key, {}).get("scores") is None]
         print(

@@ -25,11 +25,11 @@ MODELS = {
     # What a block is made of, one change at a time.
     "mlstm": (("mlstm",), {}),
     "mlstm_up": (("mlstm_up",), {}),
-    "mlstm without convolution": (("mlstm",), {"mlstm": {"conv": 0}}),
-    "mlstm, i bias 0": (("mlstm",), {"mlstm": {"i_bias": 0.0}}),
-    "mlstm, no gate cap": (("mlstm",), {"mlstm": {"gate_cap": 0.0}}),
-    "slstm with convolution": (("slstm",), {"slstm": {"conv": 4}}),
-    "slstm, dense": (("slstm",), {"slstm": {"dense": True}}),
+    "mlstm-no-conv": (("mlstm",), {"mlstm": {"conv": 0}}),
+    "mlstm-i-bias-0": (("mlstm",), {"mlstm": {"i_bias": 0.0}}),
+    "mlstm-no-cap": (("mlstm",), {"mlstm": {"gate_cap": 0.0}}),
+    "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
+    "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
 }
 # The outside control, where the package xlstm is installed: its blocks at its own defaults, by the places of the sLSTM.
 THEIRS = {"nx-ai[1:0]": "none", "nx-ai[0:1]": "all", "nx-ai[1:1]": "second"}
@@ -141,8 +141,8 @@ _CODE = Case(
 )
 _SMALL = {"steps": 4000, "batch": 32, "lrs": (1e-3,), "seeds": (0, 1, 2), "d_model": 256, "n_layers": 8, "n_heads": 4}
 _ABLATED = (
-    *("mlstm", "mlstm_up", "mlstm without convolution", "mlstm, i bias 0", "mlstm, no gate cap"),
-    *("slstm with convolution", "xlstm[0:1]", "slstm, dense", "lstm"),
+    *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-i-bias-0", "mlstm-no-cap"),
+    *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", "mamba2"),
 )
 
 ROWS = {
@@ -159,7 +159,7 @@ ROWS = {
         n_heads=1,
     ),
     "control": Row(
-        "xlstm of NX-AI at its defaults, and ours, under one short protocol (its sLSTM takes a hundred launches a token)",
+        "xlstm of NX-AI at its defaults, and ours, under one short protocol",
         _languages(*_TRACKED),
         (*THEIRS, *RECURRENT),
         steps=5000,
