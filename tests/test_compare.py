@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import signal
 import sys
 from dataclasses import replace
 
@@ -301,6 +302,42 @@ def test_equal_seconds_give_the_quicker_more_steps(tmp_path):
     settings = config(tmp_path, models=("lstm", "xlstm[0:1]", "mamba2"), cases=("parity",), minutes_each=0.5)
     plans = compare.planned(compare.chosen("state", settings), settings, Known())
     assert {(p.model, p.steps, p.equal) for p in plans} == {("lstm", 3000, "seconds"), ("xlstm[0:1]", 1000, "seconds")}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_path, monkeypatch, capsys):
+    advance = trial.Trial.advance
+
+    def interrupted(self, *count):
+        if self.folder.parent.name != "nowhere" and self.step:
+            signal.raise_signal(number)
+        advance(self, *count)
+
+    monkeypatch.setattr(trial.Trial, "advance", interrupted)
+    command = [
+        "compare",
+        "state",
+        "--quick",
+        "--cases",
+        "parity",
+        "--models",
+        "lstm",
+        "--steps",
+        "40",
+        "--out",
+        str(tmp_path),
+    ]
+    command += ["--device", "cpu", "--at-once", "1"]
+    try:
+        assert main(command) == code
+    except SystemExit as end:
+        assert end.code == code
+    assert "1 of 1 runs have not ended" in capsys.readouterr().out
+    assert (tmp_path / "state-quick" / "table.md").is_file()
+    assert list((tmp_path / "state-quick" / "checkpoints").glob("*/step-*"))
+    monkeypatch.setattr(trial.Trial, "advance", advance)
+    assert main(command) == 0
+    assert "runs have not ended" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
 import time
 import warnings
 from collections import deque
@@ -29,12 +30,15 @@ from exlstm.train import checkpoint
 from exlstm.train.process import Signals
 from exlstm.train.progress import clock
 
-# Tokens of a step up to which runs share a GPU, and how many at most; seconds between saves and between lines.
-SHARED, MOST, SAVE, TELL = 1 << 18, 32, 60.0, 5.0
+# Tokens of a step × width × layers that share a GPU, and runs at most; seconds between saves and between lines.
+SHARED, MOST, SAVE, TELL = 1 << 28, 32, 60.0, 5.0
 
 
 def run(name: str, config: CompareConfig) -> list[dict]:
-    """Trains what is not trained yet, then prints and writes the tables; returns the rows of the table."""
+    """Trains what is not trained yet, then prints and writes the tables; returns the rows of the table.
+
+    SIGINT and SIGTERM save and write what there is, and end as they would have.
+    """
     began = time.time()
     until = began + 60 * config.minutes if config.minutes else float("inf")
     row, device = chosen(name, config), device_of(config.device)
@@ -52,10 +56,13 @@ def run(name: str, config: CompareConfig) -> list[dict]:
         print(
             f"{name}: {row.about}; {len(plans)} runs, {len(plans) - len(waiting)} of them done, on {device}", flush=True
         )
-        if waiting:
-            done |= _Supervisor(config, device, folder, texts, plans, waiting, speeds, until).go()
+        supervisor = _Supervisor(config, device, folder, texts, plans, waiting, speeds, until)
+        done |= supervisor.go()
     facts = timing.machine(replace(config, device=device), "xlstm", "triton")
-    return scoreboard.report(folder, name, row, [plan.key for plan in plans], done, facts)
+    table = scoreboard.report(folder, name, row, [plan.key for plan in plans], done, facts)
+    if supervisor.signals.received:
+        raise KeyboardInterrupt if supervisor.signals.received == signal.SIGINT else SystemExit(143)
+    return table
 
 
 def chosen(name: str, config: CompareConfig) -> Row:
@@ -165,6 +172,8 @@ class _Supervisor:
 
     def go(self) -> dict[str, dict]:
         """The records of the runs that ended."""
+        if not self.waiting:
+            return {}
         workers = 1
         if self.device == "cpu":
             workers = min(
@@ -176,15 +185,16 @@ class _Supervisor:
                 work(self._job(), lambda: plans.popleft() if plans else None, self._hear, self._stopped)
             else:
                 self._spawn(workers)
-        if self.signals.received:
-            print("stopped and saved; the same command goes on", flush=True)
         return self.records
 
     def _job(self) -> dict:
-        config, largest = self.config, max(p.row.batch * max(e[1] for e in p.case.train) for p in self.waiting)
+        config, sizes = self.config, []
+        for plan in self.waiting:
+            longest = max(high for _, high, _ in plan.case.train)
+            sizes.append(plan.row.batch * longest * plan.row.d_model * plan.row.n_layers)
         at_once = 1
         if self.device.startswith("cuda"):
-            at_once = config.at_once or (1 if self.texts else max(1, min(MOST, SHARED // largest)))
+            at_once = config.at_once or (1 if self.texts else max(1, min(MOST, SHARED // max(sizes))))
         more = {"folder": self.folder / "checkpoints", "until": self.until, "at_once": at_once}
         return {"device": self.device, "graphs": config.graphs, "threads": config.threads, "texts": self.texts, **more}
 
@@ -242,8 +252,6 @@ class _Supervisor:
 
 def _serve(job: dict, plans, said, stop):
     """A worker process: Ctrl-C is its parent's to answer."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def take():
