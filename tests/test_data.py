@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from exlstm.data import files, text, tokenizer
 from exlstm.data.config import DataConfig
-from exlstm.data.tasks import TASKS, TaskBatches, scaled_accuracy
 from exlstm.data.text import Split, TextBatches, load_corpus, load_text, open_corpus, windows, xz_bits_per_byte
 from exlstm.data.tokenizer import BPE, TOKENIZERS, Bytes, Characters, tokenizer_from_dict
 
@@ -623,83 +622,6 @@ def test_rows_of_documents_stay_inside_one():
             rows.append((begin, n))
     assert sorted(rows) == [(0, 6), (7, 1), (9, 10), (19, 10), (29, 7), (37, 1), (39, 10), (49, 10), (59, 2)]
     assert [n for _, n in rows] == sorted((n for _, n in rows), reverse=True)
-
-
-# Tasks
-
-
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("lengths", [(1, 1), (3, 40), (40, 256)])
-def test_tasks_ask_behind_the_word(name, lengths):
-    task = TASKS[name]
-    batches = TaskBatches(name, 64, *lengths, seed=2)
-    batch = batches.batch(3)
-    pad, asked = task.vocab_size - 1, batch.targets != -100
-    place = torch.arange(batch.inputs.shape[1])
-    assert batch.inputs.shape == batch.targets.shape and batch.inputs.dtype == batch.targets.dtype == torch.int64
-    assert batch.inputs.min() >= 0 and batch.inputs.max() < task.vocab_size
-    assert batch.targets[asked].min() >= 0 and batch.targets[asked].max() < task.vocab_size
-    assert (batch.inputs[asked] == pad).all() and asked.any(1).all()
-    assert (asked & (place == batch.lengths[:, None] - 1)).any(1).all()
-    assert not (asked & (place >= batch.lengths[:, None])).any()
-    assert (batch.inputs[place >= batch.lengths[:, None]] == pad).all()
-    word = batch.lengths - asked.sum(1)
-    assert lengths[0] <= word.min() and word.max() <= lengths[1]
-    if lengths[0] < lengths[1]:
-        assert len(word.unique()) > 20
-    assert batch.inputs.shape[1] == batch.lengths.max()
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_task_batches_are_a_pure_function(name):
-    batches = TaskBatches(name, 8, 3, 20, seed=4)
-    again = [TaskBatches(name, 8, 3, 20, seed=4).batch(s) for s in (9, 0, 5)]
-    for step, batch in zip((9, 0, 5), again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batches.batch(step), batch, strict=True))
-    drawn = [batches.batch(0), batches.batch(1), batches.batch(0, 1), TaskBatches(name, 8, 3, 20, seed=5).batch(0)]
-    assert len({b.inputs.numpy().tobytes() for b in drawn}) == 4
-
-
-def answer_of_parity(word):
-    return [sum(word) % 2]
-
-
-# The answers by plain Python, a row a task.
-ANSWERS = {"parity": answer_of_parity}
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_answers_are_right_and_guessing_earns_nothing(name):
-    right, answers = 0, []
-    for step in range(8):
-        batch = TaskBatches(name, 256, 3, 40).batch(step)
-        for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist()):
-            answer = [t for t in targets if t != -100]
-            assert answer == ANSWERS[name](inputs[: next(i for i, t in enumerate(targets) if t != -100)])
-            answers += answer
-    right = Counter(answers).most_common(1)[0][1] / len(answers)
-    assert right == pytest.approx(TASKS[name].chance, abs=0.04)
-
-
-def test_scaled_accuracy():
-    targets = torch.tensor([[-100, 1, -100], [-100, -100, 0]])
-    assert scaled_accuracy(torch.tensor([[9, 1, 9], [9, 9, 0]]), targets, 0.5) == 1
-    assert scaled_accuracy(torch.tensor([[9, 1, 9], [9, 9, 1]]), targets, 0.5) == 0
-    assert scaled_accuracy(torch.tensor([[9, 0, 9], [9, 9, 1]]), targets, 0.2) == pytest.approx(-0.25)
-
-
-BAD_TASKS = [
-    (("parrity", 4, 3, 40), "unknown task 'parrity'; known: parity"),
-    (("parity", 0, 3, 40), "batch_size is 0"),
-    (("parity", 4, 0, 40), "lengths are 0 to 40"),
-    (("parity", 4, 41, 40), "lengths are 41 to 40"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "sentence"), BAD_TASKS)
-def test_bad_tasks_are_refused_in_a_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        TaskBatches(*arguments)
 
 
 # Settings

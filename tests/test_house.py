@@ -131,7 +131,10 @@ def test_import_is_light():
     assert min(map(float, python(timed, runs=3))) < 0.3
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help", "generate --help", "bench", "nonsense"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "--version", "train --help", "generate --help", "bench", "compare", "compare state --help", "nonsense"],
+)
 def test_the_command_line_answers_at_once_and_without_torch(arguments):
     code = f"""
 import sys, time

@@ -18,6 +18,10 @@ VARIANTS = {
     "slstm with convolution": {"blocks": "slstm", "slstm": OPTIONS["slstm"](conv=4)},
     "slstm dense": {"blocks": "slstm", "slstm": OPTIONS["slstm"](dense=True, ffn_ratio=0.0)},
     "attention with window": {"blocks": "attention", "attention": OPTIONS["attention"](window=5, sinks=2)},
+    "mlstm beside a short window": {
+        "blocks": "mlstm_window",
+        "mlstm_window": OPTIONS["mlstm_window"](window=5, sinks=2, conv=0),
+    },
     "attention with groups": {"blocks": "attention", "attention": OPTIONS["attention"](n_kv_heads=1, rope_base=0.0)},
     "all": {"blocks": tuple(BLOCKS), "n_layers": len(BLOCKS)},
 }

@@ -13,6 +13,7 @@ from exlstm.layers import basic
 from exlstm.layers.attention import Attention
 from exlstm.layers.lstm import LSTM, LSTMState
 from exlstm.layers.mamba2 import Mamba2
+from exlstm.layers.mlstm_window import mLSTMWindow
 from exlstm.ops.conv import causal_conv
 from exlstm.ops.loss import linear_cross_entropy
 
@@ -452,24 +453,63 @@ def plain_ssd(layer, u):
 
 def plain_attention(layer, x):
     """Softmax attention of one document x (T, d_model), with a table of who sees whom."""
-    time, width = x.shape[0], layer.d_model // layer.n_heads
-    groups = layer.n_heads // layer.n_kv_heads
-    q, k, v = (
-        linear(x).unflatten(-1, (-1, width)).transpose(0, 1) for linear in (layer.q, layer.k, layer.v)
-    )  # (H, T, D)
-    if layer.rope_base:
+    return layer.out(looked_up(layer.attend, *(linear(x) for linear in (layer.q, layer.k, layer.v))))
+
+
+def looked_up(heads, q, k, v):
+    """(T, H·V) of q, k, v (T, H·D), (T, H'·D), (T, H'·V)."""
+    time, width = len(q), heads.d_head
+    groups, width_v = q.shape[-1] // k.shape[-1], v.shape[-1] * width // k.shape[-1]
+    q, k, v = (s.unflatten(-1, (-1, w)).transpose(0, 1) for s, w in ((q, width), (k, width), (v, width_v)))  # (H, T, ·)
+    if heads.rope_base:
         half = width // 2
-        angles = torch.arange(time)[:, None] * layer.rope_base ** (-torch.arange(half, dtype=x.dtype) / half)
+        angles = torch.arange(time)[:, None] * heads.rope_base ** (-torch.arange(half, dtype=q.dtype) / half)
         turn = torch.polar(torch.ones_like(angles), angles)
         q, k = (
             torch.view_as_real(torch.complex(s[..., :half], s[..., half:]) * turn).transpose(-1, -2).flatten(-2)
             for s in (q, k)
         )
     t, j = torch.arange(time)[:, None], torch.arange(time)
-    seen = (j <= t) & ((t - j < (layer.window or time)) | (j < layer.sinks))
+    seen = (j <= t) & ((t - j < (heads.window or time)) | (j < heads.sinks))
     scores = q @ k.repeat_interleave(groups, 0).mT / math.sqrt(width)
     y = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 0)
-    return layer.out(y.transpose(0, 1).flatten(-2))
+    return y.transpose(0, 1).flatten(-2)
+
+
+def plain_mlstm_window(layer, x):
+    """The memory by its recurrence, the window by a table, each normalised a head, mixed by the gate."""
+    mixed = F.pad(x, (0, 0, layer.conv.weight.shape[1] - 1, 0)).unfold(0, layer.conv.weight.shape[1], 1)
+    mixed = F.silu((mixed * layer.conv.weight).sum(-1) + layer.conv.bias)
+    q, k, v = layer.q(mixed), layer.k(mixed), layer.v(x)
+    heads, gates = layer.n_heads, layer.gate_cap * torch.tanh(layer.gate(x) / layer.gate_cap)
+    by_head = [s.unflatten(-1, (heads, -1)) for s in (q, k, v)]
+    c = n = 0
+    m, memory = torch.full((heads,), -torch.inf, dtype=x.dtype), []
+    for t in range(len(x)):
+        qt, kt, vt = (s[t] for s in by_head)
+        log_i, log_f = gates[t, :heads], F.logsigmoid(gates[t, heads:])
+        after = torch.maximum(log_f + m, log_i).detach()
+        f, i = torch.exp(log_f + m - after)[:, None], torch.exp(log_i - after)[:, None]
+        c, n, m = f[..., None] * c + i[..., None] * kt[..., None] * vt[:, None], f * n + i * kt, after
+        qt = qt / math.sqrt(qt.shape[-1])
+        least = torch.exp(-m)
+        memory.append((qt[:, None] @ c)[:, 0] / torch.maximum((qt * n).sum(-1).abs(), least)[:, None])
+    sides = []
+    for y, norm in ((torch.stack(memory), layer.memory_norm), (looked_up(layer.attend, q, k, v), layer.window_norm)):
+        y = y.view(len(x), heads, -1)
+        y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, correction=0, keepdim=True) + norm.eps)
+        sides.append(y.flatten(-2) * norm.weight)
+    g = torch.sigmoid(layer.side(torch.cat((q, k, v), -1))).repeat_interleave(layer.d_model // heads, -1)
+    return layer.out((g * sides[0] + (1 - g) * sides[1]) * torch.sigmoid(layer.o(x)))
+
+
+def awake(layer):
+    """The layer with gates that depend on its input, as after some training."""
+    with torch.no_grad():
+        for part in (layer.gate, layer.side):
+            part.weight.normal_(std=0.3)
+        layer.gate.bias[: layer.n_heads] += 10
+    return layer
 
 
 def plain_lstm(layer, x):
@@ -489,6 +529,10 @@ PEERS = {
         plain_attention,
     ),
     "attention to itself": (lambda: Attention(12, 2, window=1, dtype=torch.float64), plain_attention),
+    "mlstm beside a window": (
+        lambda: awake(mLSTMWindow(16, 2, window=4, sinks=2, dtype=torch.float64)),
+        plain_mlstm_window,
+    ),
     "lstm": (lambda: LSTM(12, dtype=torch.float64), plain_lstm),
     "lstm in float32": (lambda: LSTM(12), plain_lstm),
 }

@@ -190,6 +190,28 @@ def bench(argv: list[str]):
     return 0
 
 
+def compare(argv: list[str]):
+    """Train models side by side on a row of the scoreboard, with tables and plots: `exlstm compare ROW`."""
+    from exlstm.bench.config import CompareConfig
+    from exlstm.bench.rows import MODELS, ROWS, THEIRS
+
+    if not argv or argv[0] in ("-h", "--help"):
+        rows = [f"  {name:16} {row.about}" for name, row in ROWS.items()]
+        rows += ["", f"models, for --models: {', '.join((*MODELS, *THEIRS))}"]
+        print(
+            "\n".join(
+                ["usage: exlstm compare ROW ...", "", *rows, "", "exlstm compare ROW --help explains its settings."]
+            )
+        )
+        return 0
+    if argv[0] not in ROWS:
+        raise ValueError(f"unknown row {argv[0]!r}{nearest(argv[0], ROWS)}")
+    config = _parse(CompareConfig, f"exlstm compare {argv[0]}", argv[1:])
+    if config is not None:
+        import_module("exlstm.bench.compare").run(argv[0], config)
+    return 0
+
+
 def doctor(_):
     from exlstm.doctor import report
 
@@ -205,6 +227,7 @@ COMMANDS = {
     "plot": (Plot, plot, None),
     "doctor": (Doctor, doctor, None),
     "bench": (None, bench, None),
+    "compare": (None, compare, None),
 }
 
 

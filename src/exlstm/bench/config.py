@@ -268,3 +268,48 @@ class ForecastingConfig:
     """where it runs: cpu, cuda, ..."""
     out: Path = Path("runs/bench")
     """folder for the tables (CSV, Markdown) and the picture (PNG)"""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train every model of a row on the same samples with the same optimizers and seeds, and write the table and the plot.
+
+    Ctrl-C or the end of --minutes saves; the same command goes on.
+    """
+
+    models: tuple[str, ...] = ()
+    """models of the row that are trained; empty: all. See bench/rows.py"""
+    cases: tuple[str, ...] = ()
+    """tasks of the row; empty: all"""
+    lrs: tuple[float, ...] = ()
+    """learning rates; the best by the median over seeds is reported. Empty: the row's"""
+    seeds: tuple[int, ...] = ()
+    """seeds; empty: the row's"""
+    steps: int = 0
+    """training steps of every run: equal tokens; 0: the row's"""
+    minutes_each: float = 0.0
+    """training time of every run, measured alone: equal seconds in place of equal tokens; 0: equal tokens"""
+    batch: int = 0
+    """words or windows a step; 0: the row's"""
+    widths: tuple[int, ...] = ()
+    """widths of the models; empty: the row's"""
+    n_layers: int = 0
+    """number of blocks; 0: the row's"""
+    n_heads: int = 0
+    """heads; 0: the row's"""
+    minutes: float = 0.0
+    """time of this command: what is unfinished then is saved; 0: until all is done"""
+    at_once: int = 0
+    """runs at once on a GPU, or processes on a CPU; 0: by their size, or one a core"""
+    graphs: bool = True
+    """record the steps as CUDA graphs"""
+    text: Path | None = None
+    """the file of a row that reads text: tinyshakespeare.txt, enwik8, or code (its held-out packages beside it as FILE.val)"""
+    quick: bool = False
+    """two steps of toys on short words: does everything run here?"""
+    threads: int = 1
+    """CPU threads of a run"""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: the accelerator if there is one"""
+    out: Path = Path("runs/compare")
+    """folder, with a folder a row: runs.csv, table.csv, table.md, table.png, records, checkpoints"""

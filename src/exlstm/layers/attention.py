@@ -14,7 +14,7 @@ from exlstm.ops import backend as backends
 
 
 class AttentionState(NamedTuple):
-    """What attention remembers of S tokens: keys (rotated) and values (B, S, H, D), positions (B, S), and length (B,).
+    """What attention remembers of S tokens: keys (rotated) and values (B, S, H, ·), positions (B, S), and length (B,).
 
     `positions` count the valid tokens of the document, -1 where a token is never seen again; `length` is the next one.
     S grows with every token; with a window it is at most window - 1 + sinks.
@@ -59,14 +59,8 @@ class Attention(nn.Module):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
         head = d_model // n_heads
-        if rope_base < 0 or (rope_base and head % 2):
-            raise ValueError(
-                f"rope_base is {rope_base} with heads of width {head}; rotary positions want an even width, 0 is none"
-            )
-        if window < 0 or sinks < 0 or (sinks and not window):
-            raise ValueError(f"window is {window} and sinks {sinks}, wanted at least 0, and sinks only with a window")
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
-        self.rope_base, self.window, self.sinks = rope_base, window, sinks
+        self.attend = Heads(head, rope_base, window, sinks)
         new = {"bias": False, "device": device, "dtype": dtype}
         self.q = nn.Linear(d_model, d_model, **new)
         self.k = nn.Linear(d_model, n_kv_heads * head, **new)
@@ -95,12 +89,37 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, D)
         k = self.k(x).unflatten(-1, (self.n_kv_heads, -1))
         v = self.v(x).unflatten(-1, (self.n_kv_heads, -1))
+        y, state = self.attend(q, k, v, state, mask=mask, reset=reset)
+        return self.out(y.flatten(-2)), state
+
+
+class Heads(nn.Module):
+    """Softmax attention of heads that have their queries, keys and values: positions, window, sinks, and what is remembered.
+
+    Args:
+        d_head: width of queries and keys.
+        rope_base, window, sinks: as in Attention.
+    """
+
+    def __init__(self, d_head: int, rope_base: float = 10000.0, window: int = 0, sinks: int = 0):
+        super().__init__()
+        if rope_base < 0 or (rope_base and d_head % 2):
+            raise ValueError(
+                f"rope_base is {rope_base} with heads of width {d_head}; rotary positions want an even width, 0 is none"
+            )
+        if window < 0 or sinks < 0 or (sinks and not window):
+            raise ValueError(f"window is {window} and sinks {sinks}, wanted at least 0, and sinks only with a window")
+        self.d_head, self.rope_base, self.window, self.sinks = d_head, rope_base, window, sinks
+
+    def forward(self, q, k, v, state: AttentionState | None = None, *, mask=None, reset=None):
+        """q (B, T, H, D), k (B, T, H', D), v (B, T, H', V), H' a divisor of H -> (B, T, H, V) and the state."""
+        batch, time = q.shape[:2]
         if state is not None:
-            _check_state(state, k)
+            _check_state(state, k, v)
             state = AttentionState(*state)
-        positions, document, length = _places(batch, time, state, mask, reset, x.device)
+        positions, document, length = _places(batch, time, state, mask, reset, q.device)
         if self.rope_base:
-            turn = self._turn(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            turn = self._turn(positions, torch.float64 if q.dtype == torch.float64 else torch.float32)
             q, k = _rotate(q, turn), _rotate(k, turn)
         stored = positions if mask is None else positions.masked_fill(~mask, -1)
         if state is not None:
@@ -108,12 +127,12 @@ class Attention(nn.Module):
             stored = torch.cat([state.positions, stored.expand(batch, -1)], 1)
         plain = state is None and mask is None and reset is None and (self.window == 0 or self.window >= time)
         visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
-        y = self.out(_attend(q, k, v, visible))
+        y = _attend(q, k, v, visible)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
 
     def _turn(self, positions, dtype):
         """cos and sin (B or 1, T, 1, D / 2) of the positions' angles, pos · base^(-2i / D)."""
-        half = self.d_model // self.n_heads // 2
+        half = self.d_head // 2
         frequencies = self.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
         angles = positions[..., None, None].to(dtype) * frequencies
         return angles.cos(), angles.sin()
@@ -148,29 +167,29 @@ class Attention(nn.Module):
 
 
 def _attend(q, k, v, visible):
-    """q (B, T, H, D) over k, v (B, S, H', D), where `visible`, or as far as the token itself -> (B, T, H·D)."""
+    """q (B, T, H, D) over k (B, S, H', D), v (B, S, H', V), where `visible`, or as far as the token itself -> (B, T, H, V)."""
     groups, k, v = q.shape[2] // k.shape[2], k.transpose(1, 2), v.transpose(1, 2)
     if q.shape[1] == 1:
         # The queries of a group stand in line like tokens, so that keys and values need no copy.
         y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)
-        return y.flatten(1).unsqueeze(1)
+        return y.reshape(len(y), 1, -1, v.shape[-1])
     if groups > 1 and visible is not None:
         # No fused kernel takes groups and a mask at once.
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=groups > 1
     )
-    return y.transpose(1, 2).flatten(-2)
+    return y.transpose(1, 2)
 
 
-def _check_state(state, keys):
-    """A state handed in: four tensors, as AttentionState says, that fit the new keys (B, T, H, D)."""
+def _check_state(state, keys, values):
+    """A state handed in: four tensors, as AttentionState says, that fit the new keys (B, T, H, D) and values (B, T, H, V)."""
     if not isinstance(state, tuple | list) or len(state) != 4 or state[0].ndim != 4:
         raise ValueError(
             "state is not an AttentionState, wanted keys (B, S, H, D), values, positions (B, S), length (B,)"
         )
-    shape = (keys.shape[0], state[0].shape[1], *keys.shape[2:])
-    wanted = AttentionState(shape, shape, shape[:2], shape[:1])
+    size = (keys.shape[0], state[0].shape[1])
+    wanted = AttentionState((*size, *keys.shape[2:]), (*size, *values.shape[2:]), size, size[:1])
     for tensor, name, shape in zip(state, AttentionState._fields, wanted, strict=True):
         if tensor.shape != shape or tensor.device != keys.device:
             raise ValueError(

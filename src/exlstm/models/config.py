@@ -46,6 +46,28 @@ class MLSTMUpOptions:
 
 
 @dataclass(frozen=True)
+class MLSTMWindowOptions:
+    """The `mlstm_window` block: the `mlstm` block beside sliding-window attention, mixed head by head (arXiv 2603.15590)."""
+
+    window: int = 512
+    """tokens that the attention sees, itself included"""
+    sinks: int = 4
+    """first tokens of a document that stay visible beyond the window"""
+    rope_base: float = 10000.0
+    """base of the window's rotary positions; 0 leaves positions out"""
+    qk_ratio: float = 0.5
+    """width of queries and keys over the width of values"""
+    conv: int = 4
+    """width of the causal convolution in front of q and k; 0 leaves it out"""
+    gate_cap: float = 15.0
+    """soft cap of the memory's gates, in nats; 0 leaves it out"""
+    i_bias: float = -10.0
+    """bias of the memory's input gate at the start, in nats"""
+    ffn_ratio: float = 8 / 3
+    """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
+
+
+@dataclass(frozen=True)
 class SLSTMOptions:
     """The `slstm` block (xLSTM, arXiv 2405.04517, figure 10): scalar memory with memory mixing, then a gated feed-forward."""
 
@@ -104,6 +126,7 @@ class LSTMOptions:
 OPTIONS = {
     "mlstm": MLSTMOptions,
     "mlstm_up": MLSTMUpOptions,
+    "mlstm_window": MLSTMWindowOptions,
     "slstm": SLSTMOptions,
     "attention": AttentionOptions,
     "mamba2": Mamba2Options,
@@ -139,7 +162,7 @@ class StackConfig:
     n_heads: int = 4
     """heads of every mixer that has heads of its own choosing"""
     blocks: tuple[str, ...] = ("mlstm",)
-    """kinds of block, repeated in turn up to n_layers: mlstm, mlstm_up, slstm, attention, mamba2, lstm"""
+    """kinds of block, repeated in turn up to n_layers: mlstm, mlstm_up, mlstm_window, slstm, attention, mamba2, lstm"""
     dropout: float = 0.0
     """dropout on the output of every mixer and feed-forward, in training"""
     out_norm: str = "none"
@@ -148,6 +171,7 @@ class StackConfig:
     """added to the variance in every norm; 0: 1e-6 or 1e-5, as each block's paper has it"""
     mlstm: MLSTMOptions = field(default_factory=MLSTMOptions)
     mlstm_up: MLSTMUpOptions = field(default_factory=MLSTMUpOptions)
+    mlstm_window: MLSTMWindowOptions = field(default_factory=MLSTMWindowOptions)
     slstm: SLSTMOptions = field(default_factory=SLSTMOptions)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     mamba2: Mamba2Options = field(default_factory=Mamba2Options)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, slstm
+from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, mlstm_window, slstm
 from exlstm.models.config import StackConfig
 
 # kind: (mixer, takes n_heads, norm, feed-forward). Attention and mLSTM blocks follow Llama and xLSTM 7B, the others
@@ -14,6 +14,7 @@ from exlstm.models.config import StackConfig
 BLOCKS = {
     "mlstm": (mlstm.mLSTM, True, basic.RMSNorm, basic.SwiGLU),
     "mlstm_up": (mlstm_up.mLSTMUp, True, basic.LayerNorm, None),
+    "mlstm_window": (mlstm_window.mLSTMWindow, True, basic.RMSNorm, basic.SwiGLU),
     "slstm": (slstm.sLSTM, True, basic.LayerNorm, basic.GatedGELU),
     "attention": (attention.Attention, True, basic.RMSNorm, basic.SwiGLU),
     "mamba2": (mamba2.Mamba2, False, basic.RMSNorm, basic.SwiGLU),

@@ -1,0 +1,290 @@
+"""The rows of the scoreboard: what is learnt, what is asked, by which models, under which protocol. Free of torch.
+
+Formal languages as in xLSTM (arXiv 2405.04517, B.1.1): words of 3 to 40 tokens, asked 40 to 256, AdamW (β .9, .99, decay .1), a
+tenth of warm-up, cosine; one head of 64, as in the code that was released with it. MQAR as in Zoology (arXiv 2312.04927).
+enwik8: 90, 5 and 5 million bytes. tinyshakespeare: nanoGPT's recipe for a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+# name -> (blocks in turn, settings of the kinds beside the defaults); "matrix" is the row's kind of mLSTM block.
+MODELS = {
+    "xlstm[1:0]": (("matrix",), {}),
+    "xlstm[0:1]": (("slstm",), {}),
+    "xlstm[1:1]": (("matrix", "slstm"), {}),
+    "xlstm[7:1]": (("matrix", "slstm", *["matrix"] * 6), {}),
+    "hybrid[3:1]": (("matrix", "matrix", "matrix", "attention"), {"attention": {"rope_base": 0.0}}),
+    "hybrid[1:1]": (("matrix", "attention"), {"attention": {"rope_base": 0.0}}),
+    "hybrid[7:1]": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
+    "mlstm_window": (("mlstm_window",), {}),
+    "transformer": (("attention",), {}),
+    "mamba2": (("mamba2",), {}),
+    "lstm": (("lstm",), {}),
+    # What a block is made of, one change at a time.
+    "mlstm": (("mlstm",), {}),
+    "mlstm_up": (("mlstm_up",), {}),
+    "mlstm-no-conv": (("mlstm",), {"mlstm": {"conv": 0}}),
+    "mlstm-i-bias-0": (("mlstm",), {"mlstm": {"i_bias": 0.0}}),
+    "mlstm-no-cap": (("mlstm",), {"mlstm": {"gate_cap": 0.0}}),
+    "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
+    "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
+}
+# The outside control, where the package xlstm is installed: its blocks at its own defaults, by the places of the sLSTM.
+THEIRS = {"nx-ai[1:0]": "none", "nx-ai[0:1]": "all", "nx-ai[1:1]": "second"}
+TEXTS = ("tinyshakespeare", "enwik8", "code")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task of a row: (shortest, longest, items) of the words that are learnt and of those that are asked."""
+
+    name: str
+    task: str
+    """a name in data.tasks.TASKS, or of a text"""
+    train: tuple[tuple[int, int, int], ...] = ((3, 40, 0),)
+    shares: tuple[int, ...] = (1,)
+    """how often each of `train` is drawn, in relation"""
+    test: tuple[tuple[int, int, int], ...] = ((40, 256, 0),)
+    """the first is the score; a text: (context, context, 0)"""
+    grow: int = 0
+    """a curriculum: the longest words of the first step; they are train's longest after half of the steps. 0: none"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cases, models, and the protocol that all of them share."""
+
+    about: str
+    cases: tuple[Case, ...]
+    models: tuple[str, ...]
+    steps: int
+    batch: int
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    d_model: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    matrix: str = "mlstm_up"
+    """the block that "matrix" stands for"""
+    match: str = ""
+    """a model whose parameters the others match by their number of layers; empty: all have n_layers"""
+    dropout: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.1
+    final_lr: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    precision: str = "float32"
+    """on a GPU; a CPU computes in float32"""
+    lower: bool = False
+    """the score is a loss"""
+    stop_at: float = 0.0
+    """a run ends where an evaluation on the way reaches this score, as Zoology's do; 0: never"""
+    widths: tuple[int, ...] = ()
+    """several d_model in place of the one"""
+
+
+def toy(row: Row) -> Row:
+    """The row as a matter of seconds: two steps, small models, words of at most 64 tokens."""
+
+    def short(ends):
+        cut = ((min(low, 40 if low < high else 64), min(high, 64), min(items, 4)) for low, high, items in ends)
+        return tuple(dict.fromkeys(cut))
+
+    cases = []
+    for case in row.cases:
+        train = short(case.train)
+        shares = case.shares if len(train) == len(case.shares) else (1,) * len(train)
+        cases.append(replace(case, train=train, shares=shares, test=short(case.test)))
+    sizes = {"d_model": 16, "widths": (), "n_layers": 2, "n_heads": 2, "dropout": 0.0}
+    return replace(row, cases=tuple(cases), steps=2, batch=4, lrs=row.lrs[:1], seeds=row.seeds[:1], **sizes)
+
+
+RECURRENT = ("xlstm[0:1]", "xlstm[1:1]", "xlstm[1:0]")
+PEERS = ("transformer", "mamba2", "lstm")
+LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[3:1]", "mlstm_window", *PEERS)
+
+
+def _languages(*names: str) -> tuple[Case, ...]:
+    return tuple(Case(name, name) for name in names)
+
+
+def _recall(length: int, *items: int) -> tuple[tuple[int, int, int], ...]:
+    return tuple((length, length, n) for n in items)
+
+
+_MQAR = Case(
+    "mqar",
+    "mqar",
+    train=(*_recall(64, 4), *_recall(128, 8), *_recall(256, 16, 32, 64)),
+    shares=(5, 1, 1, 1, 1),
+    test=(*_recall(256, 64), *_recall(64, 4, 8, 16), *_recall(128, 32), *_recall(512, 128), *_recall(1024, 256)),
+)
+_TRACKED = ("parity", "even_pairs", "cycle_navigation", "arithmetic")
+_TEXT = {
+    "betas": (0.9, 0.95),
+    "final_lr": 0.1,
+    "warmup": 0.02,
+    "matrix": "mlstm",
+    "match": "transformer",
+    "lower": True,
+}
+_TEXT |= {"precision": "bfloat16", "seeds": (0,)}
+_ENWIK8 = Case("enwik8", "enwik8", train=((2048, 2048, 0),), test=((2048, 2048, 0), (32768, 32768, 0)))
+_CODE = Case(
+    "code",
+    "code",
+    train=((2048, 2048, 0),),
+    test=((2048, 2048, 0), (4096, 4096, 0), (8192, 8192, 0), (16384, 16384, 0), (32768, 32768, 0)),
+)
+_SMALL = {"steps": 4000, "batch": 32, "lrs": (1e-3,), "seeds": (0, 1, 2), "d_model": 256, "n_layers": 8, "n_heads": 4}
+_ABLATED = (
+    *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-i-bias-0", "mlstm-no-cap"),
+    *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", "mamba2"),
+)
+
+ROWS = {
+    "state": Row(
+        "state tracking: regular languages and arithmetic with brackets, uniform lengths and a curriculum to 160",
+        (
+            *_languages(*_TRACKED, "bracket_arithmetic"),
+            Case("bracket_arithmetic, curriculum", "bracket_arithmetic", train=((3, 160, 0),), grow=40),
+        ),
+        (*RECURRENT, *PEERS),
+        steps=20000,
+        batch=256,
+        lrs=(1e-3, 3e-3, 1e-2),
+        n_heads=1,
+    ),
+    "control": Row(
+        "xlstm of NX-AI at its defaults, and ours, under one short protocol",
+        _languages(*_TRACKED),
+        (*THEIRS, *RECURRENT),
+        steps=5000,
+        batch=256,
+        lrs=(1e-3,),
+        seeds=(0,),
+        n_heads=1,
+    ),
+    "languages": Row(
+        "the fifteen formal languages of the xLSTM paper",
+        _languages(
+            *_TRACKED,
+            *("bracket_arithmetic", "solve_equation", "bucket_sort", "missing_duplicate", "majority", "majority_count"),
+            *("odds_first", "repetition", "reverse_string", "set", "stack_manipulation"),
+        ),
+        (*RECURRENT, *PEERS),
+        steps=20000,
+        batch=256,
+        lrs=(1e-3, 3e-3, 1e-2),
+        n_heads=1,
+    ),
+    "groups": Row(
+        "word problems of S3, A5, S5: the running product at every position",
+        tuple(Case(name, name, test=((512, 512, 0), (40, 256, 0), (5120, 5120, 0))) for name in ("s3", "a5", "s5")),
+        (*RECURRENT, *PEERS),
+        steps=10000,
+        batch=256,
+        lrs=(1e-3, 3e-3),
+        d_model=128,
+        n_heads=1,
+    ),
+    "counting": Row(
+        "counting: aⁿ bⁿ, majority, majority count, lengths to 128, asked to 2048",
+        tuple(
+            Case(name, name, train=((3, 128, 0),), test=((128, 2048, 0), (128, 256, 0)))
+            for name in ("a_n_b_n", "majority", "majority_count")
+        ),
+        (*RECURRENT, *PEERS),
+        steps=10000,
+        batch=256,
+        lrs=(1e-3, 3e-3),
+    ),
+    "mqar": Row(
+        "associative recall by size of state, Zoology's mixture: accuracy on 64 pairs in 256 tokens, and longer",
+        (_MQAR,),
+        ("xlstm[1:0]", "xlstm[1:1]", "hybrid[1:1]", "mlstm_window", *PEERS),
+        steps=22500,
+        batch=256,
+        lrs=(1e-3, 3.2e-3, 1e-2, 3.2e-2),
+        seeds=(0,),
+        n_heads=2,
+        stop_at=0.99,
+        widths=(64, 128, 256),
+    ),
+    "memory": Row(
+        "copying and selective copying of 16 tokens, and the nearest neighbour, trained to 64, asked to 256",
+        tuple(
+            Case(name, name, train=((32, 64, 0),), test=((64, 256, 0), (32, 64, 0)))
+            for name in ("copy", "selective_copy", "nearest_neighbour")
+        ),
+        (*RECURRENT, "mlstm_window", *PEERS),
+        steps=10000,
+        batch=128,
+        lrs=(1e-3, 3e-3),
+        d_model=128,
+    ),
+    "listops": Row(
+        "ListOps of the Long Range Arena: nested lists of 500 to 2000 tokens",
+        (Case("listops", "listops", train=((500, 2000, 0),), test=((500, 2000, 0),)),),
+        (*RECURRENT, *PEERS),
+        steps=20000,
+        batch=32,
+        lrs=(6e-4,),
+        seeds=(0,),
+        d_model=128,
+        n_layers=8,
+        precision="bfloat16",
+    ),
+    "tinyshakespeare": Row(
+        "characters, nanoGPT's recipe for a GPU: 6 layers of 384, context 256, best validation loss in nats",
+        (Case("tinyshakespeare", "tinyshakespeare", train=((256, 256, 0),), test=((256, 256, 0), (1024, 1024, 0))),),
+        tuple(model for model in LANGUAGE if model != "xlstm[7:1]"),
+        steps=5000,
+        batch=64,
+        lrs=(1e-3,),
+        d_model=384,
+        n_layers=6,
+        n_heads=6,
+        dropout=0.2,
+        **_TEXT | {"betas": (0.9, 0.99), "seeds": (0, 1, 2)},
+    ),
+    "enwik8": Row(
+        "enwik8, about 40 million parameters, context 2048, test bits a byte",
+        (_ENWIK8,),
+        LANGUAGE,
+        steps=7000,
+        batch=32,
+        lrs=(1e-3, 2e-3),
+        d_model=512,
+        n_layers=13,
+        n_heads=4,
+        **_TEXT,
+    ),
+    "code": Row(
+        "Python source, about 30 million parameters beside the vocabulary, context 2048, held-out packages to 32,768",
+        (_CODE,),
+        ("xlstm[1:0]", "xlstm[7:1]", "hybrid[3:1]", "mlstm_window", "transformer", "mamba2"),
+        steps=6000,
+        batch=32,
+        lrs=(1e-3,),
+        d_model=512,
+        n_layers=10,
+        n_heads=4,
+        **_TEXT,
+    ),
+    "hybrid": Row(
+        "how much attention: mLSTM to attention 1:0, 7:1, 3:1, 1:1, 0:1, and a window beside every memory, on enwik8",
+        (_ENWIK8,),
+        ("xlstm[1:0]", "hybrid[7:1]", "hybrid[3:1]", "hybrid[1:1]", "transformer", "mlstm_window"),
+        **_TEXT | _SMALL,
+    ),
+    "ablations": Row(
+        "what each part of a block is worth, 8 layers of 256 on enwik8",
+        (_ENWIK8,),
+        _ABLATED,
+        **_TEXT | _SMALL | {"match": ""},
+    ),
+}

@@ -1,0 +1,391 @@
+"""The scoreboard: every row at toy size, the same samples for all, runs that go on where they stopped, and tables that add up."""
+
+import csv
+import json
+import math
+import signal
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from exlstm.bench import compare, contenders, feeds, rows, scoreboard, trial
+from exlstm.bench.config import CompareConfig
+from exlstm.bench.rows import MODELS, ROWS, THEIRS, Case
+from exlstm.cli import main
+from exlstm.models.language import LanguageModel
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 400
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text that serves as any of the three, with its held-out part."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    file.with_name("text.txt.val").write_text(TEXT[::-1])
+    return file
+
+
+@pytest.fixture(autouse=True)
+def few_words(monkeypatch):
+    monkeypatch.setattr(feeds, "WORDS", 16)
+    monkeypatch.setattr(feeds, "ALL_WORDS", 32)
+    monkeypatch.setattr(feeds, "AT_ONCE", 1 << 11)
+    monkeypatch.setattr(feeds, "VOCABULARY", 300)
+    monkeypatch.setattr(feeds, "TOKENS", 1 << 11)
+    monkeypatch.setattr(feeds, "ALL_TOKENS", 1 << 12)
+
+
+def config(tmp_path, **more):
+    return CompareConfig(out=tmp_path, device="cpu", at_once=1, **more)
+
+
+def reads(name):
+    return any(case.task in rows.TEXTS for case in ROWS[name].cases)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_runs(name, tmp_path, text, monkeypatch, capsys):
+    models = ("xlstm[1:1]", "lstm") if len(ROWS[name].cases) > 3 else ()
+    if name not in ("mqar", "tinyshakespeare"):
+        monkeypatch.setattr(scoreboard, "_picture", lambda path, *_: path.write_bytes(b"\x89PNG"))
+    settings = config(tmp_path, quick=True, models=models, text=text if reads(name) else None)
+    table = compare.run(name, settings)
+    told = capsys.readouterr().out
+    row, folder = compare.chosen(name, settings), tmp_path / f"{name}-quick"
+    ours = [model for model in row.models if model not in THEIRS]
+    assert {(line["case"], line["model"]) for line in table} >= {(c.name, m) for c in row.cases for m in ours}
+    assert all(math.isfinite(line["median"]) and line["parameters"] > 0 for line in table)
+    assert all(line["state bytes"] > 0 for line in table if line["model"] in ours)
+    assert (folder / "table.md").read_text().count("\n|") == len(table) + 2
+    with open(folder / "runs.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(table)
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert not any((folder / "checkpoints").glob("*/step-*"))
+    assert "failed" not in told and str(folder / "table.md") in told
+    assert compare.run(name, settings) == table
+    assert f"{len(table)} runs, {len(table)} of them done" in capsys.readouterr().out
+
+
+def plan_of(name="state", case=0, model="xlstm[1:1]", steps=20, **more):
+    row = replace(rows.toy(ROWS[name]), **more)
+    return trial.Plan(row, row.cases[case], model, 1e-3, 0, steps)
+
+
+def finished(plans, folder, stops=None, texts=None):
+    """What `work` tells of these plans, interrupted after so many turns of it, if asked."""
+    job = {"device": "cpu", "graphs": True, "threads": 1, "texts": texts or {}, "folder": folder, "at_once": 2}
+    waiting, told, turns = list(plans), [], iter(range(10**9))
+
+    def stopped():
+        return stops is not None and next(turns) >= stops
+
+    compare.work(
+        {**job, "until": math.inf},
+        lambda: waiting.pop(0) if waiting else None,
+        lambda *message: told.append(message),
+        stopped,
+    )
+    return {key: record for key, _, record in told if record}
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "TURN", 3)
+    monkeypatch.setattr(trial.Trial.advance, "__defaults__", (3,))
+    plans = [plan_of(), plan_of(case=5, model="lstm")]
+    wanted = finished(plans, tmp_path / "whole")
+    found, tries = {}, 0
+    while len(found) < 2 and tries < 100:
+        found |= finished([p for p in plans if p.key not in found], tmp_path / "pieces", stops=3)
+        tries += 1
+    assert tries > 4
+    for key, record in wanted.items():
+        assert found[key]["curve"] == record["curve"] and found[key]["scores"] == record["scores"]
+
+
+def test_processes_find_what_one_process_finds(tmp_path, monkeypatch):
+    # Another process knows nothing of the few words here.
+    monkeypatch.undo()
+    settings = {"quick": True, "cases": ("parity", "even_pairs"), "models": ("lstm",)}
+    monkeypatch.setattr(scoreboard, "_picture", lambda *_: None)
+    alone = compare.run("state", config(tmp_path / "a", **settings))
+    shared = compare.run("state", replace(config(tmp_path / "b", **settings), at_once=2))
+    same = ("case", "model", "median", "lr", "parameters")
+    key = "case"
+    for a, b in zip(sorted(alone, key=lambda r: r[key]), sorted(shared, key=lambda r: r[key]), strict=True):
+        assert [a[k] for k in same] == [b[k] for k in same]
+
+
+def test_a_run_that_fails_is_told_and_tried_again(tmp_path, monkeypatch, capsys):
+    settings = config(tmp_path, quick=True, cases=("parity",), models=("lstm", "mamba2"))
+    evaluate = trial.Trial.evaluate
+
+    def diverges(self):
+        if self.plan.model == "lstm":
+            raise FloatingPointError("the loss is nan at step 1")
+        evaluate(self)
+
+    monkeypatch.setattr(trial.Trial, "evaluate", diverges)
+    assert [line["model"] for line in compare.run("state", settings)] == ["mamba2"]
+    told = capsys.readouterr().out
+    assert "failed: parity, lstm, lr 0.001, seed 0: FloatingPointError: the loss is nan at step 1" in told
+    assert "1 of 2 runs have not ended" in told
+    monkeypatch.setattr(trial.Trial, "evaluate", evaluate)
+    assert {line["model"] for line in compare.run("state", settings)} == {"lstm", "mamba2"}
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(tmp_path, monkeypatch):
+    plan = plan_of(model="lstm")
+    monkeypatch.setattr(trial.Trial, "_work", lambda self, *_: torch.tensor(math.nan))
+    (record,) = finished([plan], tmp_path).values()
+    assert record["failed"].startswith("FloatingPointError: the loss is nan at step")
+
+
+def test_all_runs_of_a_case_learn_the_same_rows_whatever_they_are():
+    plan = plan_of("mqar", model="lstm")
+    case = ROWS["mqar"].cases[0]
+    one, other = (feeds.Words(case, 4, 100, seed, "cpu") for seed in (0, 0))
+    for step in (0, 5, 17, 3):
+        assert all(torch.equal(a, b) for a, b in zip(one.batch(step), other.batch(step), strict=True))
+    counts = np.bincount([one.part(step) for step in range(9 * 20)])
+    assert (counts == 20 * np.array(case.shares)).all()
+    assert all(one.batch(step)[0].shape[1] == case.train[one.part(step)][1] for step in range(9))
+    # Blocks are an economy only: far away and back again, the rows are those of the batches one by one.
+    words = feeds.Words(plan.case, 4, 100, 0, "cpu")
+    rows_there = [words.batch(step)[0].clone() for step in range(40)]
+    for step in (700, 0, 39, 17):
+        words.batch(step)
+    assert all(torch.equal(words.batch(step)[0], rows_there[step]) for step in (0, 17, 39))
+
+
+def test_tests_ask_words_that_training_never_sees():
+    words = feeds.Words(Case("parity", "parity"), 64, 100, 0, "cpu")
+    learnt = {tuple(row) for step in range(4) for row in words.batch(step)[0].tolist()}
+    ((inputs, _, _),) = words._questions((3, 40, 0), 16)
+    long = [tuple(row) for row in inputs.tolist() if row.index(2) > 20]
+    assert long and not learnt & set(long)
+
+
+def test_a_plan_is_known_by_what_its_figures_depend_on():
+    plan = plan_of()
+    same = replace(plan, row=replace(plan.row, models=("lstm",), lrs=(1.0,), seeds=(7,), steps=99))
+    assert same.key == plan.key
+    others = [
+        replace(plan, lr=2e-3),
+        replace(plan, seed=1),
+        replace(plan, steps=21),
+        replace(plan, model="lstm"),
+        replace(plan, row=replace(plan.row, d_model=32)),
+        replace(plan, case=replace(plan.case, grow=5)),
+    ]
+    assert len({plan.key, *(other.key for other in others)}) == 7
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_model_of_a_row_can_be_built_at_full_size(name):
+    row = ROWS[name]
+    for model in (m for m in row.models if m not in THEIRS):
+        settings = contenders.network(model, row, 256)
+        size = contenders.n_parameters(settings)
+        if row.match:
+            wanted = contenders.n_parameters(contenders.network(row.match, row, 256))
+            assert abs(size / wanted - 1) < 0.12, (model, size, wanted)
+        kinds = settings.layers()
+        if model == "hybrid[3:1]":
+            assert abs(kinds.count("attention") / len(kinds) - 0.25) < 0.09
+        if model == "xlstm[7:1]":
+            assert kinds.count("slstm") >= 1 and kinds.count("mlstm") >= 6
+
+
+def test_parameters_are_counted_without_building():
+    row = rows.toy(ROWS["hybrid"])
+    for model in (*row.models, "xlstm[1:1]", "lstm"):
+        settings = contenders.network(model, row, 256)
+        assert contenders.n_parameters(settings) == LanguageModel(settings, device="meta").n_parameters()
+
+
+def test_every_case_has_its_task_and_its_shares():
+    for row in ROWS.values():
+        assert set(row.models) <= {*MODELS, *THEIRS}
+        for case in row.cases:
+            assert case.task in (*feeds.TASKS, *rows.TEXTS)
+            assert len(case.train) == len(case.shares) and case.test
+            assert not case.grow or case.train[0][0] <= case.grow <= case.train[0][1]
+
+
+def test_the_state_of_attention_grows_and_that_of_xlstm_does_not():
+    row = rows.toy(ROWS["state"])
+    sizes = {}
+    for model in ("xlstm[1:1]", "lstm", "transformer", "mlstm_window"):
+        built = contenders.build(model, row.cases[0], row, 3).eval()
+        sizes[model] = [contenders.state_bytes(built, length) for length in (8, 64)]
+    assert sizes["lstm"] == [2 * 2 * 16 * 4] * 2
+    assert sizes["xlstm[1:1]"][0] == sizes["xlstm[1:1]"][1]
+    assert sizes["transformer"][1] > 7 * sizes["transformer"][0]
+
+
+def test_a_text_read_in_pieces_loses_nothing(text, monkeypatch):
+    row = rows.toy(ROWS["enwik8"])
+    whole = feeds.open_text("enwik8", text, text.parent)
+    assert [len(part) for part in whole[:3]] == [len(TEXT) * 90 // 100, len(TEXT) * 5 // 100, len(TEXT) * 5 // 100]
+    assert b"".join(part.tobytes() for part in whole[:3]).decode() == TEXT
+    reading = feeds.Reading(whole, row.cases[0], 4, 0, "cpu")
+    inputs, targets = reading.batch(3)
+    assert inputs.shape == (4, 64) and torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert bytes(inputs[0].tolist()).decode() in TEXT
+    for model in ("xlstm[1:1]", "transformer"):
+        net = contenders.build(model, row.cases[0], row, 256).eval()
+        wanted = reading.test(net, True)
+        monkeypatch.setattr(feeds, "PIECE", 10)
+        found = reading.test(net, True)
+        assert found == pytest.approx(wanted, rel=1e-5) and list(found) == ["validation", "test, context 64"]
+        assert 7 < found["validation"] < 9
+        monkeypatch.undo()
+
+
+def test_code_counts_the_bytes_of_its_tokens(text, monkeypatch):
+    monkeypatch.setattr(feeds, "VOCABULARY", 300)
+    code = feeds.open_text("code", text, text.parent / "cache")
+    again = feeds.open_text("code", text, text.parent / "cache")
+    assert all(np.array_equal(a, b) for a, b in zip(code[:4], again[:4], strict=True))
+    assert code.token_bytes[code.train.view(np.uint16)].sum() == len(TEXT)
+    held = np.concatenate((code.validation, code.test)).view(np.uint16)
+    assert code.token_bytes[held].sum() == len(TEXT) and len(code.train) < len(TEXT) / 4
+
+
+def record(model="a", lr=1e-3, seed=0, last=0.9, pace=0.1, **more):
+    """The record of a run of ten steps whose score rises evenly."""
+    curve = [{"step": s, "loss": 1.0, "scores": {"40–256": last * s / 10}} for s in (5, 10)]
+    scores = {"40–256": last, "long": last / 2}
+    facts = {"case": "parity", "model": model, "lr": lr, "seed": seed, "equal": "tokens", "d_model": 64, "steps": 10}
+    facts |= {"n_layers": 2, "n_heads": 4, "batch": 8}
+    return {**facts, "pace": pace, "curve": curve, "scores": scores, "parameters": 7, "state_bytes": 64, **more}
+
+
+def test_a_table_counts_right():
+    row = ROWS["state"]
+    ended = [record(seed=s, last=v) for s, v in enumerate((0.5, 0.9, 0.8))]
+    ended += [record(lr=1e-2, seed=s, last=v) for s, v in enumerate((0.1, 1.0, 0.2))]
+    ended += [record("slow", last=1.0, pace=0.2)]
+    first, slow = scoreboard.table(row, ended)
+    assert (first["lr"], first["median"], first["best"], first["spread"]) == (1e-3, 0.8, 0.9, 0.4)
+    assert (first["seeds"], first["runs"], first["long"], first["seconds"]) == (3, 6, 0.4, 1.0)
+    assert first["at equal seconds"] == 0.8
+    # In the second that the quick ones took, the slow one made half of its steps.
+    assert (slow["median"], slow["at equal seconds"], slow["ms a step"]) == (1.0, 0.5, 200.0)
+
+
+def test_a_loss_is_better_when_lower_and_counts_where_it_was_best():
+    curve = [{"step": s, "loss": 1.0, "scores": {"validation": v}} for s, v in ((5, 1.4), (10, 1.5))]
+    ended = [record(curve=curve, scores={"validation": 1.5, "test": 1.6})]
+    ended += [
+        record(lr=1e-2, curve=[{"step": 10, "loss": 1.0, "scores": {"validation": 1.7}}], scores={"validation": 1.7})
+    ]
+    (line,) = scoreboard.table(ROWS["tinyshakespeare"], ended)
+    assert (line["lr"], line["median"], line["test"]) == (1e-3, 1.4, 1.6)
+
+
+def test_markdown_names_the_protocol_and_leaves_empty_columns_out():
+    lines = scoreboard.markdown("state", ROWS["state"], [{"model": "a", "x": None, "n": 1234}], {"torch": "1"}, 2)
+    assert "| model | n |\n| --- | --- |\n| a | 1,234 |" in lines
+    assert "2 runs have not ended" in lines and "AdamW β 0.9 and 0.99" in lines
+
+
+def test_equal_seconds_give_the_quicker_more_steps(tmp_path):
+    class Known:
+        def of(self, plan):
+            return {"lstm": 0.01, "xlstm[0:1]": 0.03}.get(plan.model)
+
+    settings = config(tmp_path, models=("lstm", "xlstm[0:1]", "mamba2"), cases=("parity",), minutes_each=0.5)
+    plans = compare.planned(compare.chosen("state", settings), settings, Known())
+    assert {(p.model, p.steps, p.equal) for p in plans} == {("lstm", 3000, "seconds"), ("xlstm[0:1]", 1000, "seconds")}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_path, monkeypatch, capsys):
+    advance = trial.Trial.advance
+
+    def interrupted(self, *count):
+        if self.folder.parent.name != "nowhere" and self.step:
+            signal.raise_signal(number)
+        advance(self, *count)
+
+    monkeypatch.setattr(trial.Trial, "advance", interrupted)
+    command = [
+        "compare",
+        "state",
+        "--quick",
+        "--cases",
+        "parity",
+        "--models",
+        "lstm",
+        "--steps",
+        "40",
+        "--out",
+        str(tmp_path),
+    ]
+    command += ["--device", "cpu", "--at-once", "1"]
+    try:
+        assert main(command) == code
+    except SystemExit as end:
+        assert end.code == code
+    assert "1 of 1 runs have not ended" in capsys.readouterr().out
+    assert (tmp_path / "state-quick" / "table.md").is_file()
+    assert list((tmp_path / "state-quick" / "checkpoints").glob("*/step-*"))
+    monkeypatch.setattr(trial.Trial, "advance", advance)
+    assert main(command) == 0
+    assert "runs have not ended" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["stat"], "unknown row 'stat', did you mean 'state'?"),
+        (["state", "--models", "xlstm[0:2]"], "unknown model 'xlstm[0:2]', did you mean 'xlstm[0:1]'?"),
+        (["state", "--cases", "pairity"], "row state has no case 'pairity', did you mean 'parity'?"),
+        (["enwik8"], "row enwik8 reads a text, give its file with --text"),
+        (["enwik8", "--text", "nowhere.txt"], "there is no file nowhere.txt with the text of enwik8"),
+        (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
+        (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
+        (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),
+        (["state", "--step", "1"], "unknown field --step, did you mean --steps?"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and told.count("\n") == 1
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_the_rows_are_listed(capsys):
+    assert main(["compare"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in ROWS)
+
+
+def test_a_package_that_is_not_here_leaves_its_models_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "xlstm", None)
+    table = compare.run("state", config(tmp_path, quick=True, cases=("parity",), models=("lstm", "nx-ai[0:1]")))
+    assert [line["model"] for line in table] == ["lstm"]
+    assert "nx-ai[0:1] is left out: the package xlstm is not installed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "state-quick" / "speeds.json").read_text())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["xlstm[1:1]", "xlstm[0:1]", "lstm", "mamba2", "transformer", "mlstm_window"])
+def test_a_graph_learns_what_plain_steps_learn(model, tmp_path):
+    plan = plan_of(model=model, steps=40)
+    curves = []
+    for graphs in (True, False):
+        feed = feeds.open_feed(plan.case, plan.row.batch, plan.steps, 0, "cuda", {})
+        run = trial.Trial(plan, feed, tmp_path / str(graphs), "cuda", graphs)
+        while not run.done:
+            run.evaluate() if run.due() else run.advance()
+        curves.append([point["loss"] for point in run.curve])
+        assert bool(run.graphs) == graphs and not run.note
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
