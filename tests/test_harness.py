@@ -161,7 +161,9 @@ def test_a_local_task_gives_the_same(task, tmp_path):
 def test_a_context_is_read_once_and_that_is_faster():
     """Four choices behind one context of 400 bytes: the tokens that are read, and the time beside HFLM's."""
     model = build(d_model=64)
-    asked = requests("loglikelihood", [((TEXT * 5)[i : i + 400], f" {c} is chosen") for i in range(8) for c in range(4)])
+    asked = requests(
+        "loglikelihood", [((TEXT * 5)[i : i + 400], f" {c} is chosen") for i in range(8) for c in range(4)]
+    )
     read, hidden = [], model.hidden
 
     def counting(tokens, *rest, **more):
