@@ -253,12 +253,30 @@ def _chosen(which, yes, no):
 
 
 @triton.jit
+def _emptied(fresh, b_h, b_c, b_n, b_m, b_q):
+    """The memory, empty where `fresh`."""
+    b_h, b_c, b_n, b_q = _chosen(fresh, (0.0, 0.0, 0.0, 0.0), (b_h, b_c, b_n, b_q))
+    return b_h, b_c, b_n, tl.where(fresh, float("-inf"), b_m), b_q
+
+
+@triton.jit
 def _mixed(b_h, b_r, b_g, PRECISION: tl.constexpr):
     """The gates with R h added."""
     b_i = tl.dot(b_h, b_r[0], b_g[0], input_precision=PRECISION)
     b_f = tl.dot(b_h, b_r[1], b_g[1], input_precision=PRECISION)
     b_z = tl.dot(b_h, b_r[2], b_g[2], input_precision=PRECISION)
     return b_i, b_f, b_z, tl.dot(b_h, b_r[3], b_g[3], input_precision=PRECISION)
+
+
+@triton.jit
+def _added(b_g, b_m, fresh, HAS_RESET: tl.constexpr):
+    """The gates with R h, which is nothing behind a reset.
+
+    A head of one program makes it at the end of a step for the next, a third faster than at the beginning of a step.
+    """
+    if HAS_RESET:
+        b_m = _chosen(fresh[:, None], (0.0, 0.0, 0.0, 0.0), b_m)
+    return b_g[0] + b_m[0], b_g[1] + b_m[1], b_g[2] + b_m[2], b_g[3] + b_m[3]
 
 
 @triton.jit
@@ -275,8 +293,9 @@ def _mixed_in_slices(b_g, p_r, p_h, p_w, rows, us, fresh, t, D: tl.constexpr, BK
 
 
 @triton.jit
-def _keep_gates(p_g, plane, kept, keep):
-    """Writes what the backward wants of a step: one word a unit, or four planes of float32."""
+def _keep_step(p_q, p_g, plane, b_q, kept, keep):
+    """Writes what the backward wants of a step: q, and of the gates one word a unit, or four planes of float32."""
+    tl.store(p_q, b_q.to(p_q.dtype.element_ty), mask=keep)
     if p_g.dtype.element_ty == tl.int64:
         b_word = _bits(kept[0]) | (_bits(kept[1]) << 16) | (_bits(kept[2]) << 32) | (_bits(kept[3]) << 48)
         tl.store(p_g, b_word.to(tl.int64, bitcast=True), mask=keep)
@@ -286,7 +305,7 @@ def _keep_gates(p_g, plane, kept, keep):
 
 @triton.jit
 def _kept(p_dhs, p_q, p_g, plane, keep):
-    """The gradient of a step's h, q before the step, and what `_keep_gates` wrote of it."""
+    """The gradient of a step's h, q before the step, and what `_keep_step` wrote of it."""
     if p_g.dtype.element_ty == tl.int64:
         b_word = tl.load(p_g, mask=keep, other=0).to(tl.uint64, bitcast=True)
         b_w, b_open = _number(b_word & 0xFFFF), _number((b_word >> 16) & 0xFFFF)
@@ -321,7 +340,10 @@ def slstm_forward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, EXCHANGE: tl.constexpr, SAVE: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_MASK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row tiles·H·P,): steps start to end of T for some units of head i_h; h, c, n, m stand before step start."""
+    """Programs (row tiles·H·P,): steps start to end of T for some units of head i_h; h, c, n, m stand before step start.
+
+    qs (B, T + 1, H, D): the q of step t stands one row behind, the first q before them all.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
     _, i_h, o_u, o_b, rows, us, o_row = _place(first, B, H, D, P, BU)
     o_d, keep, all_units = tl.arange(0, BD), rows[:, None] & us[None, :], B.to(tl.int64) * H * D
@@ -330,22 +352,24 @@ def slstm_forward_kernel(
     if BK == BD:
         b_r = _four(p_r + o_d[:, None], D * D, (o_d < D)[:, None] & us[None, :], DOT)
     b_h, b_c, b_n, b_m, b_q = _memory(h + o_s, c + o_s, n + o_s, m + o_s, keep)
-    # The q of step t stands one row behind, the first q before them all.
     p_q = qs + o_t + o_b[:, None] * H * D
     if SAVE and start == 0:
         tl.store(p_q, b_q.to(qs.dtype.element_ty), mask=keep)
     p_x = x + o_b[:, None] * stride_xb + start * stride_xt.to(tl.int64) + i_h * stride_xh + o_u[None, :]
-    fresh = tl.zeros([ROWS], tl.int1)
+    fresh, b_0 = tl.zeros([ROWS], tl.int1), tl.zeros([ROWS, BU], tl.float32)
+    if not EXCHANGE:
+        b_i, b_f, b_z, b_o = _mixed(b_h.to(dtype).to(DOT), b_r, (b_0, b_0, b_0, b_0), PRECISION)
     for t in tl.range(start, end, num_stages=STAGES):
         b_g = _four(p_x, stride_xg, keep, tl.float32)
         if HAS_RESET:
             fresh = _flag(reset, o_b, stride_rb, t, rows)
-            b_h, b_c, b_n, b_q = _chosen(fresh[:, None], (0.0, 0.0, 0.0, 0.0), (b_h, b_c, b_n, b_q))
-            b_m = tl.where(fresh[:, None], float("-inf"), b_m)
+            b_h, b_c, b_n, b_m, b_q = _emptied(fresh[:, None], b_h, b_c, b_n, b_m, b_q)
         p_h, p_w = h + o_row, words + ((t - 1) & 1) * all_units + o_row
-        if BK == BD:
-            b_a = _output_before(p_h, p_w, o_d, rows, fresh, t, D, HAS_RESET) if EXCHANGE else b_h
-            b_g = _mixed(b_a.to(dtype).to(DOT), b_r, b_g, PRECISION)
+        if not EXCHANGE:
+            b_g = _added(b_g, (b_i, b_f, b_z, b_o), fresh, HAS_RESET)
+        elif BK == BD:
+            b_a = _output_before(p_h, p_w, o_d, rows, fresh, t, D, HAS_RESET).to(dtype).to(DOT)
+            b_g = _mixed(b_a, b_r, b_g, PRECISION)
         else:
             b_g = _mixed_in_slices(b_g, p_r, p_h, p_w, rows, us, fresh, t, D, BK, DOT, PRECISION, HAS_RESET)
         b_y, b_cy, b_ny, b_my, b_qy, kept = _gates(b_g, b_c, b_n, b_m, SAVE, dtype == tl.float32)
@@ -356,12 +380,12 @@ def slstm_forward_kernel(
         b_h, b_c, b_n, b_m, b_q = b_y, b_cy, b_ny, b_my, b_qy
         if EXCHANGE:
             tl.store(words + (t & 1) * all_units + o_s, _flagged(b_h, t), mask=keep)
+        else:
+            b_i, b_f, b_z, b_o = _mixed(b_h.to(dtype).to(DOT), b_r, (b_0, b_0, b_0, b_0), PRECISION)
         tl.store(hs + o_t, b_h.to(dtype), mask=keep)
         if SAVE:
-            p_q += H * D
-            tl.store(p_q, b_q.to(qs.dtype.element_ty), mask=keep)
-            _keep_gates(gates + o_t, all_units * T, kept, keep)
-        p_x, o_t = p_x + stride_xt, o_t + H * D
+            _keep_step(p_q + H * D, gates + o_t, all_units * T, b_q, kept, keep)
+        p_x, p_q, o_t = p_x + stride_xt, p_q + H * D, o_t + H * D
     _remember(h_out + o_s, c_out + o_s, n_out + o_s, m_out + o_s, b_h, b_c, b_n, b_m, keep)
 
 
