@@ -64,7 +64,8 @@ def choose(q, v, chunk: int) -> Plan:
     if chunk:
         length = min(256, max(16, 1 << chunk.bit_length() - 1))
         two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
-    elif large and K <= 128 and V <= 256 and rows * V // 32 >= FEW:
+    elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
+        # Programs that also work out the scores want their memories whole.
         return Plan(_one_pass(K, V, rows), two)
     return Plan(two, two)
 
