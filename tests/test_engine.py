@@ -16,6 +16,8 @@ from test_language import CONTINUED, KINDS, PROMPTS, build, tokens_of, writer
 
 MIXES = [*KINDS, ("attention", "mlstm")]
 each_kind = pytest.mark.parametrize("blocks", MIXES, ids="+".join)
+# Blocks whose state grows with the text.
+GROWING = {"attention", "mlstm_window"}
 RULES = {
     "greedy": {"temperature": 0},
     "drawn": {"seed": 3},
@@ -80,7 +82,7 @@ def test_whoever_comes_forks_and_goes(blocks):
         assert sequence.done != "length" or len(sequence.tokens) == sequence.request.max_tokens
 
 
-@pytest.mark.parametrize("blocks", [b for b in MIXES if "attention" not in b], ids="+".join)
+@pytest.mark.parametrize("blocks", [b for b in MIXES if not GROWING & {*b}], ids="+".join)
 def test_a_row_does_not_see_its_neighbours(blocks):
     model, found = build(blocks), []
     for others in ((), (Request([3, 4], 4, seed=1, top_p=0.5), Request([9] * 20, 30, temperature=0))):
@@ -264,7 +266,7 @@ def test_generate_out_of_graphs_is_generate(blocks, graphs):
         assert model.generate(more, 5, state=state, **rules) == plainly(model, more, 5, state=truth, **rules)
         assert list(model.generate([4], 6, stream=True, **rules)) == plainly(model, [4], 6, **rules)
     assert model.generate([4], 0) == []
-    assert bool(graphs) == ("attention" not in blocks)
+    assert bool(graphs) == (not GROWING & {*blocks})
 
 
 def test_graphs_are_kept_while_nothing_changes(graphs):
