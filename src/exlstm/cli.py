@@ -1,4 +1,4 @@
-"""The command line: `exlstm train | generate | evaluate | forecast | plot | doctor | bench`,
+"""The command line: `exlstm train | generate | evaluate | forecast | compare | plot | export | doctor | bench`,
 one row of COMMANDS each.
 
 Nothing heavy is imported until a command runs. A user's error is one sentence on stderr and exit code 2, Ctrl-C is 130,
@@ -19,7 +19,7 @@ import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -114,6 +114,18 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a run's model as files that other programs run: its streaming step, and its forward over a sequence."""
+
+    run: Run = ""
+    """run folder, or one of its checkpoints"""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx: the step; pt2 (torch.export): the step, and the forward at any length"""
+    out: str = ""
+    """folder to write; left out: RUN/export"""
+
+
+@dataclass(frozen=True)
 class Doctor:
     """What is installed, which implementation of each operator runs, why, and whether it agrees with the reference."""
 
@@ -163,6 +175,12 @@ def plot(command: Plot):
     from exlstm import runs
 
     runs.draw(_run(command), command.tokens)
+
+
+def export(command: Export):
+    from exlstm.export import export_run
+
+    export_run(_run(command), command.out, command.format)
 
 
 def _run(command) -> Path:
@@ -225,6 +243,7 @@ COMMANDS = {
     "evaluate": (Evaluate, evaluate, None),
     "forecast": (Forecast, forecast, None),
     "plot": (Plot, plot, None),
+    "export": (Export, export, None),
     "doctor": (Doctor, doctor, None),
     "bench": (None, bench, None),
     "compare": (None, compare, None),
