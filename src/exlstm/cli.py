@@ -1,5 +1,4 @@
-"""The command line: `exlstm train | generate | evaluate | forecast | compare | plot | export | doctor | bench`,
-one row of COMMANDS each.
+"""The command line, `exlstm NAME ...`: one row of COMMANDS each.
 
 Nothing heavy is imported until a command runs. A user's error is one sentence on stderr and exit code 2, Ctrl-C is 130,
 SIGTERM 143; a bug keeps its traceback.
@@ -120,7 +119,7 @@ class Export:
     run: Run = ""
     """run folder, or one of its checkpoints"""
     format: Literal["onnx", "pt2"] = "onnx"
-    """onnx: the step; pt2 (torch.export): the step, and the forward at any length"""
+    """onnx: the step; pt2 (torch.export): also the forward at any length"""
     out: str = ""
     """folder to write; left out: RUN/export"""
 
@@ -143,9 +142,7 @@ def _train_default(argv: list[str]) -> Train:
     stored = read_config(Path(given["--config"])) if given.get("--config") else {}
     default = sized(given.get("--size"), stored)
     if "--model.vocab-size" in given:
-        raise ValueError(
-            "--model.vocab-size follows from the tokenizer, leave it out; --data.vocab-size sets that of a bpe"
-        )
+        raise ValueError("--model.vocab-size follows from the tokenizer; --data.vocab-size sets that of a bpe")
     schedule = default.train
     if {"--minutes", "--train.minutes", "--train.steps"} & set(given):
         schedule = replace(schedule, steps=None, minutes=None)
@@ -214,13 +211,9 @@ def compare(argv: list[str]):
     from exlstm.bench.rows import MODELS, ROWS, THEIRS
 
     if not argv or argv[0] in ("-h", "--help"):
-        rows = [f"  {name:16} {row.about}" for name, row in ROWS.items()]
-        rows += ["", f"models, for --models: {', '.join((*MODELS, *THEIRS))}"]
-        print(
-            "\n".join(
-                ["usage: exlstm compare ROW ...", "", *rows, "", "exlstm compare ROW --help explains its settings."]
-            )
-        )
+        lines = ["usage: exlstm compare ROW ...", "", *(f"  {name:16} {row.about}" for name, row in ROWS.items())]
+        lines += ["", f"models, for --models: {', '.join((*MODELS, *THEIRS))}"]
+        print("\n".join([*lines, "", "exlstm compare ROW --help explains its settings."]))
         return 0
     if argv[0] not in ROWS:
         raise ValueError(f"unknown row {argv[0]!r}{nearest(argv[0], ROWS)}")
