@@ -439,7 +439,7 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 """
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True], ids=["single", "fused"])
 def test_a_large_one_is_loaded_within_its_own_size(fused, tmp_path):
     """Shard by shard: the peak of the process grows by the model and little more."""
     settings = {"embedding_dim": 512, "num_heads": 4, "num_blocks": 4, "weight_mode": "fused" if fused else "single"}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from exlstm.cli import main
-from exlstm.models.config import OPTIONS
+from exlstm.data.tokenizer import Bytes
+from exlstm.models.config import OPTIONS, LanguageConfig
+from exlstm.models.language import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,10 +44,20 @@ def test_the_python_examples_run(here):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("section", DROP_IN.split("\n## ")[1:], ids=lambda text: text.splitlines()[0])
 def test_a_section_of_drop_in_runs(section, here):
+    """On a folder with a small model where it is wanted; without packages of the long installations it is passed over."""
     names, examples = {}, re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert examples
+    commands = re.findall(r"^(exlstm .*?)(?:\s+#.*)?$", section, re.M)
+    assert examples or commands
+    model = LanguageModel(LanguageConfig(d_model=32, n_layers=1))
+    model.tokenizer = Bytes()
+    model.save_pretrained("runs/my")
+    for package in ("lm_eval", "onnxscript"):
+        if f"import {package}" in section or (package == "onnxscript" and commands):
+            pytest.importorskip(package)
     for example in examples:
         exec(compile(example, "drop-in.md", "exec"), names)
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0
 
 
 def test_the_commands_run(here, capsys):

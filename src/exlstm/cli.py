@@ -1,5 +1,4 @@
-"""The command line: `exlstm train | generate | evaluate | forecast | plot | doctor | bench`,
-one row of COMMANDS each.
+"""The command line, `exlstm NAME ...`: one row of COMMANDS each.
 
 Nothing heavy is imported until a command runs. A user's error is one sentence on stderr and exit code 2, Ctrl-C is 130,
 SIGTERM 143; a bug keeps its traceback.
@@ -19,7 +18,7 @@ import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -114,6 +113,18 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a run's model as files that other programs run: its streaming step, and its forward over a sequence."""
+
+    run: Run = ""
+    """run folder, or one of its checkpoints"""
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx: the step; pt2 (torch.export): also the forward at any length"""
+    out: str = ""
+    """folder to write; left out: RUN/export"""
+
+
+@dataclass(frozen=True)
 class Doctor:
     """What is installed, which implementation of each operator runs, why, and whether it agrees with the reference."""
 
@@ -131,9 +142,7 @@ def _train_default(argv: list[str]) -> Train:
     stored = read_config(Path(given["--config"])) if given.get("--config") else {}
     default = sized(given.get("--size"), stored)
     if "--model.vocab-size" in given:
-        raise ValueError(
-            "--model.vocab-size follows from the tokenizer, leave it out; --data.vocab-size sets that of a bpe"
-        )
+        raise ValueError("--model.vocab-size follows from the tokenizer; --data.vocab-size sets that of a bpe")
     schedule = default.train
     if {"--minutes", "--train.minutes", "--train.steps"} & set(given):
         schedule = replace(schedule, steps=None, minutes=None)
@@ -163,6 +172,12 @@ def plot(command: Plot):
     from exlstm import runs
 
     runs.draw(_run(command), command.tokens)
+
+
+def export(command: Export):
+    from exlstm.export import export_run
+
+    export_run(_run(command), command.out, command.format)
 
 
 def _run(command) -> Path:
@@ -196,13 +211,9 @@ def compare(argv: list[str]):
     from exlstm.bench.rows import MODELS, ROWS, THEIRS
 
     if not argv or argv[0] in ("-h", "--help"):
-        rows = [f"  {name:16} {row.about}" for name, row in ROWS.items()]
-        rows += ["", f"models, for --models: {', '.join((*MODELS, *THEIRS))}"]
-        print(
-            "\n".join(
-                ["usage: exlstm compare ROW ...", "", *rows, "", "exlstm compare ROW --help explains its settings."]
-            )
-        )
+        lines = ["usage: exlstm compare ROW ...", "", *(f"  {name:16} {row.about}" for name, row in ROWS.items())]
+        lines += ["", f"models, for --models: {', '.join((*MODELS, *THEIRS))}"]
+        print("\n".join([*lines, "", "exlstm compare ROW --help explains its settings."]))
         return 0
     if argv[0] not in ROWS:
         raise ValueError(f"unknown row {argv[0]!r}{nearest(argv[0], ROWS)}")
@@ -225,6 +236,7 @@ COMMANDS = {
     "evaluate": (Evaluate, evaluate, None),
     "forecast": (Forecast, forecast, None),
     "plot": (Plot, plot, None),
+    "export": (Export, export, None),
     "doctor": (Doctor, doctor, None),
     "bench": (None, bench, None),
     "compare": (None, compare, None),

@@ -30,11 +30,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = _wide(x), _wide(self.weight)
-        if x.numel() <= SMALL and x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # First of all, since a compiler would take the question for the size as a promise.
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
+        if x.numel() <= SMALL and not torch.is_grad_enabled():
             return cast(_rms_norm(wide, weight, self.eps), x.dtype)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return cast(_RMSNorm.apply(wide, weight, self.eps), x.dtype)
-        return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
+        return cast(_RMSNorm.apply(wide, weight, self.eps), x.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"

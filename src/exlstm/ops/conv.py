@@ -62,8 +62,8 @@ def causal_conv(
         first = F.pad(document[:, 1:] != document[:, :-1], (1, 0))
     y = _sequence(x, weight, bias, None if state is None else history, history, first, activation)
     if mask is None:
-        # The last W-1 of history and x, without a copy of all.
-        state = torch.cat([history, x[:, max(time - past, 0) :]], 1)[:, min(time, past) :]
+        # The last W-1 of history and x, without a copy of all, in a form that a graph of open length can hold.
+        state = torch.cat([history, x[:, -past:]], 1)[:, -past:] if past else history
         document = None if document is None else document[:, time:]
     else:
         y = _take(y, (mask.cumsum(1) - 1).clamp(min=0)).masked_fill(~mask[..., None], 0)

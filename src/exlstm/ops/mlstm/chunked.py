@@ -105,8 +105,10 @@ def chunked(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=
     tensors = (q, k, v, log_i, log_f, c, n)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     # A compiler sees one operator; without one its machinery would cost half a millisecond a call.
-    run = _mlstm_chunked if torch.compiler.is_compiling() or q.device.type == "meta" else _Chunked.apply
-    return run(*tensors, m, reset, scale, normalize, eps, chunk or _chunk_length(q, v), save)[:4]
+    if torch.compiler.is_compiling() or q.device.type == "meta":
+        # The operator itself chooses the chunk, so that a graph may leave the length open.
+        return _mlstm_chunked(*tensors, m, reset, scale, normalize, eps, chunk or 0, save)[:4]
+    return _Chunked.apply(*tensors, m, reset, scale, normalize, eps, chunk or _chunk_length(q, v), save)[:4]
 
 
 def _chunk_length(q, v):
@@ -537,7 +539,8 @@ def _mlstm_chunked(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_forward` as one operator of a compiled graph."""
+    """`_forward` as one operator of a compiled graph; a chunk of 0 is chosen by the length."""
+    chunk = chunk or _chunk_length(q, v)
     return _forward(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save, keep=False)[0]
 
 
@@ -550,13 +553,16 @@ def _mlstm_chunked_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_backward` as one operator of a compiled graph."""
     saved = (q, k, v, log_i, log_f, c, n, m, reset, h, last_c, last_n, starts_c, starts_n, starts_m)
-    return _backward(dh, dc, dn, saved, None, scale, normalize, eps, chunk, memory)
+    return _backward(dh, dc, dn, saved, None, scale, normalize, eps, chunk or _chunk_length(q, v), memory)
 
 
 @_mlstm_chunked.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
-    rows, blocks = q.shape[0] * q.shape[2], len(_spans(*q.shape[:3], *c.shape[2:], chunk))
-    starts = [(blocks - 1 if save else 0, rows, *x.shape[2:]) for x in (c, n, m)]
+    # Without a backward nothing is kept, and the length need not be known.
+    rows, kept = q.shape[0] * q.shape[2], 0
+    if save:
+        kept = len(_spans(*q.shape[:3], *c.shape[2:], chunk or _chunk_length(q, v))) - 1
+    starts = [(kept, rows, *x.shape[2:]) for x in (c, n, m)]
     memory = (x.new_empty(x.shape) for x in (c, n, m))
     kept = (x.new_empty(shape) for x, shape in zip((c, n, _wide(m)), starts))
     return v.new_empty(v.shape), *memory, *kept
