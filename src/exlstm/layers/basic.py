@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from exlstm.ops.backend import cast, chosen
 from exlstm.ops.conv import causal_conv, decode
-from exlstm.ops.norm import head_norm
+from exlstm.ops.norm import head_norm, row_norm
 
 # Numbers in a tensor up to which NumPy is the faster one.
 SMALL = 1 << 13
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), in float32, returned in x's dtype."""
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), in float32, returned in x's dtype.
+
+    Under autocast on a GPU it is returned in autocast's, so that no reader has to cast it.
+    """
 
     def __init__(self, d: int, eps: float = 1e-6, *, device=None, dtype=None):
         super().__init__()
@@ -29,6 +32,18 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        found = row_norm(x, self.weight, eps=self.eps, centre=False)
+        return self._plain(x) if found is None else found[0]
+
+    def after(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y; y None adds nothing."""
+        found = row_norm(x, self.weight, eps=self.eps, centre=False, y=y)
+        if found is not None:
+            return found
+        x = x if y is None else x + y
+        return self._plain(x), x
+
+    def _plain(self, x):
         wide, weight = _wide(x), _wide(self.weight)
         if x.numel() <= SMALL and x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return cast(_rms_norm(wide, weight, self.eps), x.dtype)
@@ -81,7 +96,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis with weight and, if asked for, bias, in float32, returned in x's dtype."""
+    """LayerNorm over the last axis with weight and, if asked for, bias, in float32, returned in x's dtype.
+
+    Under autocast on a GPU it is returned in autocast's, so that no reader has to cast it.
+    """
 
     def __init__(self, d: int, eps: float = 1e-5, bias: bool = False, *, device=None, dtype=None):
         super().__init__()
@@ -97,6 +115,18 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        found = row_norm(x, self.weight, self.bias, eps=self.eps, centre=True)
+        return self._plain(x) if found is None else found[0]
+
+    def after(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y; y None adds nothing."""
+        found = row_norm(x, self.weight, self.bias, eps=self.eps, centre=True, y=y)
+        if found is not None:
+            return found
+        x = x if y is None else x + y
+        return self._plain(x), x
+
+    def _plain(self, x):
         bias = None if self.bias is None else _wide(self.bias)
         y = F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps)
         return cast(y, x.dtype)
