@@ -6,7 +6,20 @@ import torch
 import exlstm
 from exlstm import LanguageConfig, LanguageModel
 from exlstm.layers import basic
-from gpu import DEVICE, INTERPRETED, close, compile_kernel, cost, equal, here, hold_in_the_interpreter, law, normal, poisoned
+from exlstm.ops.gated import gated
+from gpu import (
+    DEVICE,
+    INTERPRETED,
+    close,
+    compile_kernel,
+    cost,
+    equal,
+    here,
+    hold_in_the_interpreter,
+    law,
+    normal,
+    poisoned,
+)
 
 # The interpreter cuts a bfloat16 off where a GPU rounds it.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3, torch.float16: 5e-4}
@@ -122,6 +135,53 @@ def test_norm_compiles_whole_and_is_differentiated_once():
         wanted[0].square().sum().backward()
 
 
+# The gated product
+
+
+def product(leaves, activation):
+    """y and the gradients of a weighted sum of it; g is strided."""
+    g, u = leaves
+    y = gated(g.chunk(2, -1)[1], u, activation)
+    return [y.detach(), *torch.autograd.grad(y, leaves, normal(*y.shape, seed=9, dtype=torch.bfloat16).to(y.dtype))]
+
+
+@law
+@dtypes
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 1), (1, 3, 2001)], ids=str)
+def test_gated_equals_the_plain_one(shape, activation, dtype):
+    wide = (*shape[:-1], 2 * shape[-1])
+    leaves = [3 * normal(*size, seed=i, dtype=dtype) for i, size in enumerate((wide, shape))]
+    leaves = [x.requires_grad_() for x in leaves]
+    with poisoned():
+        found = product(leaves, activation)
+    with exlstm.backend("cpu"):
+        wanted = product([x.detach().double().requires_grad_() for x in leaves], activation)
+    assert all(x.dtype == dtype for x in found)
+    close(found, wanted, LIMITS[dtype])
+    equal(product(leaves, activation), found)
+
+
+@law
+def test_gated_stays_finite_compiles_whole_and_is_differentiated_once():
+    def loss(g, u):
+        return gated(g, u).square().sum()
+
+    leaves = [normal(2, 3, 16, seed=i).requires_grad_() for i in (0, 1)]
+    wanted = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    equal(torch.autograd.grad(compiled(*leaves), leaves), wanted)
+    with pytest.raises(RuntimeError, match="gated has no second derivative on a GPU"):
+        wanted[0].square().sum().backward()
+    for activation in ("silu", "gelu"):
+        g = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4], device=DEVICE).requires_grad_()
+        (dg,) = torch.autograd.grad(gated(g, torch.ones_like(g), activation).sum(), g)
+        close([dg], [torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0], dtype=torch.float64, device=DEVICE)], 1e-6)
+    with pytest.raises(ValueError, match="activation 'tanh' is not one of silu, gelu"):
+        gated(g, g, "tanh")
+
+
 # A whole model
 
 
@@ -174,3 +234,18 @@ def test_norm_compiles_without_spills(width, full, tmp_path):
         warps = cut.pop("num_warps")
         registers, spilled = cost(compile_kernel(kernel, ROW_TYPES, cut | what | more, warps), tmp_path)
         assert 16 < registers <= 128 and spilled == 0
+
+
+@here
+@pytest.mark.parametrize("silu", [True, False])
+def test_gated_compiles_without_spills(silu, tmp_path):
+    from exlstm.ops import gated_kernels as kernels
+
+    types = dict.fromkeys(("g", "u", "y", "dy", "dg", "du"), "*bf16")
+    for kernel, numbers in (
+        (kernels.gated_forward_kernel, kernels.FORWARD),
+        (kernels.gated_backward_kernel, kernels.BACKWARD),
+    ):
+        compiled = compile_kernel(kernel, types, {"BN": numbers, "SILU": silu}, kernels.WARPS)
+        registers, spilled = cost(compiled, tmp_path)
+        assert 16 < registers <= 64 and spilled == 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from exlstm.ops.backend import cast, chosen
 from exlstm.ops.conv import causal_conv, decode
+from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
 
 # Numbers in a tensor up to which NumPy is the faster one.
@@ -205,7 +206,7 @@ class SwiGLU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.up(x))
+        return self.out(gated(self.gate(x), self.up(x)))
 
 
 class GatedGELU(nn.Module):
@@ -224,7 +225,7 @@ class GatedGELU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.gelu(self.gate(x)) * self.up(x))
+        return self.out(gated(self.gate(x), self.up(x), "gelu"))
 
 
 class CausalConv(nn.Module):
