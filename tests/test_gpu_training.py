@@ -1,5 +1,7 @@
 """Triton kernels between the matrix products of training under their laws: in the interpreter, on a GPU with `pytest -m gpu`."""
 
+import copy
+
 import pytest
 import torch
 
@@ -182,12 +184,76 @@ def test_gated_stays_finite_compiles_whole_and_is_differentiated_once():
         gated(g, g, "tanh")
 
 
+# Maps of one x
+
+
+def mapped(linears, wide, x):
+    """Every y, and the gradients of a weighted sum of them."""
+    ys = basic.maps(x.transpose(0, 1), *linears, wide=wide)
+    leaves = [x, *(linear.weight for linear in linears), *([] if wide is None else wide.parameters())]
+    factors = [normal(*y.shape, seed=5 + i, dtype=torch.bfloat16).to(y.dtype) for i, y in enumerate(ys)]
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, factors)]
+
+
+def drawn(inputs, *outputs, bias=False):
+    """Linear maps, their inputs scaled so that outputs are of size 1."""
+    made = [torch.nn.Linear(inputs, size, bias=bias, device=DEVICE) for size in outputs]
+    with torch.no_grad():
+        for i, p in enumerate(p for linear in made for p in linear.parameters()):
+            p.copy_(normal(*p.shape, seed=40 + i) * inputs**-0.5)
+    return made
+
+
+@law
+@dtypes
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, (8, 40)), (33, (16,)), (200, (16, 24, 8))], ids=str)
+def test_maps_equal_the_plain_ones(inputs, outputs, dtype):
+    linears, (wide,) = drawn(inputs, *outputs), drawn(inputs, 6, bias=True)
+    x = normal(5, 2, inputs, seed=0, dtype=dtype).requires_grad_()
+    for own in (None, wide):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            found = mapped(linears, own, x)
+            with exlstm.backend("cpu"):
+                plain = mapped(linears, own, x)
+        assert [y.dtype for y in found] == [y.dtype for y in plain]
+        doubles = [copy.deepcopy(linear).double() for linear in linears]
+        wanted = mapped(doubles, own and copy.deepcopy(own).double(), x.detach().double().requires_grad_())
+        close(found, wanted, 2e-6 if dtype == torch.float32 else 4 * LIMITS[dtype])
+        if own is not None:
+            # In float32 whatever the dtype of x.
+            close(found[len(linears) :][:1], wanted[len(linears) :][:1], 1e-6)
+
+
+@law
+def test_maps_cast_once_and_leave_alone_what_they_should():
+    linears, (wide,) = drawn(24, 8, 8), drawn(24, 4, bias=True)
+    x, heard = normal(2, 3, 24, seed=0), []
+    with torch.autocast(DEVICE, torch.bfloat16):
+        *ys, p = basic.maps(x, *linears, wide=wide)
+        assert p.dtype == torch.float32 and all(y.dtype == torch.bfloat16 for y in ys)
+        assert len({id(y.grad_fn) for y in ys}) == 1
+        with torch.no_grad():
+            *quiet, _ = basic.maps(x, *linears, wide=wide)
+        equal(quiet, ys)
+    linears[0].weight.requires_grad_(False)
+    ys = basic.maps(x, *linears)
+    sum(y.sum() for y in ys).backward()
+    assert linears[0].weight.grad is None and linears[1].weight.grad is not None
+    linears[1].register_forward_hook(lambda *_: heard.append(1))
+    assert len({y.grad_fn for y in basic.maps(x, *linears)}) == 2 and heard == [1]
+    x.requires_grad_()
+    linears[1]._forward_hooks.clear()
+    (dx,) = torch.autograd.grad(sum(y.square().sum() for y in basic.maps(x, *linears)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 # A whole model
 
 
 def small_model():
     torch.manual_seed(0)
-    config = LanguageConfig(vocab_size=11, d_model=32, n_layers=2, n_heads=2, blocks=("mlstm", "slstm"), dropout=0.0)
+    config = LanguageConfig(vocab_size=11, d_model=32, n_layers=2, n_heads=2, blocks=("mlstm", "lstm"))
     return LanguageModel(config, device=DEVICE)
 
 
@@ -249,3 +315,15 @@ def test_gated_compiles_without_spills(silu, tmp_path):
         compiled = compile_kernel(kernel, types, {"BN": numbers, "SILU": silu}, kernels.WARPS)
         registers, spilled = cost(compiled, tmp_path)
         assert 16 < registers <= 64 and spilled == 0
+
+
+@here
+@pytest.mark.parametrize("outputs", [8, 16, 64, 128])
+def test_wide_maps_compile_without_spills(outputs, tmp_path):
+    from exlstm.ops import maps_kernels as kernels
+
+    cut = kernels._cut(outputs, torch.bfloat16)
+    warps = cut.pop("num_warps")
+    types = {"x": "*bf16", **dict.fromkeys(("weight", "bias", "p"), "*fp32")}
+    registers, spilled = cost(compile_kernel(kernels.wide_forward_kernel, types, cut, warps), tmp_path)
+    assert 16 < registers <= 255 and spilled == 0

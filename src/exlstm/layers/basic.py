@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.ops.backend import cast, chosen
+from exlstm.ops import maps as joint
+from exlstm.ops.backend import cast, chosen, exact, kernels
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -190,6 +191,31 @@ def width(ratio: float, d_model: int, multiple: int = 64) -> int:
     return math.ceil(round(ratio * d_model / multiple, 6)) * multiple
 
 
+def maps(x: Tensor, *linears: nn.Module, wide: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """linear(x) of every one, and at the end wide(x), which is worked out in float32 whatever the autocast.
+
+    On a GPU plain ones without bias run together in training, see `exlstm.ops.maps`: x is cast and kept once.
+    """
+    plain = kernels(x) and all(_bare(linear) and linear.bias is None for linear in linears)
+    if plain and (wide is None or _bare(wide)):
+        own = () if wide is None else (wide.weight, wide.bias)
+        found = joint.maps(x, [linear.weight for linear in linears], *own)
+        if found is not None:
+            return found if wide is None else (*found[1:], found[0])
+    ys = tuple(linear(x) for linear in linears)
+    if wide is None:
+        return ys
+    with exact(x.device):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return *ys, F.linear(cast(x, dtype), cast(wide.weight, dtype), cast(wide.bias, dtype))
+
+
+def _bare(linear):
+    """Whether it is a linear map and nobody listens to it."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not hooks
+
+
 class SwiGLU(nn.Module):
     """out(silu(gate(x)) · up(x)) (arXiv 2002.05202): (..., d_model) -> (..., d_model)."""
 
@@ -206,7 +232,7 @@ class SwiGLU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(gated(self.gate(x), self.up(x)))
+        return self.out(gated(*maps(x, self.gate, self.up)))
 
 
 class GatedGELU(nn.Module):
@@ -225,7 +251,7 @@ class GatedGELU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(gated(self.gate(x), self.up(x), "gelu"))
+        return self.out(gated(*maps(x, self.gate, self.up), "gelu"))
 
 
 class CausalConv(nn.Module):
