@@ -85,7 +85,7 @@ def compile_kernel(kernel, types, constants, warps):
 
 def _multiple_of_16(parameter):
     """Widths and the strides made of them are, in every model that is used."""
-    return (parameter.name == "D" or parameter.name.startswith("stride_")) and not parameter.do_not_specialize
+    return (parameter.name in ("D", "size") or parameter.name.startswith("stride_")) and not parameter.do_not_specialize
 
 
 def cost(compiled, folder):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.basic import check_input, init_linear, valid_mask
+from exlstm.layers.basic import check_input, init_linear, maps, valid_mask
 from exlstm.ops import backend as backends
 
 
@@ -86,9 +86,9 @@ class Attention(nn.Module):
         batch, time = x.shape[:2]
         mask = valid_mask(lengths, mask, batch, time, x.device)
         backends.check_companions(x, reset, None, {})
-        q = self.q(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, D)
-        k = self.k(x).unflatten(-1, (self.n_kv_heads, -1))
-        v = self.v(x).unflatten(-1, (self.n_kv_heads, -1))
+        q, *kv = maps(x, self.q, self.k, self.v)
+        q = q.unflatten(-1, (self.n_heads, -1))  # (B, T, H, D)
+        k, v = (y.unflatten(-1, (self.n_kv_heads, -1)) for y in kv)
         y, state = self.attend(q, k, v, state, mask=mask, reset=reset)
         return self.out(y.flatten(-2)), state
 

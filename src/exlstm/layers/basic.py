@@ -7,16 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.ops.backend import cast, chosen
+from exlstm.ops import maps as joint
+from exlstm.ops.backend import cast, chosen, exact, kernels
 from exlstm.ops.conv import causal_conv, decode
-from exlstm.ops.norm import head_norm
+from exlstm.ops.gated import gated
+from exlstm.ops.norm import head_norm, row_norm
 
 # Numbers in a tensor up to which NumPy is the faster one.
 SMALL = 1 << 13
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), in float32, returned in x's dtype."""
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (arXiv 1910.07467), in float32, returned in x's dtype.
+
+    Under autocast on a GPU it is returned in autocast's, so that no reader has to cast it.
+    """
 
     def __init__(self, d: int, eps: float = 1e-6, *, device=None, dtype=None):
         super().__init__()
@@ -29,6 +34,18 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        found = row_norm(x, self.weight, eps=self.eps, centre=False)
+        return self._plain(x) if found is None else found[0]
+
+    def after(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y; y None adds nothing."""
+        found = row_norm(x, self.weight, eps=self.eps, centre=False, y=y)
+        if found is not None:
+            return found
+        x = x if y is None else x + y
+        return self._plain(x), x
+
+    def _plain(self, x):
         wide, weight = _wide(x), _wide(self.weight)
         # First of all, since a compiler would take the question for the size as a promise.
         if torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -82,7 +99,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last axis with weight and, if asked for, bias, in float32, returned in x's dtype."""
+    """LayerNorm over the last axis with weight and, if asked for, bias, in float32, returned in x's dtype.
+
+    Under autocast on a GPU it is returned in autocast's, so that no reader has to cast it.
+    """
 
     def __init__(self, d: int, eps: float = 1e-5, bias: bool = False, *, device=None, dtype=None):
         super().__init__()
@@ -98,6 +118,18 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        found = row_norm(x, self.weight, self.bias, eps=self.eps, centre=True)
+        return self._plain(x) if found is None else found[0]
+
+    def after(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + y, and x + y; y None adds nothing."""
+        found = row_norm(x, self.weight, self.bias, eps=self.eps, centre=True, y=y)
+        if found is not None:
+            return found
+        x = x if y is None else x + y
+        return self._plain(x), x
+
+    def _plain(self, x):
         bias = None if self.bias is None else _wide(self.bias)
         y = F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps)
         return cast(y, x.dtype)
@@ -160,6 +192,34 @@ def width(ratio: float, d_model: int, multiple: int = 64) -> int:
     return math.ceil(round(ratio * d_model / multiple, 6)) * multiple
 
 
+def maps(x: Tensor, *linears: nn.Module, wide: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """linear(x) of every one, and at the end wide(x), which is worked out in float32 whatever the autocast.
+
+    On a GPU plain ones without bias run together in training, see `exlstm.ops.maps`: x is cast and kept once.
+    """
+    plain = kernels(x) and all(_bare(linear) and linear.bias is None for linear in linears)
+    if plain and (wide is None or _bare(wide)):
+        own = () if wide is None else (wide.weight, wide.bias)
+        found = joint.maps(x, [linear.weight for linear in linears], *own)
+        if found is not None:
+            return found if wide is None else (*found[1:], found[0])
+    ys = tuple(linear(x) for linear in linears)
+    if wide is None:
+        return ys
+    with exact(x.device):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if type(wide) is nn.Linear:
+            return *ys, F.linear(cast(x, dtype), cast(wide.weight, dtype), cast(wide.bias, dtype))
+        # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
+        return *ys, cast(wide(cast(x, wide.weight.dtype)), dtype)
+
+
+def _bare(linear):
+    """Whether it is a linear map and nobody listens to it."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not hooks
+
+
 class SwiGLU(nn.Module):
     """out(silu(gate(x)) · up(x)) (arXiv 2002.05202): (..., d_model) -> (..., d_model)."""
 
@@ -176,7 +236,7 @@ class SwiGLU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.up(x))
+        return self.out(gated(*maps(x, self.gate, self.up)))
 
 
 class GatedGELU(nn.Module):
@@ -195,7 +255,7 @@ class GatedGELU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.gelu(self.gate(x)) * self.up(x))
+        return self.out(gated(*maps(x, self.gate, self.up), "gelu"))
 
 
 class CausalConv(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, valid_mask
+from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, valid_mask
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
 DT_LEAST, DT_MOST = 1e-3, 0.1
@@ -102,7 +102,7 @@ class Mamba2(nn.Module):
         check_input(x, self.d_model)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
-        z, mixed = self.z(x), self.xbc(x)
+        z, mixed = maps(x, self.z, self.xbc)
         if self.conv is None:
             mixed = F.silu(mixed)
         else:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, mlstm_window, slstm
 from exlstm.models.config import StackConfig
+from exlstm.ops.backend import kernels
 
 # kind: (mixer, takes n_heads, norm, feed-forward). Attention and mLSTM blocks follow Llama and xLSTM 7B, the others
 # the xLSTM paper.
@@ -55,12 +56,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
 
     def forward(self, x, state=None, *, mask=None, reset=None):
-        y, state = self.mixer(self.norm(x), state, mask=mask, reset=reset)
-        x = x + (self.dropout(y) if self.dropout else y)
+        """x (B, T, D), or a pair whose sum is meant, the second one perhaps None; what comes back has the same form."""
+        # The next norm works out a sum that waits on its way: neither x nor its gradient is moved for the sum alone.
+        apart = isinstance(x, tuple)
+        n, x = self.norm.after(*x) if apart else (self.norm(x), x)
+        y, state = self.mixer(n, state, mask=mask, reset=reset)
+        y = self.dropout(y) if self.dropout else y
         if self.ffn is not None:
-            y = self.ffn(self.ffn_norm(x))
-            x = x + (self.dropout(y) if self.dropout else y)
-        return x, state
+            n, x = self.ffn_norm.after(x, y)
+            y = self.ffn(n)
+            y = self.dropout(y) if self.dropout else y
+        return ((x, y) if apart else x + y), state
 
     def reset_parameters(self):
         for part in (self.norm, self.mixer, self.ffn_norm, self.ffn):
@@ -105,7 +111,8 @@ class Stack(nn.Module):
         """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer."""
         self._check(x, state)
         mask = basic.valid_mask(lengths, mask, *x.shape[:2], x.device)
-        states = []
+        states, apart = [], kernels(x)
+        x = (x, None) if apart else x
         for i, block in enumerate(self.blocks):
             before = None if state is None else state[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -113,7 +120,7 @@ class Stack(nn.Module):
             else:
                 x, after = block(x, before, mask=mask, reset=reset)
             states.append(after)
-        return self.norm(x), tuple(states)
+        return self.norm(x[0] + x[1] if apart else x), tuple(states)
 
     def _check(self, x, state):
         basic.check_input(x, self.config.d_model)

@@ -1,6 +1,7 @@
-"""The norm behind a memory and the gate behind the norm, in one pass over each tensor where kernels run.
+"""Norms in one pass over each tensor where kernels run: behind a memory, with the gate behind them; and in front of a layer.
 
 y = (LayerNorm_head(h) ⊙ weight + skip ⊙ c) ⊙ act(gate), statistics in float32; the skip and the gate may be absent.
+n = RMSNorm or LayerNorm(x + y) ⊙ weight + bias
 """
 
 import torch
@@ -50,3 +51,32 @@ def head_norm(
     y = backends.cast(y * weight, h.dtype)
     y = y if skip is None else y + skip[0] * skip[1]
     return y if gate is None else y * ACTIVATIONS[activation](gate)
+
+
+def row_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float, centre: bool, y: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """RMSNorm, or LayerNorm where `centre`, of x + y, and x + y itself, where kernels run; None where they do not.
+
+    Args:
+        x: (..., D), the residual stream.
+        weight, bias: (D,).
+        eps: added to the mean square.
+        centre: subtract the mean.
+        y: (..., D), what is added to x in front of the norm; None for nothing.
+
+    Returns:
+        The norm in the dtype that its readers want, autocast's where there is one, else that of x + y; and x + y in the
+        wider dtype of the two. Statistics in float32.
+    """
+    if not backends.kernels(x):
+        return None
+    from exlstm.ops import row_kernels
+
+    if not row_kernels.takes(x, weight, y):
+        return None
+    dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    n, total = row_kernels.row_norm(x, y, weight, bias, eps, centre, dtype)
+    return n, x if y is None else total
