@@ -7,6 +7,8 @@ dl = (softmax(z) - onehot(target)) · (1 - (z / cap)²)      dx = Wᵀ dl      d
 import torch
 from torch import Tensor
 
+from exlstm.ops import backend as backends
+
 # Logits of a slice: on a CPU about what its cache holds, but never fewer tokens than keep the products at full speed.
 CPU_LOGITS, ACCELERATOR_LOGITS, LEAST_TOKENS = 2**20, 2**27, 256
 TWICE = "linear_cross_entropy has no second derivative: its gradients can be taken once only"
@@ -47,9 +49,7 @@ def linear_cross_entropy(
     products = torch.promote_types(x.dtype, weight.dtype)
     if torch.is_autocast_enabled(device):
         products = torch.get_autocast_dtype(device)
-    if slice is None:
-        slice = max((CPU_LOGITS if device == "cpu" else ACCELERATOR_LOGITS) // weight.shape[0], LEAST_TOKENS)
-    settings = (float(cap), ignore, slice, products)
+    settings = (float(cap), ignore, slice or 0, products)
     flat, ids = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
     if reduction == "none":
         return _tokens(flat, weight, ids, *settings).view(targets.shape)
@@ -156,7 +156,17 @@ def _wide(products):
 
 
 def _slices(x, weight, targets, scale, cap, ignore, size, products):
-    """Losses (N,), and where `scale` (N,) is given the gradients dx (N, D) and dW (V, D) of their sum so weighted."""
+    """Losses (N,), and where `scale` (N,) is given the gradients dx (N, D) and dW (V, D) of their sum so weighted.
+
+    `size` is the tokens of a slice, 0 for what suits the device.
+    """
+    if backends.kernels(x):
+        from exlstm.ops import loss_kernels
+
+        if loss_kernels.takes(products):
+            with backends.exact(x.device):
+                return loss_kernels.slices(x, weight, targets, scale, cap, ignore, size, products)
+    size = size or max((CPU_LOGITS if x.device.type == "cpu" else ACCELERATOR_LOGITS) // weight.shape[0], LEAST_TOKENS)
     wide = _wide(products)
     losses = x.new_empty(x.shape[0], dtype=wide)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
