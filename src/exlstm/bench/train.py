@@ -1,7 +1,8 @@
 """Training on a GPU, tokens a second of whole steps (forward, backward, optimiser) over the length: ours beside two peers.
 
 Weights and AdamW (fused) in float32, products in bfloat16 by autocast, random tokens. A step holds --tokens tokens, or one
-longer sequence; then blocks run again in the backward. "compiled" compiles block by block, so that a block is compiled once;
+longer sequence; then blocks run again in the backward. "captured" replays forward and backward out of a CUDA graph (as 7:1
+does), "compiled" compiles block by block, so that a block is compiled once;
 Llama is compiled whole. Tokens a second are of the median step; memory is the peak of a step, weights and optimiser with it.
 """
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from exlstm.bench import peers, timing
 from exlstm.bench.config import TrainConfig
+from exlstm.train.capture import Captured
 
 # Steps before the clock starts, and timed steps at most.
 WARM, STEPS = 3, 12
@@ -23,15 +25,16 @@ WARM, STEPS = 3, 12
 class Ours:
     """A model of ours; `blocks` are in turn its own, `depth` times as many as the size has."""
 
-    def __init__(self, size, device, blocks=("mlstm",), depth=1, compiled=False):
+    def __init__(self, size, device, blocks=("mlstm",), depth=1, compiled=False, captured=False):
         self.model = peers.language(size, blocks, device, depth=depth)
+        self.captured = Captured(self.model.loss, self.model.parameters()) if captured else None
         if compiled:
             for block in self.model.stack.blocks:
                 block.compile()
 
     def loss(self, inputs, targets, again):
         self.model.gradient_checkpointing = again
-        return self.model.loss((inputs, targets))
+        return (self.captured or self.model.loss)((inputs, targets))
 
 
 class Large:
@@ -66,8 +69,9 @@ class Llama:
 # name -> what builds it for a size; ours first, so that no peer can spoil it
 SIDES = {
     "ours": Ours,
+    "ours, captured": partial(Ours, captured=True),
     "ours, compiled": partial(Ours, compiled=True),
-    "ours 7:1": partial(Ours, blocks=("mlstm",) * 7 + ("slstm",)),
+    "ours 7:1": partial(Ours, blocks=("mlstm",) * 7 + ("slstm",), captured=True),
     "attention": partial(Ours, blocks=("attention",), compiled=True),
     "mamba2": partial(Ours, blocks=("mamba2",), depth=2, compiled=True),
     "xlstm": Large,
@@ -115,7 +119,8 @@ def _row(name, length, config, deadline):
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             loss = side.loss(inputs, targets, again)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

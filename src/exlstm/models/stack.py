@@ -113,10 +113,14 @@ class Stack(nn.Module):
         mask = basic.valid_mask(lengths, mask, *x.shape[:2], x.device)
         states, apart = [], kernels(x)
         x = (x, None) if apart else x
+        # Only dropout draws, and nothing asks for the state of the draws while a graph is recorded.
+        random = self.config.dropout > 0
         for i, block in enumerate(self.blocks):
             before = None if state is None else state[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, after = checkpoint(block, x, before, mask=mask, reset=reset, use_reentrant=False)
+                x, after = checkpoint(
+                    block, x, before, mask=mask, reset=reset, use_reentrant=False, preserve_rng_state=random
+                )
             else:
                 x, after = block(x, before, mask=mask, reset=reset)
             states.append(after)

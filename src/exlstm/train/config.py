@@ -16,6 +16,7 @@ FREE = {
     "keep",
     "compile",
     "compile_backend",
+    "graph",
     "gradient_checkpointing",
 }
 
@@ -48,6 +49,8 @@ class TrainConfig:
     """compile the loss with torch.compile"""
     compile_backend: str = "inductor"
     """torch.compile's backend; aot_eager needs no C++ compiler"""
+    graph: bool = False
+    """record forward and backward as a CUDA graph, for batches of one form: no step waits for launches. On a GPU alone"""
     gradient_checkpointing: bool = False
     """recompute the blocks in the backward pass: less memory, about a third more time"""
     eval_every: int = 0
@@ -73,6 +76,9 @@ class TrainConfig:
             _whole("steps", self.steps, 1)
         if self.minutes is not None:
             _number("minutes", self.minutes, lambda x: x > 0, "above 0")
+        if self.graph and (self.compile or self.accumulate > 1):
+            came = "compile" if self.compile else f"accumulate {self.accumulate}"
+            raise ValueError(f"graph records a whole step of one batch, it goes without {came}")
         for name, least in (("accumulate", 1), ("eval_batches", 1), ("keep", 1), ("seed", 0)):
             _whole(name, getattr(self, name), least)
         for name in ("eval_every", "save_every", "sample_every"):

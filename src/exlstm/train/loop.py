@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from exlstm.train import checkpoint
+from exlstm.train.capture import Captured, mapped
+from exlstm.train.capture import tokens as count
 from exlstm.train.config import TrainConfig
 from exlstm.train.optim import Optimizer, lr_at
 from exlstm.train.process import Randomness, Signals
@@ -175,17 +177,10 @@ class _Run:
         """Loss, gradient and update of one step: its record and its tokens. Not finite: no update, and a reason why."""
         config, total, tokens = self.config, 0.0, 0
         for micro in range(config.accumulate):
-            batch = _to(self._batch(step, micro), self.device)
-            tokens += _tokens(batch)
+            batch = mapped(lambda t: t.to(self.device, non_blocking=True), self._batch(step, micro))
+            tokens += count(batch)
             self.randomness.seed(config.seed, step, micro)
-            with self._autocast():
-                loss = self.loss(batch)
-            if loss.ndim:
-                raise ValueError(
-                    f"{type(self.model).__name__}.loss gave a tensor of shape {tuple(loss.shape)}, wanted a scalar"
-                )
-            (loss / config.accumulate).backward()
-            total = total + loss.detach() / config.accumulate
+            total = total + self._gradients(batch) / config.accumulate
             self._prefetch(step, micro + 1)
         norm = nn.utils.get_total_norm(self.optimizer.grads())
         lr = lr_at(step, self.steps, config)
@@ -199,6 +194,18 @@ class _Run:
             self.optimizer.step(lr)
         self.optimizer.zero_grad()
         return record, tokens
+
+    def _gradients(self, batch):
+        """The loss of a batch, after its share of the gradients."""
+        with self._autocast():
+            loss = self.loss(batch)
+        if not self.config.graph:
+            if loss.ndim:
+                raise ValueError(
+                    f"{type(self.model).__name__}.loss gave a tensor of shape {tuple(loss.shape)}, wanted a scalar"
+                )
+            (loss / self.config.accumulate).backward()
+        return loss.detach()
 
     def _skip(self, reason: str):
         """Reports a skipped step; ends the training after PATIENCE in a row."""
@@ -334,13 +341,15 @@ def _timed(update: Callable[[int], Any], budget: float, signals: Signals) -> lis
 
 
 def _loss(model: nn.Module, config: TrainConfig) -> Callable:
-    """model.loss as the settings want it: with gradient checkpointing, compiled."""
+    """model.loss as the settings want it: with gradient checkpointing, compiled, or with its gradients out of a graph."""
     if config.gradient_checkpointing:
         able = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         if not able:
             raise ValueError(f"gradient_checkpointing is asked for, and no module of {type(model).__name__} has it")
         for module in able:
             module.gradient_checkpointing = True
+    if config.graph:
+        return Captured(model.loss, model.parameters())
     if not config.compile:
         return model.loss
     known = torch.compiler.list_backends(exclude_tags=())
@@ -365,23 +374,3 @@ def _device(model: nn.Module) -> torch.device:
     if len(devices) != 1:
         raise ValueError(f"{type(model).__name__} has parameters on {len(devices)} devices, wanted one")
     return devices.pop()
-
-
-def _to(batch, device: torch.device):
-    """The batch with every tensor on `device`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: _to(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple | list):
-        moved = [_to(v, device) for v in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
-
-
-def _tokens(batch) -> int:
-    """Rows times positions of the first tensor."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[:2].numel()
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
-    return next((n for n in map(_tokens, parts) if n), 0)
