@@ -14,7 +14,7 @@ from exlstm.ops.slstm import SLSTMState, slstm
 
 B, H, K, V, D = 2, 2, 8, 12, 8
 # The rows that run anywhere and in float64; what needs a GPU has its laws in test_gpu_mlstm.py.
-ROWS = [("mlstm", name) for name in MLSTM if name != "triton"] + [("slstm", name) for name in SLSTM]
+ROWS = [(op, name) for op, table in (("mlstm", MLSTM), ("slstm", SLSTM)) for name in table if name != "triton"]
 every = pytest.mark.parametrize(("op", "backend"), ROWS, ids=lambda x: x)
 fast = pytest.mark.parametrize(("op", "backend"), [row for row in ROWS if row[1] != "reference"], ids=lambda x: x)
 
