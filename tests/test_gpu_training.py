@@ -327,3 +327,44 @@ def test_wide_maps_compile_without_spills(outputs, tmp_path):
     types = {"x": "*bf16", **dict.fromkeys(("weight", "bias", "p"), "*fp32")}
     registers, spilled = cost(compile_kernel(kernels.wide_forward_kernel, types, cut, warps), tmp_path)
     assert 16 < registers <= 255 and spilled == 0
+
+
+# A step out of a graph
+
+
+@here
+def test_a_captured_step_wants_a_gpu():
+    from exlstm.train.capture import Captured
+
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="wants parameters on an NVIDIA GPU, they are on cpu"):
+        Captured(layer, layer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("blocks", [("mlstm",), ("mlstm", "slstm"), ("mlstm_up", "attention", "mamba2")], ids="+".join)
+def test_a_captured_step_equals_an_eager_one(blocks, again):
+    """Loss and gradients of every step, with weights that change in between and batches of two forms, in bfloat16 by autocast."""
+    from exlstm.train.capture import Captured
+
+    torch.manual_seed(0)
+    eager = LanguageModel(
+        LanguageConfig(d_model=128, n_layers=2, n_heads=2, vocab_size=97, blocks=blocks), device=DEVICE
+    )
+    held = copy.deepcopy(eager)
+    eager.gradient_checkpointing = held.gradient_checkpointing = again
+    captured = Captured(held.loss, held.parameters())
+    for step in range(6):
+        batch = torch.randint(97, (2, 65 if step % 2 else 130), device=DEVICE)
+        with torch.autocast("cuda", torch.bfloat16):
+            wanted, found = eager.loss(batch), captured(batch)
+        wanted.backward()
+        assert torch.equal(wanted.detach(), found), step
+        for (name, p), q in zip(eager.named_parameters(), held.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), (step, name)
+            with torch.no_grad():
+                p -= 0.1 * p.grad
+                q -= 0.1 * q.grad
+            p.grad = None

@@ -294,6 +294,14 @@ def test_bfloat16_keeps_parameters_and_moments_in_float32(tmp_path):
     assert result.loss == pytest.approx(history(tmp_path / "full")[-1][1], rel=0.1)
 
 
+def test_a_graph_wants_a_gpu_and_one_batch_a_step(tmp_path):
+    with pytest.raises(ValueError, match="wants parameters on an NVIDIA GPU, they are on cpu"):
+        run(tmp_path / "graph", steps=1, graph=True)
+    for other, told in (({"compile": True}, "without compile"), ({"accumulate": 2}, "without accumulate 2")):
+        with pytest.raises(ValueError, match=told):
+            TrainConfig(graph=True, **other)
+
+
 def test_compiled_equals_eager(tmp_path):
     run(tmp_path / "eager", steps=6)
     run(tmp_path / "compiled", steps=6, compile=True, compile_backend="aot_eager")

@@ -96,7 +96,8 @@ class TrainConfig:
     tokens: int = 32768
     """tokens a step; a longer sequence stands alone, and its blocks run again in the backward"""
     only: tuple[str, ...] = ()
-    """sides that are measured, out of ours; ours, captured; ours, compiled; ours 7:1; attention; mamba2; xlstm; llama; empty: all"""
+    """sides that are measured, out of ours; ours, captured; ours, compiled; ours 7:1; attention; mamba2; xlstm; llama; empty:
+    all"""
     seconds: float = 400.0
     """what has not begun by then is left out, and told; ours comes first"""
     threads: int = 2

@@ -27,6 +27,7 @@ class Ours:
 
     def __init__(self, size, device, blocks=("mlstm",), depth=1, compiled=False, captured=False):
         self.model = peers.language(size, blocks, device, depth=depth)
+        captured = captured and torch.device(device).type == "cuda"
         self.captured = Captured(self.model.loss, self.model.parameters()) if captured else None
         if compiled:
             for block in self.model.stack.blocks:
