@@ -1,9 +1,9 @@
 """Training on a GPU, tokens a second of whole steps (forward, backward, optimiser) over the length: ours beside two peers.
 
 Weights and AdamW (fused) in float32, products in bfloat16 by autocast, random tokens. A step holds --tokens tokens, or one
-longer sequence; then blocks run again in the backward. "captured" replays forward and backward out of a CUDA graph (as 7:1
-does), "compiled" compiles block by block, so that a block is compiled once;
-Llama is compiled whole. Tokens a second are of the median step; memory is the peak of a step, weights and optimiser with it.
+longer sequence; then blocks run again in the backward. "captured" replays forward and backward out of a CUDA graph, as 7:1
+does; "compiled" compiles block by block, so that a block is compiled once; Llama is compiled whole. Tokens a second are of the
+median step; memory is the peak of all from the weights on, a graph's recording with it.
 """
 
 import math
@@ -109,7 +109,10 @@ def _row(name, length, config, deadline):
     """One side at one length, built anew so that nothing of another length stands in memory."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    side, device = SIDES[name](config.size, config.device), torch.device(config.device)
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    side = SIDES[name](config.size, config.device)
     model = side.model.train()
     cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
@@ -127,8 +130,6 @@ def _row(name, length, config, deadline):
         return loss.detach()
 
     losses = [step() for _ in range(WARM)]
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     times = []
     while len(times) < 3 or (len(times) < STEPS and time.monotonic() < deadline):
         times.append(timing.milliseconds(step, device))
