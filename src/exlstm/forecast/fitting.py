@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +23,8 @@ from exlstm.train.optim import Optimizer, lr_at
 ALPHAS = tuple(10 ** (k / 2) for k in range(-12, 2))
 # Windows that a choice is made by, and that it learns from while it chooses.
 CHOOSE_BY, CHOOSE_FROM = 4096, 24576
+# What a choice has to gain on validation; less may well be chance.
+GAIN, SCALE_GAIN = 0.01, 0.03
 # Numbers that the linear path sees at most.
 WIDEST = 3000
 EVALUATIONS = 20
@@ -129,40 +130,40 @@ def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizo
 
 
 def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, list[dict]]:
-    """The linear path with the least validation error: look-back and scale first, then centre, calendar and covariates."""
-    w, h = found.windows, config.horizon
-    tried = []
-    n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
-    best = None
+    """The linear path by validation error: look-back and scale first, then the level, the calendar and the covariates.
 
-    def attempt(settings: LinearConfig):
-        nonlocal best
-        if settings.features > WIDEST + settings.lookback:
-            return
+    A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN; of look-backs within GAIN of the best the
+    longest is taken, for the ridge shrinks what it does not need. Choices that gain less do not carry over to later data.
+    """
+    w, h, tried = found.windows, config.horizon, []
+    n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
+    ahead = n_future if h * n_future <= WIDEST else 0
+
+    def attempt(settings: LinearConfig) -> dict:
         error, alpha = _fit_and_score(found, settings, config)
         tried.append({"error": error, "alpha": alpha, "settings": settings})
-        if best is None or error < best[0]:
-            best = (error, alpha, settings)
+        return tried[-1]
 
-    lengths = found.begins
-    for lookback, scale in itertools.product(lookbacks(config, w.season, lengths), ("window", "series")):
-        past = min(lookback, max(1, (WIDEST - h * n_future) // max(1, n_past)))
-        attempt(
-            LinearConfig(
-                h, lookback, past if n_past else 0, n_past, n_future if h * n_future <= WIDEST else 0, 0, "mean", scale
-            )
-        )
-    if best is None:
-        raise ValueError(f"{n_future} covariates over a horizon of {h} are more than the linear path takes ({WIDEST})")
-    attempt(replace(best[2], center="last"))
+    def longest(scale: str) -> tuple[float, dict]:
+        rows = []
+        for lookback in lookbacks(config, w.season, found.begins):
+            past = min(lookback, max(1, (WIDEST - h * ahead) // n_past)) if n_past else 0
+            rows.append(attempt(LinearConfig(h, lookback, past, n_past, ahead, 0, "mean", scale)))
+        least = min(row["error"] for row in rows)
+        near = [row for row in rows if row["error"] <= least * (1 + GAIN)] or rows[:1]
+        return least, max(near, key=lambda row: row["settings"].lookback)
+
+    by_series, by_window = longest("series"), longest("window")
+    best = by_window[1] if by_window[0] < by_series[0] * (1 - SCALE_GAIN) else by_series[1]
+    changes = [({"center": "last"}, GAIN)]
     if w.n_dates:
-        attempt(replace(best[2], n_dates=w.n_dates))
+        changes.append(({"n_dates": w.n_dates}, GAIN))
     if n_past:
-        attempt(replace(best[2], past=0, n_past=0, n_future=0))
-        attempt(replace(best[2], past=min(best[2].past, max(1, best[2].lookback // 4))))
-    _, alpha, settings = best
-    path = fit_linear(found, settings, alpha, config, whole=False)
-    return path, alpha, tried
+        changes += [({"past": max(1, best["settings"].past // 4)}, 0.0), ({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
+    for change, gain in changes:
+        row = attempt(replace(best["settings"], **change))
+        best = row if row["error"] < best["error"] * (1 - gain) else best
+    return fit_linear(found, best["settings"], best["alpha"], config, whole=False), best["alpha"], tried
 
 
 def _fit_and_score(found: Split, settings: LinearConfig, config: FitConfig) -> tuple[float, float]:
