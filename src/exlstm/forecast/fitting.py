@@ -26,7 +26,7 @@ CHOOSE_BY, CHOOSE_FROM = 4096, 24576
 # What a choice has to gain on validation; less may well be chance.
 GAIN, SCALE_GAIN = 0.01, 0.03
 # Numbers that the linear path sees at most.
-WIDEST = 3000
+WIDEST = 1500
 EVALUATIONS = 20
 EMA = 0.99
 DESIGNS = {"patches": ForecasterNetwork, "xlstmtime": XLSTMTime}
@@ -139,6 +139,10 @@ def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, l
     n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
     ahead = n_future if h * n_future <= WIDEST else 0
 
+    def room(lookback: int) -> int:
+        """Steps of the past covariates that fit in beside everything else."""
+        return max(1, (WIDEST - lookback - h * ahead) // n_past)
+
     def attempt(settings: LinearConfig) -> dict:
         error, alpha = _fit_and_score(found, settings, config)
         tried.append({"error": error, "alpha": alpha, "settings": settings})
@@ -147,7 +151,7 @@ def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, l
     def longest(scale: str) -> tuple[float, dict]:
         rows = []
         for lookback in lookbacks(config, w.season, found.begins):
-            past = min(lookback, max(1, (WIDEST - h * ahead) // n_past)) if n_past else 0
+            past = min(lookback, 2 * max(h, w.season), room(lookback)) if n_past else 0
             rows.append(attempt(LinearConfig(h, lookback, past, n_past, ahead, 0, "mean", scale)))
         least = min(row["error"] for row in rows)
         near = [row for row in rows if row["error"] <= least * (1 + GAIN)] or rows[:1]
@@ -159,7 +163,12 @@ def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, l
     if w.n_dates:
         changes.append(({"n_dates": w.n_dates}, GAIN))
     if n_past:
-        changes += [({"past": max(1, best["settings"].past // 4)}, 0.0), ({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
+        lookback = best["settings"].lookback
+        changes += [
+            ({"past": min(lookback, room(lookback))}, GAIN),
+            ({"past": max(1, best["settings"].past // 4)}, 0.0),
+        ]
+        changes += [({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
     for change, gain in changes:
         row = attempt(replace(best["settings"], **change))
         best = row if row["error"] < best["error"] * (1 - gain) else best
