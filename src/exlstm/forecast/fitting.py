@@ -281,10 +281,11 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
     average = copy.deepcopy(network)
     start = time.perf_counter()
     losses = [held(average)]
-    # The first call is the slowest; the budget goes by the second.
+    evaluations = EVALUATIONS
     if config.minutes:
-        steps = _affordable(network, average, cuts, w, config, steps, longest, held)
-    every = max(1, steps // EVALUATIONS)
+        # The first call is the slowest; the budget goes by the second.
+        steps, evaluations = _affordable(network, average, cuts, w, config, steps, longest, held)
+    every, patience = max(1, steps // evaluations), max(2, config.patience * evaluations // EVALUATIONS)
     best, kept, waited = losses[0], copy.deepcopy(average.state_dict()), 0
     best_step, step = 0, 0
     for step in _updates(network, average, cuts, w, config, steps, longest):
@@ -298,28 +299,28 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
         waited = 0 if losses[-1] < best * (1 - 1e-4) else waited + 1
         if losses[-1] < best:
             best, best_step, kept = losses[-1], step, copy.deepcopy(average.state_dict())
-        if waited >= config.patience:
+        if waited >= patience:
             break
     network.load_state_dict(kept)
     network.eval()
     return {"steps": step, "best_step": best_step, "losses": losses, "seconds": time.perf_counter() - start}
 
 
-def _affordable(
-    network, average, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, longest: int, held
-) -> int:
-    """As many updates as the wall-clock budget allows, their evaluations and the refit counted, by the time of a few."""
+def _affordable(network, average, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, longest: int, held):
+    """Updates and evaluations that the wall-clock budget allows, the refit counted, by the time of a few of them."""
     trial = [copy.deepcopy(network), copy.deepcopy(average)]
     for _ in _updates(*trial, cuts, windows, config, 2, longest):
         pass
     start = time.perf_counter()
     for _ in _updates(*trial, cuts, windows, config, 3, longest):
         pass
-    update = (time.perf_counter() - start) / 3
+    update, start = (time.perf_counter() - start) / 3, time.perf_counter()
     held(average)
-    evaluation = time.perf_counter() - start - 3 * update
-    left = 60 * config.minutes - EVALUATIONS * evaluation
-    return min(steps, max(EVALUATIONS, int(left / update / (1.2 if config.refit else 1))))
+    evaluation, budget = time.perf_counter() - start, 60 * config.minutes
+    # A fifth of the time at most goes into looking whether it helps.
+    evaluations = int(max(5, min(EVALUATIONS, 0.2 * budget / evaluation)))
+    left = (budget - evaluations * evaluation) / update / (1.2 if config.refit else 1)
+    return min(steps, max(EVALUATIONS, int(left))), evaluations
 
 
 def _updates(network, average, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, longest: int):
@@ -347,7 +348,7 @@ def _updates(network, average, cuts: Cuts, windows: Windows, config: FitConfig, 
 
 def _held(windows: Windows, val: Cuts, longest: int, horizon: int, grouped: bool):
     """A function network -> mean loss over validation windows, its spread stretched as the calibration will."""
-    n, most = len(windows.panel) if grouped else 1, max(64, min(2048, 2**18 // horizon))
+    n, most = len(windows.panel) if grouped else 1, max(64, min(2048, 2**17 // horizon))
     if grouped:
         every = max(1, int(val.counts[0]) * n // most)
         at = val.first[0] + val.stride[0] * torch.arange(int(val.counts[0]), device=windows.device)[::every]
