@@ -28,6 +28,8 @@ GAIN, SCALE_GAIN = 0.01, 0.03
 # Numbers that the linear path sees at most.
 WIDEST = 1500
 EVALUATIONS = 20
+# Share of the training that is seen through in any case.
+PATIENT = 0.4
 EMA = 0.99
 DESIGNS = {"patches": ForecasterNetwork, "xlstmtime": XLSTMTime}
 
@@ -299,7 +301,8 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
         waited = 0 if losses[-1] < best * (1 - 1e-4) else waited + 1
         if losses[-1] < best:
             best, best_step, kept = losses[-1], step, copy.deepcopy(average.state_dict())
-        if waited >= patience:
+        # The first updates often cost what the later ones gain.
+        if waited >= patience and step >= PATIENT * steps:
             break
     network.load_state_dict(kept)
     network.eval()
