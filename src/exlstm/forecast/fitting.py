@@ -286,7 +286,7 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
     evaluations = EVALUATIONS
     if config.minutes:
         # The first call is the slowest; the budget goes by the second.
-        steps, evaluations = _affordable(network, average, cuts, w, config, steps, longest, held)
+        steps, evaluations = _affordable(network, cuts, w, config, steps, held, start)
     every, patience = max(1, steps // evaluations), max(2, config.patience * evaluations // EVALUATIONS)
     best, kept, waited = losses[0], copy.deepcopy(average.state_dict()), 0
     best_step, step = 0, 0
@@ -309,17 +309,18 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
     return {"steps": step, "best_step": best_step, "losses": losses, "seconds": time.perf_counter() - start}
 
 
-def _affordable(network, average, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, longest: int, held):
-    """Updates and evaluations that the wall-clock budget allows, the refit counted, by the time of a few of them."""
-    trial = [copy.deepcopy(network), copy.deepcopy(average)]
-    for _ in _updates(*trial, cuts, windows, config, 2, longest):
+def _affordable(network, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, held, begun: float):
+    """Updates and evaluations that the wall-clock budget since `begun` allows, the refit counted, by the time of a few."""
+    trial = [copy.deepcopy(network), copy.deepcopy(network)]
+    for _ in _updates(*trial, cuts, windows, config, 2, seen(network)):
         pass
     start = time.perf_counter()
-    for _ in _updates(*trial, cuts, windows, config, 3, longest):
+    for _ in _updates(*trial, cuts, windows, config, 3, seen(network)):
         pass
     update, start = (time.perf_counter() - start) / 3, time.perf_counter()
-    held(average)
-    evaluation, budget = time.perf_counter() - start, 60 * config.minutes
+    held(network)
+    evaluation = time.perf_counter() - start
+    budget = 60 * config.minutes - (time.perf_counter() - begun)
     # A fifth of the time at most goes into looking whether it helps.
     evaluations = int(max(5, min(EVALUATIONS, 0.2 * budget / evaluation)))
     left = (budget - evaluations * evaluation) / update / (1.2 if config.refit else 1)
