@@ -226,10 +226,10 @@ def fit_linear(found: Split, settings: LinearConfig, alpha: float, config: FitCo
 
 
 def patch_of(lookback: int, horizon: int, season: int) -> int:
-    """Steps a token, so that window and forecast make some forty tokens: a divisor of the season where one is near."""
+    """Steps a token, so that window and forecast make some forty tokens: in step with the season where that is near."""
     wanted = max(1, (lookback + horizon) / 40)
-    near = [p for p in range(1, season + 1) if season % p == 0 and wanted <= p <= 2 * wanted]
-    return near[0] if near else math.ceil(wanted)
+    near = [p for p in range(math.ceil(wanted), int(2 * wanted) + 1) if season % p == 0 or p % season == 0]
+    return near[0] if near and season > 1 else math.ceil(wanted)
 
 
 def build_network(found: Split, linear: LinearPath, config: FitConfig) -> ForecasterNetwork:
