@@ -38,7 +38,7 @@ def fitted():
 
 def network(**more):
     torch.manual_seed(0)
-    config = ForecasterConfig(d_model=8, n_layers=1, n_heads=2, horizon=7, lookback=14, patch=7, n_dates=18, **more)
+    config = ForecasterConfig(d_model=8, n_layers=1, n_heads=2, horizon=7, lookback=14, patch=7, n_dates=6, **more)
     n_past, n_future = config.n_past, config.n_future
     return ForecasterNetwork(config, LinearConfig(7, 14, 7 * bool(n_past), n_past, n_future)).eval()
 
@@ -139,7 +139,7 @@ def test_steps_before_the_first_row_are_zero_and_marked():
 
 def test_the_linear_path_is_ridge_regression_and_sums_over_pieces():
     torch.manual_seed(0)
-    config = LinearConfig(horizon=7, lookback=14, scale="series", n_dates=12)
+    config = LinearConfig(horizon=7, lookback=14, scale="series", n_dates=6)
     w, path = windows(), LinearPath(config)
     series = torch.arange(3).repeat_interleave(20)
     cuts = torch.arange(20, 40).repeat(3)

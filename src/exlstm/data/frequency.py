@@ -217,10 +217,17 @@ def seasons(freq) -> tuple[int, ...]:
     return tuple(int(n // seconds) for n in found) or (1,)
 
 
-def calendar(times, freq) -> tuple[np.ndarray, list[str]]:
+def years(first, freq, steps: int) -> float:
+    """How long `steps` steps from `first` on are, in years; 0 for whole numbers."""
+    if isinstance(freq, int):
+        return 0.0
+    return (span(first, freq, steps)[-1] - first).total_seconds() / (365.25 * _DAY)
+
+
+def calendar(times, freq, year: bool = True) -> tuple[np.ndarray, list[str]]:
     """What the calendar says of the times: (T, C) in -1 to 1, and the names; nothing for whole numbers.
 
-    Sine and cosine of the place in the day, the week and the year, each where the step is shorter than it.
+    Sine and cosine of the place in the day, the week and (with `year`) the year, each where the step is shorter than it.
     """
     if isinstance(times, np.ndarray):
         return np.zeros((len(times), 0), np.float32), []
@@ -239,7 +246,7 @@ def calendar(times, freq) -> tuple[np.ndarray, list[str]]:
     if seconds < 7 * _DAY:
         week = times.day_of_week.to_numpy() + (day if seconds < _DAY else 0)
         wave("week", np.asarray(week) / 7, 3)
-    if seconds < 360 * _DAY:
+    if seconds < 360 * _DAY and year:
         wave("year", (times.day_of_year - 1 + (day if seconds < _DAY else 0)) / 365.25, 6 if seconds <= _DAY else 2)
     if not columns:
         return np.zeros((len(times), 0), np.float32), []

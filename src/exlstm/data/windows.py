@@ -17,6 +17,9 @@ from torch import Tensor
 from exlstm.data import frequency
 from exlstm.data.panel import Panel
 
+# Years of data from which the calendar of the year is learnt.
+YEARS = 3.0
+
 
 class Batch(NamedTuple):
     """B windows of L past and H future steps; steps before the first row are 0 with seen and inside False."""
@@ -58,7 +61,7 @@ class Windows:
         self.norms = np.array([known.get(i) or _norm(part) for i, part in zip(panel.ids, parts)])  # (N, 2)
         flat = np.concatenate([(filled(part, season) - mean) / scale for part, (mean, scale) in zip(parts, self.norms)])
         own = {"series": {i: tuple(norm.tolist()) for i, norm in zip(panel.ids, self.norms)}}
-        self.statistics = statistics or {**_statistics(panel), **own}
+        self.statistics = statistics or {**_statistics(panel), **own, "year": _knows_the_year(panel)}
         futr, hist = (_standard(getattr(panel, kind), *self.statistics[kind], offsets) for kind in ("futr", "hist"))
         static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]
         more = 0 if future is None else future.shape[1]
@@ -89,7 +92,7 @@ class Windows:
             times = frequency.span(first, panel.freq, steps)
             if panel.zone:
                 times = times.tz_localize("UTC").tz_convert(panel.zone).tz_localize(None)
-            rows.append(frequency.calendar(times, panel.freq)[0])
+            rows.append(frequency.calendar(times, panel.freq, self.statistics["year"])[0])
         for n, first in enumerate(panel.first):
             starts[n] = place[first]
         self.dates, self.date_starts = self._tensor(np.concatenate(rows)), torch.from_numpy(starts).to(self.device)
@@ -122,6 +125,12 @@ class Windows:
     def ends(self) -> tuple[Tensor, Tensor]:
         """The windows that ask for what follows every series."""
         return torch.arange(len(self.panel), device=self.device), self.lengths.clone()
+
+
+def _knows_the_year(panel: Panel) -> bool:
+    """Whether the longest series has seen every day of the year three times: from fewer, what a day is like is guesswork."""
+    n = int(panel.lengths.argmax())
+    return frequency.years(panel.first[n], panel.freq, int(panel.lengths[n])) >= YEARS
 
 
 def _norm(y: np.ndarray) -> tuple[float, float]:

@@ -23,7 +23,7 @@ class FitConfig:
     """steps forecast at once"""
     lookback: int = 0
     """steps of the past that are seen; 0: chosen on validation"""
-    max_lookback: int = 1024
+    max_lookback: int = 720
     """longest look-back that is tried"""
     members: tuple[str, ...] = MEMBERS
     """what may enter the forecast: naive, theta, linear, network"""

@@ -74,6 +74,7 @@ def _pack(model) -> tuple[dict, dict]:
         "linear": asdict(engine.linear.config),
         "network": None if engine.network is None else asdict(engine.network.config),
         "season": engine.season,
+        "year": engine.statistics["year"],
         "weights": engine.weights,
         "scores": engine.scores,
         "notes": engine.notes,
@@ -133,7 +134,10 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
         network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
         network.eval()
     series = dict(zip(settings["known"], map(tuple, tensors["series"].tolist())))
-    statistics = {k: tuple(tensors[f"statistics.{k}"].numpy()) for k in ("futr", "hist", "static")} | {"series": series}
+    statistics = {k: tuple(tensors[f"statistics.{k}"].numpy()) for k in ("futr", "hist", "static")} | {
+        "series": series,
+        "year": settings["year"],
+    }
     spreads = {k[7:]: v.to(device) for k, v in tensors.items() if k.startswith("spread.")}
     made = [fit, settings["season"], statistics, linear, network, settings["weights"], spreads]
     engine = Engine(*made, tensors["factors"].to(device), settings["scores"], settings["notes"])

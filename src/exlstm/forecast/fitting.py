@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -24,9 +23,13 @@ from exlstm.train.optim import Optimizer, lr_at
 ALPHAS = tuple(10 ** (k / 2) for k in range(-12, 2))
 # Windows that a choice is made by, and that it learns from while it chooses.
 CHOOSE_BY, CHOOSE_FROM = 4096, 24576
+# What a choice has to gain on validation; less may well be chance.
+GAIN, SCALE_GAIN = 0.01, 0.03
 # Numbers that the linear path sees at most.
-WIDEST = 3000
+WIDEST = 1500
 EVALUATIONS = 20
+# Share of the training that is seen through in any case.
+PATIENT = 0.4
 EMA = 0.99
 DESIGNS = {"patches": ForecasterNetwork, "xlstmtime": XLSTMTime}
 
@@ -129,40 +132,49 @@ def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizo
 
 
 def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, list[dict]]:
-    """The linear path with the least validation error: look-back and scale first, then centre, calendar and covariates."""
-    w, h = found.windows, config.horizon
-    tried = []
-    n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
-    best = None
+    """The linear path by validation error: look-back and scale first, then the level, the calendar and the covariates.
 
-    def attempt(settings: LinearConfig):
-        nonlocal best
-        if settings.features > WIDEST + settings.lookback:
-            return
+    A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN; of look-backs within GAIN of the best the
+    longest is taken, for the ridge shrinks what it does not need. Choices that gain less do not carry over to later data.
+    """
+    w, h, tried = found.windows, config.horizon, []
+    n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
+    ahead = n_future if h * n_future <= WIDEST else 0
+
+    def room(lookback: int) -> int:
+        """Steps of the past covariates that fit in beside everything else."""
+        return max(1, (WIDEST - lookback - h * ahead) // n_past)
+
+    def attempt(settings: LinearConfig) -> dict:
         error, alpha = _fit_and_score(found, settings, config)
         tried.append({"error": error, "alpha": alpha, "settings": settings})
-        if best is None or error < best[0]:
-            best = (error, alpha, settings)
+        return tried[-1]
 
-    lengths = found.begins
-    for lookback, scale in itertools.product(lookbacks(config, w.season, lengths), ("window", "series")):
-        past = min(lookback, max(1, (WIDEST - h * n_future) // max(1, n_past)))
-        attempt(
-            LinearConfig(
-                h, lookback, past if n_past else 0, n_past, n_future if h * n_future <= WIDEST else 0, 0, "mean", scale
-            )
-        )
-    if best is None:
-        raise ValueError(f"{n_future} covariates over a horizon of {h} are more than the linear path takes ({WIDEST})")
-    attempt(replace(best[2], center="last"))
+    def longest(scale: str) -> tuple[float, dict]:
+        rows = []
+        for lookback in lookbacks(config, w.season, found.begins):
+            past = min(lookback, 2 * max(h, w.season), room(lookback)) if n_past else 0
+            rows.append(attempt(LinearConfig(h, lookback, past, n_past, ahead, 0, "mean", scale)))
+        least = min(row["error"] for row in rows)
+        near = [row for row in rows if row["error"] <= least * (1 + GAIN)] or rows[:1]
+        return least, max(near, key=lambda row: row["settings"].lookback)
+
+    by_series, by_window = longest("series"), longest("window")
+    best = by_window[1] if by_window[0] < by_series[0] * (1 - SCALE_GAIN) else by_series[1]
+    changes = [({"center": "last"}, GAIN)]
     if w.n_dates:
-        attempt(replace(best[2], n_dates=w.n_dates))
+        changes.append(({"n_dates": w.n_dates}, GAIN))
     if n_past:
-        attempt(replace(best[2], past=0, n_past=0, n_future=0))
-        attempt(replace(best[2], past=min(best[2].past, max(1, best[2].lookback // 4))))
-    _, alpha, settings = best
-    path = fit_linear(found, settings, alpha, config, whole=False)
-    return path, alpha, tried
+        lookback = best["settings"].lookback
+        changes += [
+            ({"past": min(lookback, room(lookback))}, GAIN),
+            ({"past": max(1, best["settings"].past // 4)}, 0.0),
+        ]
+        changes += [({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
+    for change, gain in changes:
+        row = attempt(replace(best["settings"], **change))
+        best = row if row["error"] < best["error"] * (1 - gain) else best
+    return fit_linear(found, best["settings"], best["alpha"], config, whole=False), best["alpha"], tried
 
 
 def _fit_and_score(found: Split, settings: LinearConfig, config: FitConfig) -> tuple[float, float]:
@@ -214,10 +226,10 @@ def fit_linear(found: Split, settings: LinearConfig, alpha: float, config: FitCo
 
 
 def patch_of(lookback: int, horizon: int, season: int) -> int:
-    """Steps a token, so that window and forecast make some forty tokens: a divisor of the season where one is near."""
+    """Steps a token, so that window and forecast make some forty tokens: in step with the season where that is near."""
     wanted = max(1, (lookback + horizon) / 40)
-    near = [p for p in range(1, season + 1) if season % p == 0 and wanted <= p <= 2 * wanted]
-    return near[0] if near else math.ceil(wanted)
+    near = [p for p in range(math.ceil(wanted), int(2 * wanted) + 1) if season % p == 0 or p % season == 0]
+    return near[0] if near and season > 1 else math.ceil(wanted)
 
 
 def build_network(found: Split, linear: LinearPath, config: FitConfig) -> ForecasterNetwork:
@@ -271,10 +283,11 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
     average = copy.deepcopy(network)
     start = time.perf_counter()
     losses = [held(average)]
-    # The first call is the slowest; the budget goes by the second.
+    evaluations = EVALUATIONS
     if config.minutes:
-        steps = _affordable(network, average, cuts, w, config, steps, longest, held)
-    every = max(1, steps // EVALUATIONS)
+        # The first call is the slowest; the budget goes by the second.
+        steps, evaluations = _affordable(network, cuts, w, config, steps, held, start)
+    every, patience = max(1, steps // evaluations), max(2, config.patience * evaluations // EVALUATIONS)
     best, kept, waited = losses[0], copy.deepcopy(average.state_dict()), 0
     best_step, step = 0, 0
     for step in _updates(network, average, cuts, w, config, steps, longest):
@@ -288,28 +301,30 @@ def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, r
         waited = 0 if losses[-1] < best * (1 - 1e-4) else waited + 1
         if losses[-1] < best:
             best, best_step, kept = losses[-1], step, copy.deepcopy(average.state_dict())
-        if waited >= config.patience:
+        # The first updates often cost what the later ones gain.
+        if waited >= patience and step >= PATIENT * steps:
             break
     network.load_state_dict(kept)
     network.eval()
     return {"steps": step, "best_step": best_step, "losses": losses, "seconds": time.perf_counter() - start}
 
 
-def _affordable(
-    network, average, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, longest: int, held
-) -> int:
-    """As many updates as the wall-clock budget allows, their evaluations and the refit counted, by the time of a few."""
-    trial = [copy.deepcopy(network), copy.deepcopy(average)]
-    for _ in _updates(*trial, cuts, windows, config, 2, longest):
+def _affordable(network, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, held, begun: float):
+    """Updates and evaluations that the wall-clock budget since `begun` allows, the refit counted, by the time of a few."""
+    trial = [copy.deepcopy(network), copy.deepcopy(network)]
+    for _ in _updates(*trial, cuts, windows, config, 2, seen(network)):
         pass
     start = time.perf_counter()
-    for _ in _updates(*trial, cuts, windows, config, 3, longest):
+    for _ in _updates(*trial, cuts, windows, config, 3, seen(network)):
         pass
-    update = (time.perf_counter() - start) / 3
-    held(average)
-    evaluation = time.perf_counter() - start - 3 * update
-    left = 60 * config.minutes - EVALUATIONS * evaluation
-    return min(steps, max(EVALUATIONS, int(left / update / (1.2 if config.refit else 1))))
+    update, start = (time.perf_counter() - start) / 3, time.perf_counter()
+    held(network)
+    evaluation = time.perf_counter() - start
+    budget = 60 * config.minutes - (time.perf_counter() - begun)
+    # A fifth of the time at most goes into looking whether it helps.
+    evaluations = int(max(5, min(EVALUATIONS, 0.2 * budget / evaluation)))
+    left = (budget - evaluations * evaluation) / update / (1.2 if config.refit else 1)
+    return min(steps, max(EVALUATIONS, int(left))), evaluations
 
 
 def _updates(network, average, cuts: Cuts, windows: Windows, config: FitConfig, steps: int, longest: int):
@@ -337,7 +352,7 @@ def _updates(network, average, cuts: Cuts, windows: Windows, config: FitConfig, 
 
 def _held(windows: Windows, val: Cuts, longest: int, horizon: int, grouped: bool):
     """A function network -> mean loss over validation windows, its spread stretched as the calibration will."""
-    n, most = len(windows.panel) if grouped else 1, max(64, min(2048, 2**18 // horizon))
+    n, most = len(windows.panel) if grouped else 1, max(64, min(2048, 2**17 // horizon))
     if grouped:
         every = max(1, int(val.counts[0]) * n // most)
         at = val.first[0] + val.stride[0] * torch.arange(int(val.counts[0]), device=windows.device)[::every]
