@@ -7,6 +7,7 @@ tokens that are some steps old, so that nobody waits. What a row writes depends 
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -214,9 +215,16 @@ class Engine:
             for _ in range(2):
                 call()
         here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            call()
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        # Nothing that a collection sets free may call the driver while the graph is recorded.
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                call()
+        finally:
+            if collects:
+                gc.enable()
         self._pool = self._pool or graph.pool()
         self._step.alive.copy_(alive)
         for x, before in zip((self._step.tokens, self._chooser.out), kept, strict=True):

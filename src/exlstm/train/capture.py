@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -75,9 +76,16 @@ class Captured:
             for _ in range(WARM):
                 self._run(held)
         torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self._run(held)
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        # Nothing that a collection sets free may call the driver while the graph is recorded.
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss = self._run(held)
+        finally:
+            if collects:
+                gc.enable()
         gradients = [p.grad for p in self.parameters]
         return graph, tensors(held), loss, gradients
 
