@@ -27,6 +27,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my.txt", "other.txt"):
         (tmp_path / name).write_text(TEXT)
+    months = [f"{2015 + i // 12}-{i % 12 + 1:02}-01,{100 + i + 9 * (i % 12)}" for i in range(96)]
+    (tmp_path / "sales.csv").write_text("\n".join(["ds,y", *months]) + "\n")
     return tmp_path
 
 
@@ -61,13 +63,15 @@ def test_a_section_of_drop_in_runs(section, here):
 
 
 def test_the_commands_run(here, capsys):
-    """The training is a short one; everything else is as written."""
+    """Trainings are short ones; everything else is as written."""
     assert len(COMMANDS) >= 5
     for command in COMMANDS:
         words = shlex.split(command)[1:]
         if words[0] == "train":
             at = words.index("--minutes")
             words[at : at + 2] = SMALL.split()
+        if words[0] == "forecast":
+            words += ["--minutes", "0.02"]
         if words[0] == "plot":
             pytest.importorskip("matplotlib")
         assert main(words) == 0, command

@@ -106,3 +106,10 @@ def room(shape, dtype):
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64  # as torch aligns
     return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+
+
+def shared_memory(device) -> int:
+    """Bytes of shared memory that a program may have; of a Hopper card where there is none to ask."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from exlstm.ops import backend as backends
+
 # Programs that a card of some 132 multiprocessors wants to see at once.
 FEW = 128
 
@@ -59,7 +61,7 @@ def choose(q, v, chunk: int) -> Plan:
     """The plan for q, k (B, T, H, K) and v (B, T, H, V), in chunks of `chunk` tokens where not 0."""
     keys, values, rows = q.shape[-1], v.shape[-1], q.shape[0] * q.shape[2]
     K, V = power(keys), power(values)
-    large = q.dtype == torch.bfloat16 and _shared_memory(q.device) >= 160 << 10
+    large = q.dtype == torch.bfloat16 and backends.shared_memory(q.device) >= 160 << 10
     two = _two_pass(K, V, q, large, rows)
     if chunk:
         length = min(256, max(16, 1 << chunk.bit_length() - 1))
@@ -127,10 +129,3 @@ def power(width, least=16):
 
 def cdiv(a, b):
     return -(-a // b)
-
-
-def _shared_memory(device) -> int:
-    """Bytes of shared memory that a program may have; of a Hopper card where there is none to ask."""
-    if device.type != "cuda":
-        return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

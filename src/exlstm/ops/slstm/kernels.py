@@ -44,15 +44,17 @@ class Cut(NamedTuple):
     stages: int
 
 
-def choose(width: int, dtype: torch.dtype, backward: bool) -> Cut:
-    """The cut of heads of `width` units; chosen on one H200 (docs/log.md)."""
+def choose(width: int, dtype: torch.dtype, backward: bool, room: int) -> Cut:
+    """The cut of heads of `width` units, a program having `room` bytes of shared memory; chosen on one H200 (docs/log.md)."""
     whole, wide = max(16, triton.next_power_of_2(width)), dtype == torch.float32
-    if width <= 64:
+    # float32 is split into three parts on its way to the products.
+    if width <= (64 if not wide or room >= 160 << 10 else 32):
         return Cut(whole, 1, False, whole, 4, 3)
     units = 16 if backward or width > 512 else 32
-    # What a multiprocessor holds.
-    fits = not wide and whole * units <= 1 << 14
-    return Cut(units, triton.cdiv(width, units), True, whole if fits else 64, 8 if backward and width > 128 else 4, 3)
+    # Weights of four gates in 16 bits, and what else a program keeps.
+    fits = not wide and 8 * whole * units <= room - (48 << 10)
+    slice = whole if fits else min(64, whole // 2)
+    return Cut(units, triton.cdiv(width, units), True, slice, 8 if backward and width > 128 else 4, 3)
 
 
 @triton.jit

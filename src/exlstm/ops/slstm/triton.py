@@ -47,7 +47,7 @@ def _forward(
     from exlstm.ops.kernels import rows_apart
     from exlstm.ops.slstm import kernels
 
-    cut = kernels.choose(x.shape[-1], x.dtype, backward=False)
+    cut = kernels.choose(x.shape[-1], x.dtype, False, backends.shared_memory(x.device))
     with backends.on(x.device):
         return kernels.forward(cut, rows_apart(x), r.to(x.dtype).contiguous(), (h, c, n, m), reset, mask, save)
 
@@ -64,7 +64,7 @@ def _slstm_triton_backward(
     from exlstm.ops.kernels import rows_apart
     from exlstm.ops.slstm import kernels
 
-    cut = kernels.choose(hs.shape[-1], hs.dtype, backward=True)
+    cut = kernels.choose(hs.shape[-1], hs.dtype, True, backends.shared_memory(hs.device))
     dhs = hs.new_zeros(()).expand(hs.shape[:-1]).unsqueeze(-1).expand(hs.shape) if dhs is None else dhs
     dh, dc, dn = (torch.zeros_like(n) if d is None else d for d in (dh, dc, dn))
     dq, dp = dc * last_n, (dn + dc * qs[:, -1]) * last_n
