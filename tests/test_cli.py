@@ -174,8 +174,9 @@ def test_doctor_names_what_runs_and_finds_it_right(capsys):
 def test_doctor_checks_the_kernels_on_a_gpu(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "mlstm on cuda: triton runs, chosen by itself" in out
-    assert out.count("triton     ok, outputs and gradients off by") == 1
+    for name in ("mlstm", "slstm"):
+        assert f"{name} on cuda: triton runs, chosen by itself" in out
+    assert out.count("triton     ok, outputs and gradients off by") == 2
 
 
 def test_doctor_sees_a_wrong_implementation(monkeypatch, capsys):

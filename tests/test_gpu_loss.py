@@ -148,7 +148,9 @@ def test_the_whole_row_may_be_shut(small_tiles):
     logits, targets = torch.full((2, 20), -torch.inf, device=DEVICE), torch.zeros(2, dtype=torch.long, device=DEVICE)
     logits[1, 0] = 3.0
     losses, found = rows(logits, targets, scale=torch.ones(2, device=DEVICE))
-    assert losses[0].isnan() and found[0].isnan().all() and losses[1] == 0 and not found[1].any()
+    assert losses[0].isnan() and found[0].isnan().all()
+    # The logarithm of a sum of 1 is right to a rounding.
+    assert abs(losses[1]) < 2e-7 and found[1].abs().max() < 2e-7
 
 
 # The whole

@@ -265,7 +265,9 @@ def trained(model, tokens, dtype):
 
 
 @law
-def test_a_model_of_kernels_learns_as_the_plain_one():
+def test_a_model_of_kernels_learns_as_the_plain_one(monkeypatch):
+    # cuDNN's LSTM takes 10 bits of a float32 where it may.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, tokens = small_model(), torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = trained(model, tokens, torch.float32)
     model.gradient_checkpointing = True

@@ -97,6 +97,8 @@ class Captured:
         loss = self.loss(batch)
         if loss.ndim:
             raise ValueError(f"the loss has shape {tuple(loss.shape)}, wanted a scalar")
-        loss.backward()
+        # Autocast is for the forward: in the backward it would round what the forward kept in float32.
+        with torch.autocast(self.parameters[0].device.type, enabled=False):
+            loss.backward()
         torch.clear_autocast_cache()
         return loss.detach()
