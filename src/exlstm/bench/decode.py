@@ -88,7 +88,8 @@ class Large:
     """xLSTMLarge of the package xlstm in its inference mode."""
 
     def __init__(self, size, device):
-        kernels = {"chunkwise_kernel": "chunkwise--triton_xl_chunk", "sequence_kernel": "native_sequence__triton"}
+        # Its xl_chunk kernel ends the process in Triton 3.6's compiler where gates are bfloat16.
+        kernels = {"chunkwise_kernel": "chunkwise--triton_limit_chunk", "sequence_kernel": "native_sequence__triton"}
         self.model = peers.large(size, device, BF16, mode="inference", return_last_states=True, **kernels)
         self.device = device
 

@@ -153,10 +153,11 @@ ROWS = {
             Case("bracket_arithmetic, curriculum", "bracket_arithmetic", train=((3, 160, 0),), grow=40),
         ),
         (*RECURRENT, *PEERS),
-        steps=20000,
+        steps=10000,
         batch=256,
         lrs=(1e-3, 3e-3, 1e-2),
         n_heads=1,
+        stop_at=0.9995,
     ),
     "control": Row(
         "xlstm of NX-AI at its defaults, and ours, under one short protocol",
@@ -190,6 +191,7 @@ ROWS = {
         lrs=(1e-3, 3e-3),
         d_model=128,
         n_heads=1,
+        stop_at=0.9995,
     ),
     "counting": Row(
         "counting: aⁿ bⁿ, majority, majority count, lengths to 128, asked to 2048",
@@ -198,9 +200,11 @@ ROWS = {
             for name in ("a_n_b_n", "majority", "majority_count")
         ),
         (*RECURRENT, *PEERS),
-        steps=10000,
+        steps=5000,
         batch=256,
         lrs=(1e-3, 3e-3),
+        precision="bfloat16",
+        stop_at=0.9995,
     ),
     "mqar": Row(
         "associative recall by size of state, Zoology's mixture: accuracy on 64 pairs in 256 tokens, and longer",
@@ -211,6 +215,7 @@ ROWS = {
         lrs=(1e-3, 3.2e-3, 1e-2, 3.2e-2),
         seeds=(0,),
         n_heads=2,
+        precision="bfloat16",
         stop_at=0.99,
         widths=(64, 128, 256),
     ),

@@ -75,6 +75,8 @@ class SLSTMOptions:
     """width of the causal convolution that feeds the input and forget gates; 0 leaves it out"""
     dense: bool = False
     """input maps over the whole width; False: one block a head, as in the paper"""
+    forget_bias: tuple[float, float] = (-2.0, -2.0)
+    """the forget gates' bias at the start, at the first unit of a head and at its last, even steps between"""
     n_heads: int = 0
     """heads of these blocks; 0: as many as the others"""
     ffn_ratio: float = 4 / 3
