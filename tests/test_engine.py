@@ -11,7 +11,7 @@ import torch
 from exlstm.models import engine as engines
 from exlstm.models.engine import Engine
 from exlstm.models.reading import leaves
-from exlstm.models.sequence import Request
+from exlstm.models.sequence import Request, Sequence
 from test_language import CONTINUED, KINDS, PROMPTS, build, tokens_of, writer
 
 MIXES = [*KINDS, ("attention", "mlstm")]
@@ -107,6 +107,9 @@ def test_forks_and_files_go_on_alike(blocks, case, tmp_path):
         engine.step()
     engine.save(first, tmp_path / "state.safetensors")
     fork, short = engine.fork(first), engine.fork(first, max_tokens=3)
+    loaded = engine.load(tmp_path / "state.safetensors", torch.tensor([2]), max_tokens=1, **rules)
+    assert loaded.prompt == [2]
+    engine.remove(loaded)
     loaded = engine.load(tmp_path / "state.safetensors", max_tokens=12, **rules)
     behind = model.generate([], 12, state=engine.state(first), **rules)
     finish(engine)
@@ -156,6 +159,40 @@ def test_the_state_stands_after_the_result_wherever_a_row_ends():
         near(engine.state(sequence), state)
 
 
+@each_kind
+def test_sixteen_bits_choose_alike(blocks):
+    """Logits of 16 bits have equals: which of them are the likeliest k is the same in a slot and in generate."""
+    model = build(blocks).bfloat16()
+    rules = [{"seed": seed, "top_k": k, "top_p": p} for seed in range(4) for k, p in ((5, 1.0), (20, 0.9))]
+    for settings in rules:
+        engine = Engine(model, 1)
+        (sequence,) = engine.admit(Request([5, 6, 7], 12, **settings))
+        finish(engine)
+        assert sequence.tokens == model.generate([5, 6, 7], 12, **settings)
+
+
+@each_kind
+def test_a_failed_step_ends_who_was_writing_and_the_engine_goes_on(blocks, monkeypatch):
+    model, rules = build(blocks), {"seed": 3, "top_p": 0.9}
+    whole = model.generate([5, 6, 7], 12, **rules)
+    engine = Engine(model, 3)
+    broken, ended = engine.admit(Request([5, 6, 7], 12, **rules), Request([1], 2, temperature=0))
+    for _ in range(4):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.stack.blocks[-1].mixer), "forward", lambda *_, **__: 1 / 0)
+        patch.setattr(type(model.stack.blocks[-1].mixer), "_token", lambda *_, **__: 1 / 0, raising=False)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert (broken.done, ended.done, broken.tokens) == ("error", "length", whole[:4])
+    assert list(engine.run()) == [] and engine.step() == []
+    fork = engine.fork(broken)
+    engine.remove(broken)
+    (again,) = engine.admit(Request([5, 6, 7], 12, **rules))
+    finish(engine)
+    assert again.tokens == whole and fork.tokens == whole[4:]
+
+
 def test_growing_states_are_trimmed():
     model = build(("attention",))
     engine = Engine(model, 2)
@@ -181,6 +218,9 @@ BAD = {
     "a rule": (lambda e, m: e.admit(Request([1], top_p=0)), "top_p is 0"),
     "a removed one": (lambda e, m: e.state(removed(e)), "the sequence has no slot in this engine"),
     "no text": (lambda e, m: e.admit(Request([1], 1))[0].text, "the sequence has no text"),
+    "no request": (lambda e, m: e.admit([1, 2]), "the request is list, wanted a Request"),
+    "one twice": (lambda e, m: e.enter([Sequence(m, Request([1], 2))] * 2), "a sequence came twice"),
+    "one again": (lambda e, m: e.enter([removed(e)]), "a sequence came twice"),
     "no slots": (lambda e, m: Engine(m, 0), "slots is 0, wanted a whole number of at least 1"),
 }
 
@@ -196,7 +236,7 @@ def removed(engine):
 def test_what_does_not_fit_is_one_sentence_and_seats_nobody(case):
     model = build()
     engine, (call, told) = Engine(model, 2), BAD[case]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         call(engine, model)
     assert told in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from os import PathLike
 
 import torch
+from torch import Tensor
 
 from exlstm.models import checkpoint
 from exlstm.models.chooser import Chooser
@@ -65,11 +66,16 @@ class Engine:
 
     def admit(self, *requests: Request) -> list[Sequence]:
         """Reads the prompts, those of like length together, and seats a sequence each; none is seated where one is wrong."""
+        for request in requests:
+            if not isinstance(request, Request):
+                raise TypeError(f"the request is {type(request).__name__}, wanted a Request")
         return self.enter([Sequence(self.model, request) for request in requests])
 
     def enter(self, sequences: list[Sequence]) -> list[Sequence]:
-        """`admit` for sequences that are built already."""
+        """`admit` for sequences that are built already, each once."""
         self._check_room(len(sequences))
+        if any(sequence.entered for sequence in sequences) or len({*map(id, sequences)}) < len(sequences):
+            raise ValueError("a sequence came twice; build another one of its request, or fork it")
         with quiet(self.model):
             states = self._read(sequences)
             for state in states:
@@ -90,7 +96,10 @@ class Engine:
             self._step.clear(slot)
 
     def fork(self, sequence: Sequence, **changes) -> Sequence:
-        """A second sequence that goes on where this one is: to the same end, or with other settings of Request."""
+        """A second sequence that goes on where this one is: to the same end, or with other settings of Request.
+
+        Its tokens, text and stops are of what it writes itself.
+        """
         self._check_room(1)
         left = sequence.request.max_tokens - len(sequence.tokens)
         state = self.state(sequence)
@@ -114,6 +123,7 @@ class Engine:
             else:
                 # It ended where only the host could see it, and the row has read on: the result is read again.
                 before = sequence.request.state
+                # Or a step failed under it, and nobody knows what the row holds.
                 state = read(self.model, [sequence.prompt + kept], before)
                 drawn = before.drawn if isinstance(before, GenerationState) else torch.zeros_like(state.drawn)
                 state = state._replace(drawn=drawn + len(kept))
@@ -126,18 +136,27 @@ class Engine:
     def load(self, path: str | PathLike, prompt=(), **settings) -> Sequence:
         """A sequence that goes on from a file of `save`, behind a prompt or none; settings as in Request."""
         state = checkpoint.load_state(self.model, path)
-        (sequence,) = self.admit(Request(prompt if isinstance(prompt, str) else list(prompt), state=state, **settings))
+        (sequence,) = self.admit(
+            Request(prompt if isinstance(prompt, str | Tensor) else list(prompt), state=state, **settings)
+        )
         return sequence
 
     # Writing
 
     def step(self) -> list[Sequence]:
-        """One more token in every slot that writes; the sequences whose tokens have come, on a GPU those of some steps ago."""
+        """One more token in every slot that writes; the sequences whose tokens have come, on a GPU those of some steps ago.
+
+        Where a step fails or is interrupted, the sequences that were writing end with "error"; the engine goes on with others.
+        """
         device = self._step.x.device
         with quiet(self.model), backends.on(device):
             writing = [s for s in self.sequences if s and not s.done and s.launched < s.request.max_tokens]
             if writing:
-                self._launch(writing)
+                try:
+                    self._launch(writing)
+                except BaseException:
+                    self._give_up(writing)
+                    raise
             most = AHEAD if device.type == "cuda" and writing else 0
             while len(self._ahead) > most or (self._ahead and self._ahead[0][1].query()):
                 self._collect()
@@ -153,6 +172,12 @@ class Engine:
         """Looks at every token that was chosen."""
         while self._ahead:
             self._collect()
+
+    def _give_up(self, sequences):
+        """Ends sequences whose rows may have read half a token."""
+        for sequence in sequences:
+            sequence.done, sequence.consumed = "error", -1
+        self._step.alive.zero_()
 
     def _launch(self, writing):
         step, chooser = self._step, self._chooser
@@ -266,6 +291,7 @@ class Engine:
             self._chooser.seen[index], self._chooser.drawn[index] = state.seen, state.drawn
             for sequence, slot, drawn in zip(sequences, slots, state.drawn.tolist(), strict=True):
                 sequence.slot, sequence.drawn, self.sequences[slot] = slot, drawn, sequence
+                sequence.entered = True
                 request = sequence.request
                 self._chooser.seat(slot, sequence.rules, sequence.row.ends, request.max_tokens, sequence.limit)
                 self._step.alive[slot] = not sequence.done

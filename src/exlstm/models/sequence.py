@@ -35,7 +35,8 @@ class Request:
 class Sequence:
     """A request in a slot and what it has written so far, prompt, stop and eos left out.
 
-    `done` says why it ended: "stop", "length", or None while it writes. `slot` is None once it was removed.
+    `done` says why it ended: "stop", "length", "error" where a step failed, or None while it writes. `slot` is None once it
+    was removed.
     """
 
     def __init__(self, model, request: Request, row: Row | None = None, stream: int = 0):
@@ -59,6 +60,7 @@ class Sequence:
         if row is None and (self.is_text or self.row.ends.strings):
             self.row.decoder = model.tokenizer.decoder()
         self.slot: int | None = None
+        self.entered = False
         self.launched = self.shown = self.drawn = self.consumed = 0
         self.done: str | None = None if request.max_tokens else "length"
 
