@@ -271,11 +271,109 @@ def test_a_table_counts_right():
     ended += [record(lr=1e-2, seed=s, last=v) for s, v in enumerate((0.1, 1.0, 0.2))]
     ended += [record("slow", last=1.0, pace=0.2)]
     first, slow = scoreboard.table(row, ended)
+    assert first["steps made"] == 10 and first["failed"] is first["stop at"] is first["stopped early"] is None
     assert (first["lr"], first["median"], first["best"], first["spread"]) == (1e-3, 0.8, 0.9, 0.4)
     assert (first["seeds"], first["runs"], first["long"], first["seconds"]) == (3, 6, 0.4, 1.0)
     assert first["at equal seconds"] == 0.8
     # In the second that the quick ones took, the slow one made half of its steps.
     assert (slow["median"], slow["at equal seconds"], slow["ms a step"]) == (1.0, 0.5, 200.0)
+
+
+def test_a_failure_is_the_worst_of_the_seeds():
+    """A rate at which most seeds fail is not chosen for the one that does not, and a median that failed is none."""
+    row = ROWS["state"]
+    ended = [record(seed=s, last=v) for s, v in enumerate((0.5, 0.9, 0.8))] + [record(lr=1e-2, last=1.0)]
+    lost = [record(lr=1e-2, seed=s, scores=None, failed="FloatingPointError: nan") for s in (1, 2)]
+    (line,) = scoreboard.table(row, ended, lost)
+    assert (line["lr"], line["median"], line["failed"], line["seeds"]) == (1e-3, 0.8, None, 3)
+    (line,) = scoreboard.table(row, ended[3:], lost)
+    assert (line["lr"], line["median"], line["best"], line["failed"], line["seeds"]) == (1e-2, None, 1.0, 2, 1)
+    lost = [record(seed=3, scores=None, failed="OutOfMemoryError: full")]
+    (line,) = scoreboard.table(row, ended[:3], lost)
+    assert (line["median"], line["long"], line["failed"], line["spread"]) == (0.65, 0.325, 1, 0.4)
+
+
+def test_a_table_says_which_runs_ended_early_and_where(tmp_path):
+    row = replace(ROWS["state"], stop_at=0.99)
+    early = [{"step": 5, "loss": 1.0, "scores": {"40–256": 1.0}, "last": True}]
+    ended = [record(seed=s, stop_at=0.99) for s in (0, 1)] + [record(seed=2, stop_at=0.99, last=1.0, curve=early)]
+    ended += [record("slow", last=1.0, pace=0.4, stop_at=0.99, curve=early), record("never")]
+    first, slow, never = scoreboard.table(row, ended)
+    assert (first["stopped early"], first["steps made"], first["steps"], first["seconds"]) == (1, 10, 10, 1.0)
+    assert (slow["stopped early"], slow["steps made"], slow["seconds"], slow["at equal seconds"]) == (1, 5, 2.0, None)
+    # A run under another rule stands on a line of its own, in which nothing is said of stops.
+    assert never["stop at"] is never["stopped early"] is None and never["steps made"] == 10
+    told = scoreboard.markdown("state", row, [first, slow, never], {"torch": "1"}, 0, ["parity, lstm: nan"])
+    assert "reached 0.99; all tests were made there" in told and "| stopped early | steps made |" in told
+    assert told.endswith("Failed:\n\n* parity, lstm: nan\n")
+    pytest.importorskip("matplotlib")
+    scoreboard._picture(tmp_path / "table.png", row, ended)
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["state", "groups"])
+def test_a_solved_task_ends_its_run(name, tmp_path, monkeypatch):
+    plan = plan_of(name, model="lstm", stop_at=ROWS[name].stop_at)
+    test = feeds.Words.test
+
+    def solved(self, model, last):
+        return dict.fromkeys(test(self, model, last), 1.0)
+
+    monkeypatch.setattr(feeds.Words, "test", solved)
+    (found,) = finished([plan], tmp_path).values()
+    assert [point["step"] for point in found["curve"]] == [2] and found["curve"][0]["last"]
+    assert len(found["scores"]) == len(plan.case.test)
+
+
+def test_every_run_keeps_where_it_was_made(tmp_path, monkeypatch):
+    """Lines of an earlier command are not said to be of this machine."""
+    settings = {"quick": True, "cases": ("parity",)}
+    monkeypatch.setattr(scoreboard, "_picture", lambda *_: None)
+    monkeypatch.setattr(compare.timing, "machine", lambda *_: {"device": "card A", "torch": "1"})
+    compare.run("state", config(tmp_path, models=("lstm",), **settings))
+    monkeypatch.setattr(compare.timing, "machine", lambda *_: {"device": "card B", "torch": "1"})
+    compare.run("state", config(tmp_path, models=("mamba2", "lstm"), **settings))
+    with open(tmp_path / "state-quick" / "runs.csv", newline="", encoding="utf-8") as file:
+        assert {line["model"]: line["device"] for line in csv.DictReader(file)} == {
+            "lstm": "card A",
+            "mamba2": "card B",
+        }
+    assert "device card A; card B, torch 1" in (tmp_path / "state-quick" / "table.md").read_text()
+
+
+def test_a_model_that_cannot_take_a_case_takes_the_others(tmp_path):
+    """Whatever its package raises."""
+
+    class Some:
+        def of(self, plan):
+            return None if (plan.model, plan.case.name) == ("lstm", "nearest_neighbour") else 0.01
+
+    settings = config(tmp_path, models=("lstm", "mamba2"))
+    plans = compare.planned(compare.chosen("memory", settings), settings, Some())
+    assert len(plans) == 2 * 3 * 5 and sum(plan.model == "lstm" for plan in plans) == 2 * 3 * 2
+
+
+def test_whatever_a_model_raises_costs_that_model_alone(tmp_path, monkeypatch, capsys):
+    build = contenders.build
+
+    def broken(name, *given, **more):
+        return [][1] if name == "lstm" else build(name, *given, **more)
+
+    monkeypatch.setattr(contenders, "build", broken)
+    settings = config(tmp_path, quick=True, cases=("parity", "even_pairs"), models=("lstm", "mamba2", "lstm"))
+    assert {line["model"] for line in compare.run("state", settings)} == {"mamba2"}
+    assert capsys.readouterr().out.count("lstm is left out: list index out of range") == 1
+    (record,) = finished([plan_of(model="lstm")], tmp_path / "work").values()
+    assert record["failed"] == "IndexError: list index out of range"
+
+
+def test_runs_of_another_text_are_not_taken_for_done(tmp_path, text, capsys):
+    settings = config(tmp_path, quick=True, models=("lstm",), text=text)
+    compare.run("enwik8", settings)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper())
+    with pytest.raises(ValueError, match=r"read another text than .*other.txt; choose another folder with --out"):
+        compare.run("enwik8", replace(settings, text=other))
 
 
 def test_a_loss_is_better_when_lower_and_counts_where_it_was_best():

@@ -288,7 +288,7 @@ def test_what_would_be_another_network_is_refused():
     for change, told in (
         ({"use_bias": True}, "use_bias"),
         ({"v_dim_factor": 0.5}, "v_dim_factor"),
-        ({"chunkwise_kernel": "parallel--native_siging_custbw"}, "exponential"),
+        ({"chunkwise_kernel": "parallel--native_siging_custbw"}, "sigmoid input gate"),
     ):
         with pytest.raises(ValueError, match=told):
             ours.xLSTMLarge(ours.xLSTMLargeConfig(**{**LARGE, **change}))

@@ -319,6 +319,8 @@ def test_what_their_layout_has_not_is_refused(tmp_path):
         ({"blocks": ("mlstm", "slstm")}, "blocks of kind slstm"),
         ({"mlstm": MLSTMOptions()}, "a convolution"),
         ({"mlstm": MLSTMOptions(conv=0, ffn_ratio=0.0)}, "without a feed-forward"),
+        ({"mlstm": MLSTMOptions(conv=0, i_gate="sigmoid")}, "an input gate of kind sigmoid"),
+        ({"mlstm": MLSTMOptions(conv=0, normalize=False)}, "without a normaliser"),
         ({"norm": "layer", "mlstm": MLSTMOptions(conv=0)}, "a norm of kind layer"),
     ):
         model = LanguageModel(LanguageConfig(d_model=32, n_layers=2, **settings))

@@ -189,6 +189,18 @@ def test_a_step_equals_the_models_forward(conv, rows):
 
 
 @law
+@pytest.mark.parametrize("options", [{"i_gate": "sigmoid"}, {"normalize": False}], ids=str)
+def test_other_gates_go_the_ordinary_way(options):
+    from exlstm.models import step as steps
+
+    torch.manual_seed(0)
+    config = LanguageConfig(d_model=32, n_layers=1, n_heads=2, vocab_size=41, mlstm=MLSTMOptions(**options))
+    model = LanguageModel(config, device=DEVICE).eval()
+    with torch.inference_mode():
+        assert type(Step(model, 1)._parts[0]) is steps._Mixer
+
+
+@law
 def test_what_kernels_do_not_take_goes_the_ordinary_way():
     from exlstm.models import step as steps
 

@@ -155,7 +155,12 @@ print(seconds)
 
 PLACES = ("*", ".ci/*", "docs/**/*", "examples/*", "src/**/*", "tests/**/*")
 TEXTS = sorted(
-    {p for place in PLACES for p in ROOT.glob(place) if p.is_file() and p.suffix in (".py", ".md", ".toml", ".txt", "")}
+    {
+        p
+        for place in PLACES
+        for p in ROOT.glob(place)
+        if p.is_file() and p.name != ".git" and p.suffix in (".py", ".md", ".toml", ".txt", "")
+    }
 )
 PRIVATE = re.compile(
     r"(?<![\w.~])/(?:work|root|home|Users|mnt)/\w"  # somebody's machine

@@ -6,15 +6,20 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from exlstm import layers
 from exlstm.models.config import OPTIONS, StackConfig
 from exlstm.models.stack import BLOCKS, Stack
+from exlstm.ops.mlstm import mlstm
 
 D = 32
 VARIANTS = {
     **{kind: {} for kind in BLOCKS},
     "mlstm without convolution": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](conv=0, gate_cap=0.0, qk_ratio=1.0)},
+    "mlstm with a sigmoid gate": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](i_gate="sigmoid")},
+    "mlstm without normaliser": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](normalize=False)},
+    "mlstm_up with neither": {"blocks": "mlstm_up", "mlstm_up": OPTIONS["mlstm_up"](i_gate="sigmoid", normalize=False)},
     "slstm with convolution": {"blocks": "slstm", "slstm": OPTIONS["slstm"](conv=4)},
     "slstm dense": {"blocks": "slstm", "slstm": OPTIONS["slstm"](dense=True, ffn_ratio=0.0)},
     "attention with window": {"blocks": "attention", "attention": OPTIONS["attention"](window=5, sinks=2)},
@@ -91,6 +96,52 @@ def test_single_steps_equal_one_call(name):
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_without_gradients_equal_one_call(name, dtype):
+    """Where nobody asks for gradients, a layer takes a shorter way through a token."""
+    stack, x = build(name, dtype), sample(2, 12, dtype=dtype)
+    with torch.no_grad():
+        (wanted, state), ys, held = stack(x), [], None
+        for t in range(12):
+            y, held = stack(x[:, t : t + 1], held)
+            ys.append(y)
+    limit = 2e-6 if dtype == torch.float32 else 1e-12
+    assert_same([torch.cat(ys, 1)], [wanted], limit)
+    for a, b in zip(tree_leaves(held), tree_leaves(state), strict=True):
+        assert (a is None and b is None) or not a.is_floating_point() or (a - b).norm() <= limit * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["mlstm", "mlstm_up"])
+def test_the_gate_and_the_normaliser_are_those_asked_for(kind, monkeypatch):
+    """The same weights with other options: the operator is given the logsigmoid of the gate, and whether to normalise."""
+    calls = []
+
+    def watched(*given, **options):
+        calls.append((*given, options["normalize"]))
+        return mlstm(*given, **options)
+
+    for module in (layers.mlstm, layers.mlstm_up):
+        monkeypatch.setattr(module, "mlstm", watched)
+    sizes, x = {"d_model": D, "n_heads": 2, "n_layers": 1, "blocks": kind}, sample(2, 9)
+    plain = Stack(StackConfig(**sizes), dtype=torch.float64)
+    if kind == "mlstm_up":
+        with torch.no_grad():
+            # As it starts, |q·n| stays below 1.
+            plain.blocks[0].mixer.qkv.mul_(10)
+    outputs = [plain(x)[0]]
+    for options in ({"i_gate": "sigmoid"}, {"normalize": False}):
+        other = Stack(StackConfig(**sizes, **{kind: OPTIONS[kind](**options)}), dtype=torch.float64)
+        other.load_state_dict(plain.state_dict())
+        outputs.append(other(x)[0])
+    (exp, sigmoid, without) = ((call[3], call[-1]) for call in calls)
+    assert torch.equal(sigmoid[0], torch.nn.functional.logsigmoid(exp[0])) and torch.equal(without[0], exp[0])
+    assert [exp[1], sigmoid[1], without[1]] == [True, True, False]
+    if kind == "mlstm_up":
+        # There the input gate starts half open: all three read something else.
+        assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2])
+
+
+@every
 def test_no_future_leaks_and_rows_are_alone(name):
     stack, x = build(name), sample(2, 20)
     changed = x.clone()
@@ -142,7 +193,9 @@ def test_lengths_of_zero_leave_the_state(name):
     assert_same([stack(more, after)[0][:1]], [stack(more, state)[0][:1]])
 
 
-@pytest.mark.parametrize(("name", "with_flags"), [*((kind, True) for kind in BLOCKS), ("all", False)])
+@pytest.mark.parametrize(
+    ("name", "with_flags"), [*((kind, True) for kind in (*BLOCKS, "mlstm_up with neither")), ("all", False)]
+)
 def test_compiled_equals_eager(name, with_flags):
     stack, x = build(name), sample(2, 6)
     options = {"reset": flags(2, 6, 0.3, 2), "mask": flags(2, 6, 0.8, 3)} if with_flags else {}
@@ -238,6 +291,7 @@ def test_a_long_stack_keeps_its_scale(name):
         (lambda: StackConfig(blocks=[]), "blocks is empty"),
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),
         (lambda: StackConfig(dropout=1.0), "dropout is 1.0"),
+        (lambda: Stack(StackConfig(mlstm=OPTIONS["mlstm"](i_gate="exq"))), "i_gate is 'exq', wanted exp or sigmoid"),
         (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
         (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
         (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),

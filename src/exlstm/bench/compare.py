@@ -13,6 +13,7 @@ import queue
 import signal
 import time
 import warnings
+import zlib
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,9 @@ def run(name: str, config: CompareConfig) -> list[dict]:
         speeds = Speeds(folder / "speeds.json", device, texts, config.graphs)
         plans = planned(row, config, speeds)
         if not plans:
-            raise ValueError(f"no model of row {name} can run so: {next(iter(speeds.failed.values()))}")
+            raise ValueError(
+                f"no model of row {name} can run so: {next(iter(speeds.failed.values())).partition(': ')[2]}"
+            )
         done = _records(folder)
         waiting = [plan for plan in plans if done.get(plan.key, {}).get("scores") is None]
         print(
@@ -58,8 +61,7 @@ def run(name: str, config: CompareConfig) -> list[dict]:
         )
         supervisor = _Supervisor(config, device, folder, texts, plans, waiting, speeds, until)
         done |= supervisor.go()
-    facts = timing.machine(replace(config, device=device), "xlstm", "triton")
-    table = scoreboard.report(folder, name, row, [plan.key for plan in plans], done, facts)
+    table = scoreboard.report(folder, name, row, [plan.key for plan in plans], done, supervisor.facts)
     if supervisor.signals.received:
         raise KeyboardInterrupt if supervisor.signals.received == signal.SIGINT else SystemExit(143)
     return table
@@ -89,25 +91,27 @@ def chosen(name: str, config: CompareConfig) -> Row:
     if config.quick:
         row = rows.toy(row)
     kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "n_layers", "n_heads")
-    row = replace(row, **{field: getattr(config, field) for field in kept if getattr(config, field)})
+    given = {field: getattr(config, field) for field in kept if getattr(config, field)}
+    # What is named twice is trained once.
+    row = replace(row, **{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in given.items()})
     if config.cases:
         row = replace(row, cases=tuple(case for case in row.cases if case.name in config.cases))
     return row
 
 
 def planned(row: Row, config: CompareConfig, speeds: Speeds) -> list[Plan]:
-    """All runs, those of the first seed first; models that cannot run here are told and left out."""
-    plans, out = [], set()
+    """All runs, those of the first seed first; models that cannot run here, or not this case, are told and left out."""
+    plans = []
     for seed in row.seeds:
         for lr in row.lrs:
             for width in row.widths or (row.d_model,):
                 for case in row.cases:
                     for model in row.models:
                         plan = Plan(replace(row, d_model=width, widths=()), case, model, lr, seed, row.steps)
-                        pace = None if model in out else speeds.of(plan)
+                        pace = speeds.of(plan)
                         if pace is None:
-                            out.add(model)
-                        elif config.minutes_each:
+                            continue
+                        if config.minutes_each:
                             steps = max(10, round(60 * config.minutes_each / pace))
                             plans.append(replace(plan, steps=steps, equal="seconds"))
                         else:
@@ -138,9 +142,11 @@ class Speeds:
             try:
                 self.known[key] = self._measure(plan)
                 _write(self.path, self.known)
-            except (ValueError, RuntimeError, ImportError, TypeError) as error:
-                self.failed[key] = str(error)
-                print(f"{plan.model} is left out: {' '.join(str(error).split())[:200]}", flush=True)
+            except Exception as error:  # Another package may raise anything: it costs its model, not the others.
+                told = f"{plan.model} is left out: {' '.join(str(error).split())[:200]}"
+                if told not in self.failed.values():
+                    print(told, flush=True)
+                self.failed[key] = told
         return self.known.get(key)
 
     def _measure(self, plan: Plan) -> float:
@@ -155,6 +161,7 @@ class _Supervisor:
     """Gives the waiting runs to workers, keeps what they report, and says how far they are."""
 
     def __init__(self, config, device, folder, texts, plans, waiting, speeds, until):
+        self.facts = timing.machine(replace(config, device=device), "xlstm", "triton")
         self.config, self.device, self.folder, self.until = config, device, folder, until
         self.texts, self.waiting, self.signals = texts, waiting, Signals()
         self.cost = {plan.key: plan.steps * speeds.of(plan) for plan in plans}
@@ -224,6 +231,8 @@ class _Supervisor:
             plans.cancel_join_thread()
             for process in processes:
                 process.join()
+                if process.exitcode:
+                    print(f"a process ended with code {process.exitcode}, its run has not ended", flush=True)
 
     def _hear(self, key: str, share: float, record: dict | None):
         self.share[key] = share
@@ -232,8 +241,8 @@ class _Supervisor:
         plan = self.plans[key]
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
         facts |= {field: getattr(plan.row, field) for field in ("d_model", "n_layers", "n_heads", "batch")}
-        facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps}
-        self.records[key] = {**facts, **record}
+        facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps, "stop_at": plan.row.stop_at}
+        self.records[key] = {**facts, **record, **self.facts}
         _write(self.folder / "records" / f"{key}.json", self.records[key])
         score = record.get("failed") or scoreboard.told(record["scores"])
         print(f"  {plan.case.name}, {plan.model}, lr {plan.lr:g}, seed {plan.seed}: {score}", flush=True)
@@ -293,7 +302,7 @@ def _begin(plan: Plan, job: dict, feeds: dict, tell) -> Trial | None:
         if key not in feeds:
             feeds[key] = open_feed(plan.case, plan.row.batch, plan.steps, plan.seed, job["device"], job["texts"])
         trial = Trial(plan, feeds[key], job["folder"], job["device"], job["graphs"])
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         tell(plan.key, 1.0, _failure(error))
         return None
     return trial
@@ -308,7 +317,7 @@ def _forward(trial: Trial, tell) -> bool:
             tell(key, trial.step / trial.plan.steps, None)
             return True
         trial.evaluate()
-    except (ValueError, RuntimeError, FloatingPointError) as error:
+    except Exception as error:
         tell(key, 1.0, _failure(error))
         return False
     if not trial.done:
@@ -328,7 +337,16 @@ def _failure(error: Exception) -> dict:
 
 
 def _texts(row: Row, path: Path | None, folder: Path) -> dict:
-    return {case.task: open_text(case.task, path, folder / "data") for case in row.cases if case.task in TEXTS}
+    texts = {case.task: open_text(case.task, path, folder / "data") for case in row.cases if case.task in TEXTS}
+    if texts:
+        # Runs are known by their settings: of another text they would be taken for done.
+        told = {name: [zlib.crc32(part.tobytes()) for part in text[:3]] for name, text in texts.items()}
+        known = folder / "texts.json"
+        if not known.is_file():
+            _write(known, told)
+        elif json.loads(known.read_text()) != told:
+            raise ValueError(f"the runs in {folder} read another text than {path}; choose another folder with --out")
+    return texts
 
 
 def _records(folder: Path) -> dict[str, dict]:

@@ -22,12 +22,16 @@ MODELS = {
     "transformer": (("attention",), {}),
     "mamba2": (("mamba2",), {}),
     "lstm": (("lstm",), {}),
-    # What a block is made of, one change at a time.
+    # What a block is made of, one change at a time. `mlstm` is the post-up block with the convolution, without it that of
+    # xLSTM 7B; `mlstm_up` is the pre-up block. The sLSTM without its exponential gate is the LSTM.
     "mlstm": (("mlstm",), {}),
     "mlstm_up": (("mlstm_up",), {}),
     "mlstm-no-conv": (("mlstm",), {"mlstm": {"conv": 0}}),
     "mlstm-i-bias-0": (("mlstm",), {"mlstm": {"i_bias": 0.0}}),
     "mlstm-no-cap": (("mlstm",), {"mlstm": {"gate_cap": 0.0}}),
+    "mlstm-sigmoid": (("mlstm",), {"mlstm": {"i_gate": "sigmoid"}}),
+    "mlstm-no-normaliser": (("mlstm",), {"mlstm": {"normalize": False}}),
+    "mlstm-sigmoid-no-normaliser": (("mlstm",), {"mlstm": {"i_gate": "sigmoid", "normalize": False}}),
     "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
     "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
 }
@@ -81,7 +85,7 @@ class Row:
     lower: bool = False
     """the score is a loss"""
     stop_at: float = 0.0
-    """a run ends where an evaluation on the way reaches this score, as Zoology's do; 0: never"""
+    """a run ends where an evaluation on the way reaches this score, as Zoology's do, and all tests are made there; 0: never"""
     widths: tuple[int, ...] = ()
     """several d_model in place of the one"""
 
@@ -102,6 +106,8 @@ def toy(row: Row) -> Row:
     return replace(row, cases=tuple(cases), steps=2, batch=4, lrs=row.lrs[:1], seeds=row.seeds[:1], **sizes)
 
 
+# A task is solved where an evaluation on the way scores this: of its words hardly one is missed.
+SOLVED = 0.9995
 RECURRENT = ("xlstm[0:1]", "xlstm[1:1]", "xlstm[1:0]")
 PEERS = ("transformer", "mamba2", "lstm")
 LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[3:1]", "mlstm_window", *PEERS)
@@ -142,6 +148,7 @@ _CODE = Case(
 _SMALL = {"steps": 4000, "batch": 32, "lrs": (1e-3,), "seeds": (0, 1, 2), "d_model": 256, "n_layers": 8, "n_heads": 4}
 _ABLATED = (
     *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-i-bias-0", "mlstm-no-cap"),
+    *("mlstm-sigmoid", "mlstm-no-normaliser", "mlstm-sigmoid-no-normaliser"),
     *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", "mamba2"),
 )
 
@@ -157,7 +164,7 @@ ROWS = {
         batch=256,
         lrs=(1e-3, 3e-3, 1e-2),
         n_heads=1,
-        stop_at=0.9995,
+        stop_at=SOLVED,
     ),
     "control": Row(
         "xlstm of NX-AI at its defaults, and ours, under one short protocol",
@@ -191,7 +198,7 @@ ROWS = {
         lrs=(1e-3, 3e-3),
         d_model=128,
         n_heads=1,
-        stop_at=0.9995,
+        stop_at=SOLVED,
     ),
     "counting": Row(
         "counting: aⁿ bⁿ, majority, majority count, lengths to 128, asked to 2048",
@@ -204,7 +211,7 @@ ROWS = {
         batch=256,
         lrs=(1e-3, 3e-3),
         precision="bfloat16",
-        stop_at=0.9995,
+        stop_at=SOLVED,
     ),
     "mqar": Row(
         "associative recall by size of state, Zoology's mixture: accuracy on 64 pairs in 256 tokens, and longer",

@@ -1,20 +1,23 @@
 """What a comparison says: a CSV of its runs, a table (CSV and Markdown) of its models, a plot over tokens and seconds.
 
-Of every model the learning rate whose median over the seeds is best; its median, best and spread, greatest less least. Equal
-seconds: the last score that was measured while the quickest model of the case finished; its schedule had not ended there.
+Of every model the learning rate whose median over the seeds is best; its median, best and spread, greatest less least. A run
+that failed counts as the worst in the median. Equal seconds: the last score that was measured while the quickest model of the
+case could make its whole schedule; its own had not ended there.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from exlstm.bench import timing
 from exlstm.bench.rows import Row
 
 # What the runs of one line of the table share.
-LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "steps", "equal")
+LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "steps", "equal", "stop_at")
 
 
 def told(scores: dict[str, float]) -> str:
@@ -26,34 +29,50 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
     """Prints and writes what the folder's records hold, those of earlier commands too: runs.csv, table.csv, table.md and
     table.png; returns the rows of the table. `keys` are the runs of this command."""
     ended = [record for record in records.values() if record.get("scores")]
-    rows = table(row, ended)
     failed = [record for record in records.values() if record.get("failed")]
+    rows = table(row, ended, failed)
+    facts = _machines([*ended, *failed], facts)
     print(f"\n{name}: {row.about}\n{timing.table(rows)}")
     print(", ".join(f"{key} {value or 'not installed'}" for key, value in facts.items()))
-    for record in failed:
-        print(
-            f"failed: {record['case']}, {record['model']}, lr {record['lr']:g}, seed {record['seed']}: {record['failed']}"
-        )
+    losses = [_failure(record) for record in failed]
+    for line in losses:
+        print(f"failed: {line}")
     left = sum(not records.get(key, {}).get("scores") for key in keys)
     if left:
         print(f"{left} of {len(keys)} runs have not ended: the same command goes on")
-    _write_csv(folder / "runs.csv", [_plain(record) for record in (*ended, *failed)], facts)
-    _write_csv(folder / "table.csv", rows, facts)
-    (folder / "table.md").write_text(markdown(name, row, rows, facts, left), encoding="utf-8")
+    _write_csv(folder / "runs.csv", [{**dict.fromkeys(facts), **_plain(record)} for record in (*ended, *failed)])
+    _write_csv(folder / "table.csv", [{**line, **facts} for line in rows])
+    (folder / "table.md").write_text(markdown(name, row, rows, facts, left, losses), encoding="utf-8")
     print(f"table: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'runs.csv'}")
     if ended:
         _picture(folder / "table.png", row, ended)
     return rows
 
 
-def table(row: Row, ended: list[dict]) -> list[dict]:
-    """A row a case, model, size and length of training, from the records of the runs that ended."""
-    rows = []
+def _failure(record: dict) -> str:
+    return f"{record['case']}, {record['model']}, lr {record['lr']:g}, seed {record['seed']}: {record['failed']}"
+
+
+def _machines(records: list[dict], facts: dict) -> dict:
+    """Where and with what these runs were made, each with what it has told; `facts` where none has."""
+    found = {key: {str(r[key]) for r in records if r.get(key) is not None} for key in facts}
+    return {key: "; ".join(sorted(values)) or facts[key] for key, values in found.items()}
+
+
+def _line(record: dict) -> tuple:
+    return tuple(record.get(name) or 0 for name in LINE)
+
+
+def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
+    """A row a case, model, size and length of training, from the records of the runs that ended and of those that failed."""
+    rows, lost = [], Counter((_line(record), record["lr"]) for record in failed)
     for group in _groups(row, ended):
-        best = _best(row, group)
+        best = _best(row, group, lost)
         first, scores = best[0], [score(row, record) for record in best]
+        failures = lost[_line(first), first["lr"]]
+        made = [record["curve"][-1]["step"] for record in best]
         others = {
-            test: round(statistics.median(record["scores"][test] for record in best), 4)
+            test: _median([record["scores"][test] for record in best], failures, row.lower)
             for test in list(first["scores"])[1:]
         }
         rows.append(
@@ -64,21 +83,31 @@ def table(row: Row, ended: list[dict]) -> list[dict]:
                 "state bytes": first["state_bytes"],
                 "lr": first["lr"],
                 "seeds": len(best),
-                "median": round(statistics.median(scores), 4),
+                "failed": failures or None,
+                "median": _median(scores, failures, row.lower),
                 "best": round((min if row.lower else max)(scores), 4),
                 "spread": round(max(scores) - min(scores), 4),
                 "at equal seconds": _in_time(row, ended, best),
                 "measured": next(iter(first["scores"])),
                 **others,
                 "steps": first["steps"],
+                "stop at": first.get("stop_at") or None,
+                "stopped early": sum(steps < first["steps"] for steps in made) if first.get("stop_at") else None,
+                "steps made": round(statistics.median(made)),
                 "batch": first["batch"],
                 "ms a step": round(1e3 * first["pace"], 3),
-                "seconds": round(first["pace"] * first["steps"], 1),
+                "seconds": round(statistics.median(r["pace"] * steps for r, steps in zip(best, made)), 1),
                 "equal": first["equal"],
                 "runs": len(group),
             }
         )
     return rows
+
+
+def _median(values: list[float], failures: int, lower: bool) -> float | None:
+    """Median of the values and of as many failures, worse than all of them; None where it is a failure."""
+    middle = statistics.median([*values, *[math.inf if lower else -math.inf] * failures])
+    return round(middle, 4) if math.isfinite(middle) else None
 
 
 def score(row: Row, record: dict, step: int | None = None) -> float | None:
@@ -91,7 +120,7 @@ def _groups(row: Row, ended: list[dict]) -> list[list[dict]]:
     """The runs of a line of the table, the cases and models in the order of the row."""
     groups = {}
     for record in ended:
-        groups.setdefault(tuple(record[name] for name in LINE), []).append(record)
+        groups.setdefault(_line(record), []).append(record)
     cases, models = [case.name for case in row.cases], list(row.models)
 
     def place(names: list[str], name: str) -> int:
@@ -103,15 +132,17 @@ def _groups(row: Row, ended: list[dict]) -> list[list[dict]]:
     return sorted(groups.values(), key=order)
 
 
-def _best(row: Row, group: list[dict]) -> list[dict]:
-    """The runs of the learning rate with the best median; of equal ones, that with more seeds."""
+def _best(row: Row, group: list[dict], lost=None) -> list[dict]:
+    """The runs of the learning rate with the best median; of equal ones, that with more seeds. `lost` counts failures."""
+    lost = lost or Counter()
     rates = {}
     for record in group:
         rates.setdefault(record["lr"], []).append(record)
 
     def rank(runs):
-        median = statistics.median(score(row, record) for record in runs)
-        return (-median if row.lower else median), len(runs)
+        failures = lost[_line(runs[0]), runs[0]["lr"]]
+        median = _median([score(row, record) for record in runs], failures, row.lower)
+        return (-math.inf if median is None else -median if row.lower else median), len(runs)
 
     return max(rates.values(), key=rank)
 
@@ -119,26 +150,36 @@ def _best(row: Row, group: list[dict]) -> list[dict]:
 def _in_time(row: Row, ended: list[dict], best: list[dict]) -> float | None:
     """Median of the scores when the quickest model of the case had finished; None without one in that time."""
     # Models are compared that differ in nothing else.
-    shared = [name for name in LINE if name not in ("model", "n_layers")]
+    shared = [name for name in (*LINE, "device") if name not in ("model", "n_layers")]
     if best[0]["equal"] == "seconds":
         shared.remove("steps")
-    same = [record for record in ended if all(record[name] == best[0][name] for name in shared)]
-    budget = min(record["pace"] * record["steps"] for record in same)
-    found = [score(row, record, int(1.001 * budget / record["pace"])) for record in best]
+    found = []
+    for record in best:
+        same = [r for r in ended if all(r.get(name) == record.get(name) for name in shared)]
+        budget = min(r["pace"] * r["steps"] for r in same)
+        found.append(score(row, record, int(1.001 * budget / record["pace"])))
     found = [value for value in found if value is not None]
     return round(statistics.median(found), 4) if found else None
 
 
-def markdown(name: str, row: Row, rows: list[dict], facts: dict, left: int) -> str:
-    """The table as Markdown, with the protocol above it and the machine below."""
+def markdown(name: str, row: Row, rows: list[dict], facts: dict, left: int, failed=()) -> str:
+    """The table as Markdown, with the protocol above it, the machine and the runs that failed below."""
     names = list(dict.fromkeys(key for line in rows for key in line))
     names = [n for n in names if any(line.get(n) is not None for line in rows)]
     shown = [[_cell(line.get(n)) for n in names] for line in rows]
     head = f"# {name}\n\n{row.about[0].upper() + row.about[1:]}. {f'{left} runs have not ended. ' if left else ''}"
     head += f"Learning rates {', '.join(f'{lr:g}' for lr in row.lrs)}, seeds {', '.join(map(str, row.seeds))}, "
     head += f"AdamW β {row.betas[0]:g} and {row.betas[1]:g}, decay {row.weight_decay:g}, clip {row.clip:g}.\n"
+    ends = sorted({line["stop at"] for line in rows if line.get("stop at")})
+    for end in ends:
+        head += (
+            f"A run ended early where an evaluation on the way reached {end:g}; all tests were made there, before its\n"
+        )
+        head += "learning rate had come down: see `stopped early` (runs of the line) and `steps made` (their median).\n"
     lines = [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *shown]]
-    return "\n".join([head, *lines, "", ", ".join(f"{k} {v or 'not installed'}" for k, v in facts.items()), ""])
+    told = [", ".join(f"{k} {v or 'not installed'}" for k, v in facts.items()), ""]
+    told += ["Failed:", "", *(f"* {line}" for line in failed), ""] if failed else []
+    return "\n".join([head, *lines, "", *told])
 
 
 def _cell(value) -> str:
@@ -153,12 +194,12 @@ def _plain(record: dict) -> dict:
     return line | {f"score {key}": value for key, value in (record.get("scores") or {}).items()}
 
 
-def _write_csv(path: Path, rows: list[dict], facts: dict):
-    columns = list(dict.fromkeys(key for row in rows for key in (*row, *facts)))
+def _write_csv(path: Path, rows: list[dict]):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+        writer.writerows(rows)
 
 
 def _picture(path: Path, row: Row, ended: list[dict]):
@@ -188,15 +229,20 @@ def _picture(path: Path, row: Row, ended: list[dict]):
 def _draw_curve(line, row: Row, group: list[dict], name_width: bool):
     """Median over the seeds with their range."""
     label = f"{group[0]['model']}{', ' + str(group[0]['d_model']) if name_width else ''}"
-    steps = sorted(set.intersection(*({p["step"] for p in record["curve"]} for record in group)))
-    values = [
-        [next(iter(p["scores"].values())) for record in group for p in record["curve"] if p["step"] == s] for s in steps
-    ]
+    first = max(record["curve"][0]["step"] for record in group)
+    steps = sorted({p["step"] for record in group for p in record["curve"] if p["step"] >= first})
+    # A run that ended early keeps its last score.
+    values = [[_reached(record, step) for record in group] for step in steps]
     middle = [statistics.median(v) for v in values]
     for axis, scale in zip(line, (1, group[0]["pace"])):
         x = [scale * step for step in steps]
         (drawn,) = axis.plot(x, middle, marker=".", label=label)
         axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=drawn.get_color())
+
+
+def _reached(record: dict, step: int) -> float:
+    """The last score of a run up to a step."""
+    return next(iter([p for p in record["curve"] if p["step"] <= step][-1]["scores"].values()))
 
 
 def _draw_states(axis, row: Row, groups: list[list[dict]]):

@@ -247,7 +247,11 @@ def large_config(config: xLSTMLargeConfig) -> LanguageConfig:
         _known(name, getattr(config, name), known)
     _refuse(config.use_bias, "use_bias", "the maps of our mlstm block have no bias")
     _refuse(config.v_dim_factor != 1, f"v_dim_factor {config.v_dim_factor}", "our values are as wide as the model")
-    _refuse("siging" in config.chunkwise_kernel, config.chunkwise_kernel, "the input gate of our mlstm is exponential")
+    _refuse(
+        "siging" in config.chunkwise_kernel,
+        config.chunkwise_kernel,
+        "models of a sigmoid input gate are not translated",
+    )
     width, multiple = config.embedding_dim, config.ffn_round_up_to_multiple_of
     hidden = rounded(int(width * config.ffn_proj_factor), multiple)
     options = MLSTMOptions(

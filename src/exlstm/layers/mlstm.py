@@ -1,7 +1,8 @@
 """mLSTM layer as in xLSTM 7B (arXiv 2503.13427, section 3): dense maps, one gate pair a head, gated output.
 
 q, k = W_q x', W_k x'  (x' = SiLU(conv(x)), or x)    v, o = W_v x, W_o x    ĩ, f̃ = cap·tanh((W x + b) / cap)
-y = W_out (norm_head(mlstm(q, k, v, ĩ, logsigmoid f̃)) ⊙ sigmoid(o))
+y = W_out (norm_head(mlstm(q, k, v, log_i, logsigmoid f̃)) ⊙ sigmoid(o))
+log_i = ĩ, the exponential gate of xLSTM, or logsigmoid ĩ (arXiv 2503.14376, section 4); with the normaliser or without it
 """
 
 import numpy as np
@@ -27,6 +28,15 @@ from exlstm.ops.backend import exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
+# log_i of its pre-activation, of a tensor and of an array: the operator takes gates in log space.
+INPUT_GATES = {"exp": (lambda i: i, lambda i: i), "sigmoid": (F.logsigmoid, lambda i: -np.logaddexp(0, -i))}
+
+
+def check_gate(kind: str):
+    """ValueError for an input gate that there is not."""
+    if kind not in INPUT_GATES:
+        raise ValueError(f"i_gate is {kind!r}, wanted {' or '.join(INPUT_GATES)}")
+
 
 class mLSTM(nn.Module):
     """Matrix memory over (B, T, d_model); state is (inputs of the convolution or None, MLSTMState).
@@ -38,6 +48,8 @@ class mLSTM(nn.Module):
         conv: width of the causal convolution in front of q and k, 0 for none.
         gate_cap: soft cap of the gates' pre-activations in nats, 0 for none.
         i_bias: bias of the input gate at the start, in nats.
+        i_gate: "exp", or "sigmoid" for an input gate that never exceeds 1.
+        normalize: divide what is read by max(|q·n|, 1); without it the memory is gated linear attention.
 
     >>> y, state = mLSTM(64)(torch.randn(2, 10, 64))
     """
@@ -52,18 +64,22 @@ class mLSTM(nn.Module):
         gate_cap: float = 15.0,
         i_bias: float = -10.0,
         eps: float = 0.0,
+        i_gate: str = "exp",
+        normalize: bool = True,
         device=None,
         dtype=None,
     ):
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
+        check_gate(i_gate)
         keys = round(d_model // n_heads * qk_ratio)
         if keys < 1:
             raise ValueError(
                 f"qk_ratio {qk_ratio} leaves no features to the keys of {n_heads} heads in d_model {d_model}"
             )
         self.d_model, self.n_heads, self.gate_cap, self.i_bias, self.eps = d_model, n_heads, gate_cap, i_bias, eps
+        self.i_gate, self.normalize = i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -93,8 +109,8 @@ class mLSTM(nn.Module):
         """log_i, log_f (B, T, H) of their pre-activations (B, T, 2 H), in float32 whatever the autocast: a bfloat16 step at
         10 nats is 6 %."""
         with exact(pre.device):
-            log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
-            return log_i, F.logsigmoid(f)
+            i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
+            return INPUT_GATES[self.i_gate][0](i), F.logsigmoid(f)
 
     @token_errors
     def _token(self, x, conv, memory):
@@ -108,8 +124,8 @@ class mLSTM(nn.Module):
         pre += parameter(self.gate, "bias")
         if self.gate_cap:
             pre = self.gate_cap * np.tanh(pre / self.gate_cap)
-        log_f = -np.logaddexp(0, -pre[:, heads:])
-        h, *memory = decode(q, k, v, pre[:, :heads], log_f, *memory, q.shape[-1] ** -0.5, eps=self.eps)
+        log_i, log_f = INPUT_GATES[self.i_gate][1](pre[:, :heads]), -np.logaddexp(0, -pre[:, heads:])
+        h, *memory = decode(q, k, v, log_i, log_f, *memory, q.shape[-1] ** -0.5, self.normalize, self.eps)
         y = self.norm.decode(h)
         y /= 1 + np.exp(-project(self.o, x))
         return torch.from_numpy(project(self.out, y)).unsqueeze(1), (conv, MLSTMState(*memory))
@@ -126,6 +142,8 @@ class mLSTM(nn.Module):
         q, k = (y.unflatten(-1, (self.n_heads, -1)) for y in maps(mixed, self.q, self.k))  # (B, T, H, K)
         v, o, pre = maps(x, self.v, self.o, wide=self.gate)
         v = v.unflatten(-1, (self.n_heads, -1))  # (B, T, H, V)
-        h, memory = mlstm(q, k, v, *self.gates(pre), memory, reset=reset, mask=mask, eps=self.eps)
+        h, memory = mlstm(
+            q, k, v, *self.gates(pre), memory, reset=reset, mask=mask, normalize=self.normalize, eps=self.eps
+        )
         y = self.out(self.norm(h, o))
         return y, (conv, memory)

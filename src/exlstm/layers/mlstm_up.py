@@ -2,6 +2,7 @@
 
 u, z = W_up x      c = SiLU(conv(u))      q, k = W_q c, W_k c      v = W_v u      (W_q, W_k, W_v block-diagonal)
 ĩ, f̃ = W [q, k, v] + b      y = W_down ((norm_head(mlstm(q, k, v, ĩ, logsigmoid f̃)) + skip ⊙ c) ⊙ SiLU(z))
+Input gate and normaliser can be had otherwise, as in mlstm.py.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ from exlstm.layers.basic import (
     valid_mask,
     width,
 )
+from exlstm.layers.mlstm import INPUT_GATES, check_gate
 from exlstm.ops.backend import cast, exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
@@ -77,6 +79,7 @@ class mLSTMUp(nn.Module):
         qkv_block: side of the small blocks of the q, k and v maps.
         eps: added to the stabilised denominator; only weights trained elsewhere want it.
         m_start: stabiliser of an empty memory, in nats; with an eps of 0 it changes nothing.
+        i_gate, normalize: as in mLSTM.
 
     >>> y, state = mLSTMUp(64)(torch.randn(2, 10, 64))
     """
@@ -91,6 +94,8 @@ class mLSTMUp(nn.Module):
         qkv_block: int = 4,
         eps: float = 0.0,
         m_start: float = 0.0,
+        i_gate: str = "exp",
+        normalize: bool = True,
         multiple: int = 64,
         device=None,
         dtype=None,
@@ -99,9 +104,11 @@ class mLSTMUp(nn.Module):
         inner = width(up_ratio, d_model, multiple)
         if inner % n_heads or inner % qkv_block:
             raise ValueError(f"the inner width {inner} is not divisible by n_heads {n_heads} and qkv_block {qkv_block}")
+        check_gate(i_gate)
         if conv < 1:
             raise ValueError(f"conv is {conv}, wanted a width of at least 1")
         self.d_model, self.n_heads, self.eps, self.m_start = d_model, n_heads, eps, m_start
+        self.i_gate, self.normalize = i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)
@@ -148,8 +155,7 @@ class mLSTMUp(nn.Module):
             if type(self.gate) is not nn.Linear:
                 # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
                 pre = cast(self.gate(cast(torch.cat((q, k, v), -1), self.gate.weight.dtype)), dtype)
-                log_i, f = pre.chunk(2, -1)
-                return log_i, F.logsigmoid(f)
+                return self._gates(pre)
             w, b = cast(self.gate.weight, dtype), cast(self.gate.bias, dtype)
             if q.shape[1] == 1:
                 pre = F.linear(cast(torch.cat((q, k, v), -1), dtype), w, b)
@@ -158,8 +164,12 @@ class mLSTMUp(nn.Module):
                 w_q, w_k, w_v = w.chunk(3, -1)
                 q, k, v = (cast(x, dtype) for x in (q, k, v))
                 pre = F.linear(q, w_q, b) + F.linear(k, w_k) + F.linear(v, w_v)
-            log_i, f = pre.chunk(2, -1)
-            return log_i, F.logsigmoid(f)
+            return self._gates(pre)
+
+    def _gates(self, pre):
+        """log_i, log_f (B, T, H) of their pre-activations (B, T, 2 H)."""
+        i, f = pre.chunk(2, -1)
+        return INPUT_GATES[self.i_gate][0](i), F.logsigmoid(f)
 
     def _joined(self, weights):
         """The small blocks of every map on the diagonal of larger ones (map, B', in, out)."""
@@ -180,8 +190,7 @@ class mLSTMUp(nn.Module):
         f = torch.stack((f[0] + f[1], f[2])).transpose(1, 2).flatten(2)  # (c and u, 2 H, inner)
         *qkv, g = _Maps.apply(*(x.reshape(-1, inner) for x in (c, u)), w, f, self.gate.bias)
         heads = (x.view(-1, batch, time, x.shape[2]).permute(1, 2, 0, 3) for x in qkv)  # (B, T, B', side)
-        log_i, log_f = g.view(batch, time, -1).chunk(2, -1)
-        return *(x.reshape(batch, time, self.n_heads, -1) for x in heads), log_i, F.logsigmoid(log_f)
+        return *(x.reshape(batch, time, self.n_heads, -1) for x in heads), *self._gates(g.view(batch, time, -1))
 
     @token_errors
     def _token(self, x, conv, memory):
@@ -200,8 +209,8 @@ class mLSTMUp(nn.Module):
         pre = np.matmul(qkv, parameter(self.gate, "weight").T)  # (B, 2 H)
         pre += parameter(self.gate, "bias")
         q, k, v = qkv.reshape(batch, 3, heads, -1).swapaxes(0, 1)  # (B, H, inner / H)
-        log_f = -np.logaddexp(0, -pre[:, heads:])
-        h, *memory = decode(q, k, v, pre[:, :heads], log_f, *memory, q.shape[-1] ** -0.5, eps=self.eps)
+        log_i, log_f = INPUT_GATES[self.i_gate][1](pre[:, :heads]), -np.logaddexp(0, -pre[:, heads:])
+        h, *memory = decode(q, k, v, log_i, log_f, *memory, q.shape[-1] ** -0.5, self.normalize, self.eps)
         c *= parameter(self, "skip")
         c += self.norm.decode(h)
         c *= silu(z)
@@ -224,6 +233,6 @@ class mLSTMUp(nn.Module):
         c, conv = self.conv(u, conv, mask=mask, reset=reset, activation="silu")
         if memory is None and self.m_start:
             memory = self._empty(x)
-        h, memory = mlstm(*self.heads(c, u), memory, reset=reset, mask=mask, eps=self.eps)
+        h, memory = mlstm(*self.heads(c, u), memory, reset=reset, mask=mask, normalize=self.normalize, eps=self.eps)
         y = self.out(self.norm(h, z, activation="silu", skip=(self.skip, c)))
         return y, (conv, memory)

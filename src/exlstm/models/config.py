@@ -21,6 +21,10 @@ class MLSTMOptions:
     """bias of the input gate at the start, in nats"""
     eps: float = 0.0
     """added to the stabilised denominator; only weights trained elsewhere want it"""
+    i_gate: str = "exp"
+    """input gate: exp, as in xLSTM, or sigmoid"""
+    normalize: bool = True
+    """divide what is read by the normaliser; without it the memory is gated linear attention"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
     multiple: int = 64
@@ -41,6 +45,10 @@ class MLSTMUpOptions:
     """added to the stabilised denominator; only weights trained elsewhere want it"""
     m_start: float = 0.0
     """stabiliser of an empty memory, in nats: with an eps of 0 it changes nothing"""
+    i_gate: str = "exp"
+    """input gate: exp, as in xLSTM, or sigmoid"""
+    normalize: bool = True
+    """divide what is read by the normaliser; without it the memory is gated linear attention"""
     multiple: int = 64
     """widths that follow from a ratio are rounded up to a multiple of it"""
 

@@ -61,9 +61,7 @@ def check_large(given: dict):
         raise ValueError("the configuration says use_bias, and the maps of our mlstm block have no bias")
     if "siging" in str(given.get("chunkwise_kernel")):
         kernel = given["chunkwise_kernel"]
-        raise ValueError(
-            f"the configuration says {kernel!r}, a sigmoid input gate, and that of our mlstm is exponential"
-        )
+        raise ValueError(f"the configuration says {kernel!r}, a sigmoid input gate, whose weights are not translated")
     if "model_type" not in given:
         known = [*LARGE_DEFAULTS, *LARGE_OTHERS]
         for name in given:
@@ -120,6 +118,8 @@ def check_export(config: LanguageConfig):
     if not reasons:
         reasons += ["a convolution in its mlstm blocks"] * bool(options.conv)
         reasons += ["mlstm blocks without a feed-forward"] * (not options.ffn_ratio)
+        reasons += [f"an input gate of kind {options.i_gate} in its mlstm blocks"] * (options.i_gate != "exp")
+        reasons += ["mlstm blocks without a normaliser"] * (not options.normalize)
     reasons += [f"a norm of kind {config.norm} in front of the head"] * (config.norm == "layer")
     reasons += ["a norm behind the last block and one in front of the head"] * (config.out_norm != "none")
     if reasons:

@@ -230,7 +230,10 @@ def _takes_ffn(step, block) -> bool:
 
 def _takes_mlstm(step, block) -> bool:
     mixer = block.mixer
-    if type(mixer) is not mLSTM or not _plain(step.x, mixer, block.norm):
+    # The kernels have the exponential gate and the normaliser only; whatever else there is takes the layer's forward.
+    if type(mixer) is not mLSTM or (mixer.i_gate, mixer.normalize) != ("exp", True):
+        return False
+    if not _plain(step.x, mixer, block.norm):
         return False
     from exlstm.ops import token_kernels as kernels
     from exlstm.ops.mlstm.step import LARGEST
