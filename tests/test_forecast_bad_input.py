@@ -11,6 +11,9 @@ from exlstm.forecast.config import FitConfig
 pd = pytest.importorskip("pandas")
 DAYS = pd.date_range("2024-01-01", periods=40)
 GOOD = pd.DataFrame({"ds": DAYS, "y": np.arange(40.0) % 7, "x": np.arange(40.0)})
+HOURS = pd.DataFrame(
+    {"ds": pd.date_range("2024-03-01", periods=80, freq="h", tz="Europe/Berlin"), "y": np.arange(80.0) % 7}
+)
 UNALIGNED = FitConfig(variates="attention", lookback=7, steps=1)
 LINEAR = FitConfig(members=("naive", "linear"), max_lookback=14)
 FAST = "--fit.members naive linear --fit.max-lookback 14"
@@ -56,6 +59,8 @@ FILES = {
     "future_twice.csv": pd.DataFrame({"ds": [pd.Timestamp("2024-02-10")] * 7, "x": 1.0}),
     "weekly.csv": pd.DataFrame({"ds": pd.date_range("2024-01-01", periods=40, freq="7D"), "y": 1.0, "x": 1.0}),
     "other_columns.csv": GOOD.rename(columns={"y": "sales"}),
+    "noheader.csv": "2024-01-01,1\n2024-01-02,2\n2024-01-03,3\n",
+    "far.csv": pd.DataFrame({"ds": [f"{year}-01-01" for year in range(2990, 3030)], "y": 1.0}),
     "bad.tsf": "@relation x\n@frequency daily\n@data\nT1:1,2,three\n",
     "none.tsf": "hello\n",
 }
@@ -101,7 +106,7 @@ COMMANDS = {
     "forecast good.csv --target y --device gpu9": "device 'gpu9' cannot be used here",
     "forecast good.csv --target y --horizn 3": "unknown field --horizn, did you mean --horizon?",
     "forecast good.csv --target y --out nowhere/fc.csv": "there is no folder",
-    "forecast good.csv --target y --out fc.parquet --fit.val-size 3": "val_size is 3, wanted at least the horizon",
+    "forecast good.csv --target y --out fc.csv --fit.val-size 3": "val_size is 3, wanted at least the horizon",
     "forecast good.csv --target y --model thesis": "thesis holds no forecaster and is not empty",
     "forecast good.csv --target y --future future.csv": "--future holds covariates, but no --exog names them",
     "forecast good.csv --target y --exog x --future future_short.csv": "lack 2 of 7 rows: 2024-02-15 00:00:00, 2024-02-16",
@@ -116,6 +121,15 @@ COMMANDS = {
     "forecast good.csv --target y --workers 2": "--workers wants a table, a fitted model in --model",
     "forecast good.csv --model kept --out parts --workers 2 --cv 1": "neither --exog, --future, --cv nor --plot",
     "forecast good.csv --model kept --out parts --workers 2": "so it has no parts",
+    "forecast noheader.csv": "the first line of noheader.csv holds '2024-01-01', wanted the names of the columns",
+    "forecast far.csv": "column 'ds' holds times from 2990-01-01 00:00:00 to 3029-01-01 00:00:00, wanted years from",
+    "forecast good.csv --target y --out good.csv": "good.csv is to be read and written",
+    "forecast good.csv --target y --exog x --future future.csv --out future.csv": "future.csv is to be read and written",
+    "forecast good.csv --target y --out thesis": "thesis is a folder, wanted a file",
+    "forecast good.csv --target y --out fc.xlsx": "fc.xlsx is to be a .xlsx file, wanted CSV",
+    "forecast good.csv --target y --plot fc.doc": "fc.doc names no kind of picture by its ending",
+    "forecast good.csv --model kept --target x --future future.csv": "holds a model with target 'y', --target is 'x'",
+    "forecast good.csv --model kept --exog z --future future.csv": "a model with covariates x, --exog is z",
     "forecast bad.tsf": "bad.tsf has 2 fields in line 4, wanted 1",
     "forecast none.tsf": "not a .tsf file",
     "forecast column_twice.csv --target y --level 80 --freq 3": "freq is '3'",
@@ -191,6 +205,19 @@ CALLS = {
             [np.arange(40.0), np.arange(41.0)]
         ),
         "wants series of one length and begin",
+    ),
+    "an array after a frame": (lambda m: m.predict(np.arange(40.0)), "is an array without times, the model was fitted"),
+    "no zone after a zone": (
+        lambda m: Forecaster(3, config=LINEAR).fit(HOURS).predict(HOURS.assign(ds=HOURS.ds.dt.tz_localize(None))),
+        "have no zone, the model was fitted on times in Europe/Berlin",
+    ),
+    "a future without zone": (
+        lambda m: (
+            Forecaster(3, futr_exog="x", target_col="y", config=LINEAR)
+            .fit(HOURS.assign(x=1.0))
+            .predict(futr_df=HOURS.assign(x=1.0, ds=HOURS.ds.dt.tz_localize(None)))
+        ),
+        "the times of the future covariates have no zone, those of the data are in Europe/Berlin",
     ),
     "covariates of text": (
         lambda m: Forecaster(3, futr_exog="x", target_col="y").fit(GOOD.assign(x="a")),

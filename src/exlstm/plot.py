@@ -14,6 +14,16 @@ def require_matplotlib():
         raise ValueError("figures need matplotlib, install it with: pip install 'exlstm[plot]'") from None
 
 
+def check_picture(path: Path):
+    """ValueError in one sentence where a figure cannot be written to a file of this name."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().lstrip(".") not in known:
+        raise ValueError(f"{path} names no kind of picture by its ending, wanted one of {', '.join(known)}")
+
+
 def _canvas(rows=1, columns=1, size=(8.0, 4.5)):
     require_matplotlib()
     import matplotlib

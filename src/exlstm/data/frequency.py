@@ -7,6 +7,7 @@ times that are whole numbers. pandas is loaded on first use.
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 
 import numpy as np
 
@@ -26,12 +27,15 @@ _CALENDAR = {
 _MONTHLY = {1: ("MS", "ME"), 3: ("QS", "QE"), 12: ("YS", "YE")}
 _MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
 _WEEKDAYS = ["MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN"]
+_OFFSET = r"\s*(?:[+-]\d\d:?\d\d|Z)$"
+# Day or month first: only the whole column tells.
+_NUMERALS = r"\s*\d{1,2}([./-])\d{1,2}\1\d{2,4}(?:\D.*)?$"
 
 
 def parse_times(values, column: str):
     """A column of timestamps as a DatetimeIndex (time zones: in UTC), or as int64 where the times are whole numbers.
 
-    Returns (times, zone); ValueError names the first value that is no time.
+    Returns (times, zone); ValueError names the first value that is no time. Whole numbers as 20240131 and 202401 are dates.
     """
     import pandas as pd
 
@@ -45,7 +49,8 @@ def parse_times(values, column: str):
         row = int(np.flatnonzero(series.isna())[0])
         raise ValueError(f"column {column!r} has no time in row {row + 1}")
     if pd.api.types.is_integer_dtype(series):
-        return series.to_numpy(np.int64), None
+        dates = _dates_of(series.to_numpy(np.int64))
+        return (series.to_numpy(np.int64) if dates is None else dates), None
     if isinstance(series.dtype, pd.PeriodDtype):
         series = series.dt.to_timestamp()
     if isinstance(series.dtype, pd.DatetimeTZDtype):
@@ -54,59 +59,104 @@ def parse_times(values, column: str):
         series = _from_text(series, column)
         if isinstance(series.dtype, pd.DatetimeTZDtype):
             return pd.DatetimeIndex(series.dt.tz_localize(None)), "UTC"
-    return pd.DatetimeIndex(series), None
+    times = pd.DatetimeIndex(series)
+    try:
+        times.as_unit("ns")
+    except pd.errors.OutOfBoundsDatetime:
+        wanted = "wanted years from 1678 to 2261, or whole numbers"
+        raise ValueError(f"column {column!r} holds times from {times.min()} to {times.max()}, {wanted}") from None
+    return times, None
+
+
+def wall_times(values, times, zone: str, column: str):
+    """`times` (of `parse_times`, in UTC) as clocks on the wall showed them: in their zone, text without its offset."""
+    import pandas as pd
+
+    series = pd.Series(values)
+    if isinstance(series.dtype, pd.DatetimeTZDtype):
+        return times.tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    text = series.astype(str).str.replace(_OFFSET, "", regex=True)
+    return pd.DatetimeIndex(_from_text(text, column))
+
+
+def _dates_of(numbers: np.ndarray):
+    """Whole numbers as dates where all of them are written so: 20240131, or 202401."""
+    import pandas as pd
+
+    low, high = (int(end) for end in (numbers.min(), numbers.max())) if len(numbers) else (0, 0)
+    for form, ends in (("%Y%m%d", (19000101, 21001231)), ("%Y%m", (190001, 210012))):
+        if ends[0] <= low <= high <= ends[1]:
+            dates = pd.to_datetime(pd.Series(numbers).astype(str), format=form, errors="coerce")
+            return None if dates.isna().any() else pd.DatetimeIndex(dates)
+    return None
 
 
 def _from_text(series, column: str):
     import pandas as pd
 
     text = series.astype(str)
-    zoned = text.str.contains(r"(?:[+-]\d\d:?\d\d|Z)$", regex=True) & text.str.contains(":")
+    zoned = text.str.contains(_OFFSET, regex=True) & text.str.contains(":")
     if zoned.any() and not zoned.all():
         row = int(np.flatnonzero(~zoned)[0])
         raise ValueError(f"column {column!r} mixes times with and without a zone, row {row + 1} is {text[row]!r}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = pd.to_datetime(series, errors="coerce", utc=bool(zoned.any()))
-        if times.isna().any():
-            times = pd.to_datetime(series, errors="coerce", utc=bool(zoned.any()), format="mixed")
+        options = {"errors": "coerce", "utc": bool(zoned.any())}
+        times = pd.to_datetime(series, **options)
+        if text.str.match(_NUMERALS).all():
+            times = min(times, pd.to_datetime(series, **options, dayfirst=True), key=_unevenness)
+        elif times.isna().any():
+            times = pd.to_datetime(series, **options, format="mixed")
     if times.isna().any():
         row = int(np.flatnonzero(times.isna())[0])
         raise ValueError(f"column {column!r} holds {series.iloc[row]!r} in row {row + 1}, which is no time")
     return times
 
 
+def _unevenness(times) -> tuple[int, float]:
+    """How many of the times are none, and how unlike their steps are: what is right is rarely the less even one."""
+    steps = np.diff(np.unique(times.dropna().astype("int64"))).astype(np.float64)
+    return int(times.isna().sum()), float(steps.std() / steps.mean()) if len(steps) else 0.0
+
+
 def guess(times, starts: np.ndarray):
     """The frequency of sorted `times`, whose series begin at rows `starts`; ValueError when there is none."""
     first = np.zeros(len(times), bool)
     first[starts] = True
-    steps = np.diff(
-        np.asarray(times, dtype="int64" if isinstance(times, np.ndarray) else "datetime64[s]").astype(np.int64)
-    )
-    steps = steps[~first[1:]]
+    steps = np.diff(times if isinstance(times, np.ndarray) else times.as_unit("ns").asi8)[~first[1:]]
     if not len(steps):
         raise ValueError("every series has a single row, so its frequency cannot be told; give it, as in freq='D'")
     values, counts = np.unique(steps, return_counts=True)
     usual = int(values[counts.argmax()])
     if isinstance(times, np.ndarray):
         return usual
-    if usual >= 28 * _DAY:
-        return _guess_months(times, round(float(np.median(steps)) / (30.44 * _DAY)))
-    if usual == 7 * _DAY:
+    day = _DAY * 10**9
+    if usual >= 28 * day:
+        by_month = len(np.unique(times.day)) == 1 or bool(times.is_month_end.all())
+        if not (steps % usual).any() and not usual % day and not by_month:
+            return f"{usual // day}D"
+        return _guess_months(times, round(float(np.median(steps)) / (30.44 * day)))
+    if usual == 7 * day:
         weekdays = np.unique(times.day_of_week)
         midnight = bool((times.normalize() == times).all())
         return f"W-{_WEEKDAYS[weekdays[0]]}" if len(weekdays) == 1 and midnight else "7D"
-    if usual == _DAY:
-        working = bool((times.day_of_week < 5).all()) and len(times) > 5 and 3 * _DAY in values
+    if usual == day:
+        working = bool((times.day_of_week < 5).all()) and len(times) > 5 and 3 * day in values
         return "B" if working else "D"
-    for seconds, name in ((_DAY, "D"), (3600, "h"), (60, "min"), (1, "s")):
-        if usual % seconds == 0 and usual >= seconds:
-            return f"{usual // seconds}{name}" if usual > seconds else name
-    raise ValueError(f"steps of {usual} seconds are no frequency, give one, as in freq='h'")
+    return _alias_of(usual)
+
+
+def _alias_of(nanoseconds: int) -> str:
+    """The alias of a step of fixed length."""
+    units = {"D": _DAY * 10**9, "h": 3600 * 10**9, "min": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+    name, unit = next((name, unit) for name, unit in units.items() if nanoseconds % unit == 0)
+    return f"{nanoseconds // unit}{name}" if nanoseconds > unit else name
 
 
 def _guess_months(times, months: int):
     """The alias of a step of `months` months, by the days the times fall on."""
+    import pandas as pd
+
     if months not in _MONTHLY:
         fits = [m for m in _MONTHLY if months % m == 0]
         start = _MONTHLY[max(fits)][0]
@@ -117,19 +167,32 @@ def _guess_months(times, months: int):
     first, last = (month, month) if months == 12 else ((month - 1) % 3 + 1, (month - 1) % 3 + 10)
     at_start, at_end = bool((times.day == 1).all()), bool(times.is_month_end.all())
     name, month = (end, last) if at_end and not at_start else (start, first)
+    if months == 1 and not at_start and not at_end:
+        # Working days: the first or the last of every month.
+        days = times.normalize()
+        for alias, offset in (("BMS", pd.offsets.BMonthBegin(0)), ("BME", pd.offsets.BMonthEnd(0))):
+            name = alias if (days + offset == days).all() else name
     return name if months == 1 else f"{name}-{_MONTHS[month - 1]}"
 
 
 def checked(freq, times):
-    """A frequency given by the user, as an alias that pandas knows; old names as 'M' and 'H' are taken as the new ones."""
+    """A frequency given by the user (an alias, an offset or a Timedelta of pandas) as an alias; old names as 'M' and 'H' are
+    taken as the new ones."""
+    import datetime
+
+    import pandas as pd
     from pandas.tseries.frequencies import to_offset
 
     if isinstance(times, np.ndarray):
         if isinstance(freq, str) and freq.isdigit():
             freq = int(freq)
-        if not isinstance(freq, int) or isinstance(freq, bool) or freq < 1:
+        if not isinstance(freq, Integral) or isinstance(freq, bool) or freq < 1:
             raise ValueError(f"freq is {freq!r}, wanted a whole number: the times are whole numbers")
-        return freq
+        return int(freq)
+    if isinstance(freq, datetime.timedelta) and freq > datetime.timedelta(0):
+        freq = _alias_of(pd.Timedelta(freq).as_unit("ns").value)
+    elif isinstance(freq, pd.offsets.BaseOffset):
+        freq = freq.freqstr
     old = {"M": "ME", "Q": "QE", "A": "YE", "Y": "YE", "H": "h", "T": "min", "S": "s"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

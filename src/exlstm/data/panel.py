@@ -43,6 +43,7 @@ class Panel:
     levels: dict = field(default_factory=dict)  # static column of text -> its values
     told: list = field(default_factory=list)  # what was guessed, a sentence each
     wide: bool = False
+    wall: str | None = None  # the zone whose days these are, where steps are whole days of one
 
     def __len__(self):
         return len(self.ids)
@@ -92,7 +93,8 @@ def to_pandas(data):
     try:
         import narwhals as nw
 
-        frame = nw.from_native(data, eager_only=True)
+        frame = nw.from_native(data)
+        frame = frame.collect() if isinstance(frame, nw.LazyFrame) else frame
     except (ImportError, TypeError):
         kind = type(data).__name__
         told = f"the data is {kind}, wanted a pandas or polars frame, a Series, or an array of numbers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 
@@ -40,9 +41,12 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
         columns, freq = known.columns, known.freq
     if isinstance(data, pd.Series):
         return _of_series(data, columns, freq)
-    if isinstance(data, np.ndarray | list | tuple):
+    if without_times(data):
+        if known is not None and not isinstance(known.freq, int):
+            wanted = f"the model was fitted on a frame with times in column {known.columns.time!r}"
+            raise ValueError(f"the data is an array without times, {wanted}")
         return _of_arrays(data, freq)
-    frame = to_pandas(data)
+    frame = _columns_of(to_pandas(data), columns)
     if frame.empty or not len(frame.columns):
         raise ValueError("the data has no rows")
     twice = frame.columns[frame.columns.duplicated()]
@@ -58,6 +62,15 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
     return panel
 
 
+def without_times(data) -> bool:
+    """Whether the data is an array of numbers, or a list of those."""
+    if isinstance(data, list | tuple | np.ndarray):
+        return True
+    if not hasattr(data, "__array__") or isinstance(data, require_pandas().Series):
+        return False
+    return not (hasattr(data, "columns") or hasattr(data, "column_names"))
+
+
 def _of_series(series, columns: Columns, freq) -> Panel:
     name = str(series.name) if series.name is not None else TARGET
     frame = series.rename(TARGET).rename_axis(TIME).reset_index()
@@ -67,9 +80,10 @@ def _of_series(series, columns: Columns, freq) -> Panel:
 
 def _of_arrays(data, freq) -> Panel:
     """Each array a series, its times 0, 1, 2, ...; named 0, 1, 2, ..."""
+    data = data if isinstance(data, list | tuple) else np.asarray(data)
     nested = isinstance(data, np.ndarray) and data.ndim == 2
     if not nested:
-        nested = not isinstance(data, np.ndarray) and len(data) and isinstance(data[0], np.ndarray | list | tuple)
+        nested = not isinstance(data, np.ndarray) and len(data) and bool(np.ndim(data[0]))
     rows = list(data) if nested else [data]
     try:
         rows = [np.asarray(row, dtype=np.float64) for row in rows]
@@ -82,12 +96,22 @@ def _of_arrays(data, freq) -> Panel:
     _refuse_infinite(np.concatenate(rows), TARGET)
     lengths = [len(row) for row in rows]
     total, n = sum(lengths), len(rows)
-    if freq is not None and not isinstance(freq, int):
+    if freq is not None and (not isinstance(freq, Integral) or freq < 1):
         raise ValueError(f"freq is {freq!r}, wanted a whole number or None: arrays have no timestamps")
     return Panel(
-        list(range(n)), np.concatenate(rows), np.concatenate([[0], np.cumsum(lengths)]), [0] * n, freq or 1,
+        list(range(n)), np.concatenate(rows), np.concatenate([[0], np.cumsum(lengths)]), [0] * n, int(freq or 1),
         np.zeros((total, 0)), np.zeros((total, 0)), np.zeros((n, 0)), Columns(ID, TIME, TARGET),
     )  # fmt: skip
+
+
+def _columns_of(frame, columns: Columns):
+    """The frame with what its index holds of ids and times as columns."""
+    wanted = {columns.id, columns.time, *ID_NAMES, *TIME_NAMES} - {""}
+    named = [name for name in frame.index.names if name is not None]
+    if len(named) > 1 or any(name in wanted or str(name).lower() in wanted for name in named):
+        twice = [name for name in named if name in frame.columns]
+        return frame.drop(columns=twice).reset_index() if len(named) == frame.index.nlevels else frame
+    return frame
 
 
 def _with_time(frame, columns: Columns):
@@ -96,10 +120,13 @@ def _with_time(frame, columns: Columns):
     names = [str(c) for c in frame.columns]
     frame = frame.set_axis([n.strip() for n in names], axis=1)
     names = list(frame.columns)
+    by_index = isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex)
     if columns.time:
+        if by_index and columns.time not in names and frame.index.name in (None, columns.time):
+            return frame.rename_axis(columns.time).reset_index(), columns.time
         _present(names, columns.time, "time")
         return frame, columns.time
-    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex):
+    if by_index:
         name = frame.index.name or TIME
         return frame.rename_axis(name).reset_index(), name
     for name in TIME_NAMES:
@@ -205,13 +232,11 @@ def _of_long(frame, columns: Columns, freq, known) -> Panel:
     starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
     rows = np.diff(np.r_[starts, len(codes)])
     _refuse_twice(codes, times, names, columns.time, zone)
-    daylong = None
-    if zone is not None:
-        times, zone, daylong = _wall_clock(times, zone, starts)
     told = [] if sorted_already else ["rows were not sorted by series and time, and were sorted"]
+    was, (times, zone, wall) = zone, _clock(frame[columns.time], times, zone, order, starts, known)
     if freq is None:
         freq = frequency.guess(times, starts)
-        told.append(f"frequency {freq!r}" + (" (whole days of the time zone)" if daylong else ""))
+        told.append(f"frequency {freq!r}" + (" (whole days of the time zone)" if zone != was else ""))
     else:
         freq = frequency.checked(freq, times)
     place, off = frequency.positions(times, starts, rows, freq)
@@ -238,7 +263,7 @@ def _of_long(frame, columns: Columns, freq, known) -> Panel:
     firsts = [times[s] for s in starts] if not isinstance(times, np.ndarray) else [int(times[s]) for s in starts]
     return Panel(
         list(names), spread(y), offsets, firsts, freq, none if futr is None else futr, none if hist is None else hist,
-        static, columns, zone, levels, told,
+        static, columns, zone, levels, told, wall=wall,
     )  # fmt: skip
 
 
@@ -279,15 +304,28 @@ def _autumn(times, row) -> bool:
     return not isinstance(times, np.ndarray) and times[row].month in (10, 11) and times[row].hour in (1, 2)
 
 
-def _wall_clock(times, zone: str, starts):
+def _clock(column, times, zone, order, starts, known):
+    """Sorted times as steps are counted in them, the zone they are shown in if that is UTC here, and the zone of whole days."""
+    if zone is None:
+        if known is not None and known.zone is not None:
+            fitted = f"the model was fitted on times in {known.zone}"
+            raise ValueError(f"the times of column {column.name!r} have no zone, {fitted}")
+        return times, None, None
+    if not _are_days(times, starts, known):
+        return times, zone, None
+    zone = known.wall if known is not None and known.wall is not None else zone
+    wall = frequency.wall_times(column, times[np.argsort(order)], zone, column.name)[order]
+    return wall, None, zone if hasattr(column.dtype, "tz") else None
+
+
+def _are_days(times, starts, known) -> bool:
     """Steps of a day and more are counted on the local clock, shorter ones in UTC: no step is 23 or 25 hours long."""
-    local = times.tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    if known is not None:
+        return known.zone is None
     inside = np.ones(len(times), bool)
     inside[starts] = False
     steps = np.diff(times.as_unit("s").asi8)[inside[1:]]
-    if len(steps) and np.median(steps) >= 23 * 3600:
-        return local, None, True
-    return times, zone, False
+    return bool(len(steps) and np.median(steps) >= 23 * 3600)
 
 
 def _mixed(row, codes, times, names, freq) -> str:

@@ -122,16 +122,23 @@ def run(command: Forecast) -> int:
 
 def _check(command: Forecast):
     """What can be refused before anything is read."""
-    if command.plot:
-        from exlstm.plot import require_matplotlib
+    from exlstm.forecast.tables import check_target
 
-        require_matplotlib()
+    if command.plot:
+        from exlstm.plot import check_picture
+
+        check_picture(Path(command.plot))
     for name in ("cv", "horizon", "workers"):
         if getattr(command, name) < 0:
             raise ValueError(f"{name} is {getattr(command, name)}, wanted at least 0")
     for where in (command.out, command.plot):
         if where and not Path(where).absolute().parent.is_dir():
             raise ValueError(f"{where} cannot be written: there is no folder {Path(where).absolute().parent}")
+        for read in (command.file, command.future):
+            if where and read and Path(where).resolve() == Path(read).resolve():
+                raise ValueError(f"{where} is to be read and written; choose another file")
+    if command.out and not command.workers:
+        check_target(Path(command.out))
     if command.workers:
         ready = command.out and command.file and command.model and (Path(command.model) / "forecaster.json").is_file()
         if not ready:
@@ -187,10 +194,18 @@ def _model(command: Forecast, frame, future, saved: Path | None):
         model.report = report
         if command.horizon and command.horizon != model.h:
             raise ValueError(f"{saved} holds a model for a horizon of {model.h}, --horizon is {command.horizon}")
+        _check_columns(command, model, saved)
         print(f"uses the model in {saved}")
         model.level = list(command.level)
         return model.on(frame), False
-    futr, hist = (command.exog, ()) if future is not None else ((), command.exog)
+    ahead = [] if future is None else [str(name).strip() for name in future.columns]
+    futr = tuple(name for name in command.exog if name in ahead)
+    if future is not None and not futr:
+        have = ", ".join(map(repr, ahead))
+        raise ValueError(f"the future covariates lack column {command.exog[0]!r}; they have {have}")
+    hist = tuple(name for name in command.exog if name not in futr)
+    if futr and hist:
+        print(f"known for the future: {', '.join(futr)}; for the past only: {', '.join(hist)}")
     columns = Columns(command.id, command.time, command.target, futr, hist, command.static)
     panel = panel_of(frame, columns, command.freq or None)
     season = frequency.seasons(panel.freq)[0]
@@ -200,6 +215,19 @@ def _model(command: Forecast, frame, future, saved: Path | None):
     fit = replace(command.fit, minutes=command.minutes or command.fit.minutes)
     model = Forecaster(horizon, level=command.level, config=fit, device=command.device, report=report)
     return model.fit(panel), True
+
+
+def _check_columns(command: Forecast, model, saved: Path):
+    """ValueError where the command names other columns than the saved model was fitted on."""
+    columns = model.panel.columns
+    for option, held in (("id", columns.id), ("time", columns.time), ("target", columns.target)):
+        given = getattr(command, option)
+        if given and given != held:
+            raise ValueError(f"{saved} holds a model with {option} {held!r}, --{option} is {given!r}")
+    held = {*columns.futr, *columns.hist}
+    if command.exog and set(command.exog) != held:
+        told = ", ".join(sorted(held)) or "none"
+        raise ValueError(f"{saved} holds a model with covariates {told}, --exog is {', '.join(command.exog)}")
 
 
 def _say_skill(model):

@@ -10,7 +10,7 @@ import torch
 
 from exlstm.data import frequency
 from exlstm.data.panel import TARGET, Columns, Panel
-from exlstm.data.series import panel_of
+from exlstm.data.series import panel_of, without_times
 from exlstm.forecast import combine, engine, files, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 
@@ -57,16 +57,20 @@ class Forecaster:
         report=None,
     ):
         config = config or FitConfig()
-        self.config = replace(config, horizon=h, lookback=config.lookback if input_size is None else input_size)
-        self.level = list(level)
+        lookback = config.lookback if input_size is None else input_size
+        self.config = replace(config, horizon=_plain(h), lookback=_plain(lookback))
+        self.level = frames.listed(level)
         frames.check_levels(self.level, None)
         exog = [(e,) if isinstance(e, str) else tuple(e) for e in (futr_exog, hist_exog, stat_exog)]
         self.columns = Columns(id_col, time_col, target_col, *exog)
+        season = _plain(season)
         if season is not None and (not isinstance(season, int) or season < 1):
             raise ValueError(f"season is {season!r}, wanted a whole number of at least 1")
         self.freq, self.season, self.device, self.report = freq, season, _device(device), report
         self.engine: engine.Engine | None = None
         self.panel: Panel | None = None
+        # Tells the library in which forecasts come.
+        self.sample = None
 
     @property
     def h(self) -> int:
@@ -78,7 +82,7 @@ class Forecaster:
         season = self.season or frequency.seasons(panel.freq)[0]
         self._say(*panel.told, f"{len(panel)} series, {int(panel.lengths.sum()):,} steps, season {season}")
         self.engine = engine.fit(panel, self.config, season, self.device, self.report)
-        self.panel = panel
+        self.panel, self.sample = panel, frames.sample_of(df)
         return self
 
     def predict(self, df=None, futr_df=None, level=None, quantiles=None, h: int | None = None, baselines: bool = True):
@@ -96,7 +100,7 @@ class Forecaster:
         windows = self.engine.windows(panel, future)
         values = self._values(windows, *windows.ends(), wanted, endings, BASELINES if baselines else (), h)
         frame = frames.rows(panel, np.arange(len(panel)), panel.lengths, h, values)
-        return frames.like(frame, df)
+        return self._like(frame, panel, df)
 
     def cross_validation(
         self, df=None, n_windows: int = 1, step_size: int | None = None, refit: bool = False, level=None
@@ -106,7 +110,7 @@ class Forecaster:
         The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values.
         """
         panel = self._drop_empty(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
-        step = self.h if step_size is None else step_size
+        n_windows, step = _plain(n_windows), self.h if step_size is None else _plain(step_size)
         for name, value in (("n_windows", n_windows), ("step_size", step)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
@@ -127,7 +131,8 @@ class Forecaster:
         import pandas as pd
 
         frame = pd.concat(whole, ignore_index=True)
-        return frames.like(frame.sort_values([frames.id_column(panel), "cutoff"], kind="stable", ignore_index=True), df)
+        frame = frame.sort_values([frames.id_column(panel), "cutoff"], kind="stable", ignore_index=True)
+        return self._like(frame, panel, df)
 
     def evaluate(self, forecasts, df=None, metrics=frames.METRICS, level=None):
         """One row a model of mae, rmse, smape, mase, wql and coverage; `forecasts` from `cross_validation`, or from
@@ -136,6 +141,9 @@ class Forecaster:
 
         panel, cv = self._panel(), to_pandas(forecasts)
         ids, time, target = frames.id_column(panel), panel.columns.time, panel.columns.target or TARGET
+        if cv[time].dtype == object:
+            # Days of polars.
+            cv = cv.assign(**{time: frequency.parse_times(cv[time], time)[0]})
         if target not in cv.columns:
             if df is None:
                 raise ValueError(f"the forecasts have no column {target!r}; give the true values as df")
@@ -152,9 +160,15 @@ class Forecaster:
         return frames.evaluated(cv, models, trained, self._season(), self.level if level is None else level, metrics)
 
     def update(self, df) -> Forecaster:
-        """Appends new rows to the series that are known; a forecast then begins after them. Costs the same at any age."""
+        """Appends new rows to the series that are known; a forecast then begins after them. Costs the same at any age.
+
+        Arrays go on where the series end. Of the past, as much is kept as a forecast sees.
+        """
         self._fitted()
         new = self._same(df)
+        if without_times(df):
+            ends = (self.panel.times(n, int(length), int(length) + 1)[0] for n, length in enumerate(self.panel.lengths))
+            new = replace(new, first=[int(end) for end, _ in zip(ends, new.ids)])
         self.panel = _joined(self.panel, new, self.engine.longest + self.h)
         return self
 
@@ -189,9 +203,10 @@ class Forecaster:
 
     def plot(self, forecasts=None, path=None, max_series: int = 8):
         """Draws history, forecast, intervals and baselines; returns the matplotlib figure, or writes it to `path`."""
+        from exlstm.data.panel import to_pandas
         from exlstm.plot import draw_forecasts
 
-        panel, fc = self._panel(), self.predict() if forecasts is None else forecasts
+        panel, fc = self._panel(), to_pandas(self.predict() if forecasts is None else forecasts)
         ids, time = frames.id_column(panel), panel.columns.time
         past = frames.history(panel, last=max(4 * self.h, 3 * self._season()))
         pieces = []
@@ -229,6 +244,10 @@ class Forecaster:
         values = {name: torch.cat(parts)[:, :h].double().cpu().numpy() * scale + mean for name, parts in found.items()}
         return {name: np.rint(value * digits) / digits for name, value in values.items()}
 
+    def _like(self, frame, panel: Panel, df):
+        """The frame in the library of `df`, or of the data fitted."""
+        return frames.like(frame, self.sample if df is None else df, (frames.id_column(panel), panel.columns.time))
+
     def _same(self, df) -> Panel:
         """New data with the columns and frequency of the data fitted."""
         return panel_of(df, known=self.panel)
@@ -258,8 +277,7 @@ class Forecaster:
         return self.engine.season
 
     def _horizon(self, h) -> int:
-        if h is None:
-            return self.h
+        h = self.h if h is None else _plain(h)
         if not isinstance(h, int) or not 1 <= h <= self.h:
             raise ValueError(f"h is {h!r}, wanted 1 to {self.h}: the model was fitted for {self.h} steps")
         return h
@@ -268,6 +286,11 @@ class Forecaster:
         for sentence in sentences:
             if self.report:
                 self.report(sentence)
+
+
+def _plain(number):
+    """A whole number of NumPy as one of Python; anything else as it is."""
+    return int(number) if isinstance(number, np.integer) else number
 
 
 def _device(name: str) -> str:

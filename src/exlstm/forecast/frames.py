@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 
 from exlstm.data import frequency
@@ -9,9 +11,14 @@ from exlstm.data.panel import ID, TARGET, Panel, require_pandas, to_pandas
 from exlstm.data.series import numbers
 
 
-def shown(times, zone: str | None):
+def shown(times, panel: Panel):
     """Times as the user wrote them: in their zone."""
-    return times if zone is None or isinstance(times, np.ndarray) else times.tz_localize("UTC").tz_convert(zone)
+    if isinstance(times, np.ndarray):
+        return times
+    if panel.wall is not None:
+        # A midnight that there is not becomes the first time of its day, one that there is twice the first of the two.
+        return times.tz_localize(panel.wall, ambiguous=np.ones(len(times), bool), nonexistent="shift_forward")
+    return times if panel.zone is None else times.tz_localize("UTC").tz_convert(panel.zone)
 
 
 def ahead(panel: Panel, n: int, horizon: int):
@@ -42,7 +49,9 @@ def future_values(panel: Panel, futr, horizon: int) -> np.ndarray | None:
             raise ValueError(f"the future covariates lack column {name!r}; they have {have}")
     times, zone = frequency.parse_times(frame[time], time)
     if panel.zone is None and zone is not None:
-        times = times.tz_localize("UTC").tz_convert(zone).tz_localize(None)
+        times = frequency.wall_times(frame[time], times, panel.wall or zone, time)
+    if panel.zone is not None and zone is None:
+        raise ValueError(f"the times of the future covariates have no zone, those of the data are in {panel.zone}")
     values = np.stack([numbers(frame, name) for name in names], 1)
     keys = [None] * len(frame) if shared else frame[ids].tolist()
     stamps = times.tolist() if isinstance(times, np.ndarray) else times.as_unit("ns").asi8.tolist()
@@ -71,21 +80,28 @@ def _few(names) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def listed(values) -> list:
+    """Numbers as a list of plain ones, each once; a single number is one of its own."""
+    values = np.asarray(values).tolist()
+    return list(dict.fromkeys(values)) if isinstance(values, list) else [values]
+
+
 def check_levels(level, quantiles) -> tuple[list[float], list[str]]:
     """The quantiles that are wanted, and the endings of their columns: -lo-80, -hi-80, or _ql0.1."""
     if level is not None and quantiles is not None:
         raise ValueError("level and quantiles are both given; one of the two says which intervals are wanted")
     if quantiles is not None:
-        bad = [q for q in quantiles if not isinstance(q, int | float) or not 0 < q < 1]
+        quantiles = listed(quantiles)
+        bad = [q for q in quantiles if not isinstance(q, Real) or not 0 < q < 1]
         if bad:
             raise ValueError(f"quantiles hold {bad[0]!r}, wanted numbers between 0 and 1")
         return [float(q) for q in quantiles], [f"_ql{q:g}" for q in quantiles]
-    level = [80, 95] if level is None else list(level)
-    bad = [x for x in level if not isinstance(x, int | float) or isinstance(x, bool) or not 0 < x < 100]
+    level = [80, 95] if level is None else listed(level)
+    bad = [x for x in level if not isinstance(x, Real) or isinstance(x, bool) or not 0 < x < 100]
     if bad:
         raise ValueError(f"level holds {bad[0]!r}, wanted numbers between 0 and 100, as 80 or 95")
     wanted, names = [], []
-    for x in sorted(level):
+    for x in sorted(map(float, level)):
         wanted += [0.5 - x / 200, 0.5 + x / 200]
         names += [f"-lo-{x:g}", f"-hi-{x:g}"]
     return wanted, names
@@ -101,11 +117,11 @@ def rows(
     skip = 1 if cutoff else 0
     flat = np.concatenate([np.asarray(t[skip:]) for t in times])
     if not isinstance(panel.freq, int):
-        flat = shown(pd.DatetimeIndex(flat), panel.zone)
+        flat = shown(pd.DatetimeIndex(flat), panel)
     blocks[panel.columns.time] = flat
     if cutoff:
         starts = np.concatenate([np.repeat(np.asarray(t[:1]), horizon) for t in times])
-        blocks["cutoff"] = starts if isinstance(panel.freq, int) else shown(pd.DatetimeIndex(starts), panel.zone)
+        blocks["cutoff"] = starts if isinstance(panel.freq, int) else shown(pd.DatetimeIndex(starts), panel)
     if y:
         ends = panel.offsets[series] + cuts
         blocks[panel.columns.target or TARGET] = np.concatenate([panel.y[e : e + horizon] for e in ends])
@@ -124,7 +140,7 @@ def history(panel: Panel, last: int | None = None):
         length = int(panel.lengths[n])
         start = 0 if last is None else max(0, length - last)
         times = panel.times(n, start, length)
-        times = times if isinstance(panel.freq, int) else shown(times, panel.zone)
+        times = times if isinstance(panel.freq, int) else shown(times, panel)
         y = panel.y[panel.offsets[n] + start : panel.offsets[n + 1]]
         parts.append(
             pd.DataFrame({id_column(panel): name, panel.columns.time: times, panel.columns.target or TARGET: y})
@@ -132,16 +148,36 @@ def history(panel: Panel, last: int | None = None):
     return pd.concat(parts, ignore_index=True)
 
 
-def like(frame, sample):
-    """The frame in the library of `sample` (polars in, polars out)."""
+def sample_of(data):
+    """A frame without rows that tells library and types of `data`; None where forecasts come as pandas anyway."""
     pd = require_pandas()
-    if sample is None or isinstance(sample, pd.DataFrame | pd.Series | np.ndarray | list | tuple):
+    if isinstance(data, pd.DataFrame | Panel):
+        return None
+    try:
+        import narwhals as nw
+
+        frame = nw.from_native(data).head(0)
+        return (frame.collect() if isinstance(frame, nw.LazyFrame) else frame).to_native()
+    except (ImportError, TypeError):
+        return None
+
+
+def like(frame, sample, keys=()):
+    """The frame in the library of `sample` (polars in, polars out), its columns `keys` of the types that they have there."""
+    sample = sample_of(sample)
+    if sample is None:
         return frame
     import narwhals as nw
 
-    library = nw.get_native_namespace(sample)
     columns = {c: frame[c].tolist() for c in frame.columns}
-    return nw.from_dict(columns, backend=library).to_native()
+    made = nw.from_dict(columns, backend=nw.get_native_namespace(sample))
+    kinds = {name.strip(): kind for name, kind in nw.from_native(sample, eager_only=True).schema.items()}
+    # What came as text stays a time.
+    kinds = {name: kind for name, kind in kinds.items() if name in keys and not (kind == nw.String and name == keys[1])}
+    if keys and keys[1] in kinds and "cutoff" in columns:
+        kinds["cutoff"] = kinds[keys[1]]
+    kinds = {name: kind for name, kind in kinds.items() if made.schema[name].is_temporal() == kind.is_temporal()}
+    return made.with_columns(*(nw.col(name).cast(kind) for name, kind in kinds.items())).to_native()
 
 
 METRICS = ("mae", "rmse", "smape", "mase", "wql", "coverage")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +21,11 @@ TSF_FREQUENCIES = {
 }  # fmt: skip
 
 
+PARQUET = (".parquet", ".pq")
+# What a column is hardly named.
+DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}(?:[ T].*)?"
+
+
 def read_table(path: Path):
     """The frame in a file; what cannot be read is a ValueError or an OSError of one sentence."""
     pd = require_pandas()
@@ -27,11 +37,11 @@ def read_table(path: Path):
     if path.exists() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
-        if kind in (".parquet", ".pq"):
+        if kind in PARQUET:
             return pd.read_parquet(path)
-        frame = (
-            pd.read_csv(path, sep=None, engine="python") if _sep(path) is None else pd.read_csv(path, sep=_sep(path))
-        )
+        sep = _sep(path)
+        frame = pd.read_csv(path, sep=sep)
+        frame = _with_points(frame) if sep == ";" else frame
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except ImportError:
@@ -41,28 +51,54 @@ def read_table(path: Path):
         raise ValueError(f"{path} cannot be read as a table: {first}") from None
     if len(frame) == 0:
         raise ValueError(f"{path} has a header and no rows")
+    if first := next((name for name in frame.columns if re.fullmatch(DATE, str(name).strip())), None):
+        raise ValueError(f"the first line of {path} holds {first!r}, wanted the names of the columns")
     if len(frame.columns) < 2:
         raise ValueError(f"{path} has the single column {frame.columns[0]!r}, wanted at least a time and a value")
     return frame
 
 
-def _sep(path: Path) -> str | None:
+def _sep(path: Path) -> str:
     """The separator of the first line."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
         line = file.readline()
     counts = {sep: line.count(sep) for sep in (",", ";", "\t", "|")}
     best = max(counts, key=counts.get)
     return best if counts[best] else ","
 
 
+def _with_points(frame):
+    """Numbers with a comma for the point, as tables have them whose columns a semicolon parts."""
+    for name in frame.columns:
+        text = frame[name]
+        if text.dtype.kind in "iufb":
+            continue
+        known = text.dropna().astype(str).str.strip()
+        if len(known) and known.str.fullmatch(r"[+-]?\d+(?:,\d+)?(?:[eE][+-]?\d+)?").all():
+            frame[name] = text.astype(object).str.replace(",", ".").astype(float)
+    return frame
+
+
+def check_target(path: Path):
+    """ValueError where `write_table` could not write a file of this name."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, wanted a file for the forecast")
+    kind = path.suffix.lower()
+    if kind not in ("", ".csv", ".txt", ".tsv", *PARQUET):
+        raise ValueError(f"{path} is to be a {kind} file, wanted CSV (.csv, .tsv, .txt) or Parquet (.parquet)")
+    if kind in PARQUET and find_spec("pyarrow") is None:
+        raise ValueError(f"{path} is to be a Parquet file; writing it needs pyarrow: pip install pyarrow")
+
+
 def write_table(frame, path: Path):
     """Writes beside and renames, so that a file stands whole or not at all."""
     aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        if path.suffix.lower() in (".parquet", ".pq"):
+        if path.suffix.lower() in PARQUET:
             frame.to_parquet(aside, index=False)
         else:
-            frame.to_csv(aside, index=False)
+            frame.to_csv(aside, index=False, sep="\t" if path.suffix.lower() == ".tsv" else ",")
         os.replace(aside, path)
     except ImportError:
         raise ValueError(f"{path} is to be a Parquet file; writing it needs pyarrow: pip install pyarrow") from None

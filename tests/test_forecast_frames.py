@@ -1,0 +1,230 @@
+"""Frames as people have them: dates written anyhow, zones, index and library, odd steps; and what comes back fits to them."""
+
+import numpy as np
+import pytest
+import torch
+
+from exlstm import Forecaster
+from exlstm.cli import main
+from exlstm.data.series import panel_of
+from exlstm.forecast import frames
+from exlstm.forecast.config import FitConfig
+from exlstm.forecast.tables import read_table, write_table
+
+pd = pytest.importorskip("pandas")
+LINEAR = FitConfig(members=("naive", "linear"), max_lookback=14)
+N, H = 120, 7
+Y = np.arange(N) % 7 + np.random.default_rng(0).normal(0, 0.1, N)
+
+
+def forecaster(h=H, **settings):
+    return Forecaster(h, config=LINEAR, **settings)
+
+
+def series(freq="D", zone=None, start="2024-02-20"):
+    return pd.DataFrame({"ds": pd.date_range(start, periods=N, freq=freq, tz=zone), "y": Y})
+
+
+# Dates of consecutive days, or of months, as text
+WRITTEN = [
+    "%d/%m/%Y",
+    "%m/%d/%Y",
+    "%d.%m.%Y",
+    "%d-%m-%Y",
+    "%d/%m/%y",
+    "%d/%m/%Y %H:%M",
+    "%Y/%m/%d",
+    "%d %b %Y",
+    "%Y%m%d",
+]
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize(("freq", "count"), [("D", 80), ("D", 9), ("MS", 80), ("h", 200)])
+def test_day_and_month_are_told_by_the_whole_column(written, freq, count):
+    """Steps as even as they can be: 01/02/2024 is the second of January or the first of February."""
+    if freq == "h":
+        written = written + ("" if "%H" in written else " %H:%M")
+    times = pd.date_range("2024-01-01", periods=count, freq=freq)
+    panel = panel_of(pd.DataFrame({"ds": times.strftime(written), "y": 1.0}))
+    assert (panel.freq, panel.first[0], panel.lengths.tolist()) == (freq, times[0], [count])
+
+
+@pytest.mark.parametrize(("written", "freq"), [("%Y%m%d", "D"), ("%Y%m%d", "W-MON"), ("%Y%m", "MS")])
+def test_whole_numbers_that_are_dates_are_dates(written, freq):
+    times = pd.date_range("2023-11-01", periods=40, freq=freq)
+    panel = panel_of(pd.DataFrame({"ds": times.strftime(written).astype(int), "y": 1.0}))
+    assert (panel.freq, panel.first[0], panel.lengths.tolist()) == (freq, times[0], [40])
+    # A date that there is not makes them numbers again.
+    numbers = [20240228, 20240229, 20240230, 20240231]
+    assert panel_of(pd.DataFrame({"ds": numbers, "y": 1.0})).freq == 1
+
+
+@pytest.mark.parametrize("freq", ["28D", "30D", "100ms", "250us", "90min", "BMS", "BME", "10YS-JAN"])
+def test_odd_steps_are_guessed_and_gone_on_with(freq):
+    times = pd.date_range("1801-01-01" if "Y" in freq else "2001-01-01", periods=30, freq=freq)
+    panel = panel_of(pd.DataFrame({"ds": times, "y": 1.0}))
+    assert panel.lengths.tolist() == [30]
+    assert list(frames.ahead(panel, 0, 5)) == list(pd.date_range(times[-1], periods=6, freq=freq)[1:])
+
+
+ALIASES = [pd.offsets.MonthEnd(), "M", "ME", pd.offsets.Day(), pd.Timedelta("1D"), np.int64(3)]
+
+
+@pytest.mark.parametrize("freq", ALIASES, ids=str)
+def test_a_frequency_may_be_an_object(freq):
+    numbers = isinstance(freq, np.integer)
+    monthly = not numbers and "M" in str(freq)
+    times = 3 * np.arange(30) if numbers else pd.date_range("2020-01-31", periods=30, freq="ME" if monthly else "D")
+    wanted = 3 if numbers else "ME" if monthly else "D"
+    assert panel_of(pd.DataFrame({"ds": times, "y": 1.0}), freq=freq).freq == wanted
+
+
+ZONES = [("h", "Europe/Berlin"), ("D", "Europe/Berlin"), ("MS", "US/Eastern"), ("ME", "Europe/Berlin")]
+ZONES += [("15min", "Australia/Lord_Howe"), ("B", "Europe/London"), ("D", "UTC")]
+
+
+@pytest.mark.parametrize(("freq", "zone"), ZONES)
+def test_forecasts_stand_in_the_zone_of_the_data(freq, zone, tmp_path):
+    """So they join to it; and a new row of its own, a saved model and the rows of the future are read the same way."""
+    data = series(freq, zone).assign(x=np.cos(np.arange(N)))
+    model = forecaster(futr_exog="x", target_col="y").fit(data[:-H])
+    found = model.predict(futr_df=data[-H:])
+    assert list(found.ds) == list(data.ds[-H:]) and len(found.merge(data, on="ds")) == H
+    other = data[-H:].assign(ds=data.ds.dt.tz_convert("Asia/Tokyo"))
+    assert list(model.predict(futr_df=other).ds) == list(data.ds[-H:])
+    tested = model.cross_validation(n_windows=2)
+    assert tested.cutoff.dtype.tz is not None and len(model.evaluate(tested)) == 3
+    model.save(tmp_path / "model")
+    loaded = Forecaster.load(tmp_path / "model")
+    assert loaded.predict(futr_df=data[-H:]).equals(found)
+    loaded.update(data[-H : 1 - H])
+    assert list(loaded.predict(futr_df=data[1 - H :], h=H - 1).ds) == list(data.ds[1 - H :])
+
+
+@pytest.mark.parametrize(("freq", "zone"), ZONES)
+def test_zones_survive_a_file_of_text(freq, zone, tmp_path):
+    """Text has offsets only: steps of a day and more go by the clock that it shows."""
+    data = series(freq, zone)
+    write_table(data, tmp_path / "table.csv")
+    panel = panel_of(read_table(tmp_path / "table.csv"))
+    alias = panel_of(data).freq
+    assert (panel.freq, panel.lengths.tolist()) == (alias, [N])
+    assert panel.zone == ("UTC" if freq in ("h", "15min") else None)
+
+
+def test_a_midnight_that_there_is_not_begins_its_day():
+    days = pd.date_range("2018-09-01", "2018-11-01", tz="America/Sao_Paulo")
+    found = forecaster().fit(pd.DataFrame({"ds": days, "y": Y[: len(days)]})).predict()
+    assert found.ds[2] == pd.Timestamp("2018-11-04 01:00", tz="America/Sao_Paulo")
+    assert [t.day for t in found.ds] == list(range(2, 9))
+
+
+def panel_frame():
+    return pd.concat([series().assign(unique_id=name) for name in "ab"], ignore_index=True)
+
+
+KINDS = ["as it is", "date", "ms", "ns", "text", "category"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_polars_gets_back_the_types_that_it_gave(kind):
+    polars = pytest.importorskip("polars")
+    casts = {
+        "date": {"ds": polars.Date},
+        "ms": {"ds": polars.Datetime("ms")},
+        "ns": {"ds": polars.Datetime("ns")},
+        "text": {"ds": polars.String},
+        "category": {"unique_id": polars.Categorical},
+    }.get(kind, {})
+
+    def given(frame):
+        made = polars.DataFrame({c: frame[c].tolist() for c in ("unique_id", "ds", "y")})
+        return made.with_columns(**{name: polars.col(name).cast(to) for name, to in casts.items()})
+
+    data = panel_frame()
+    past, truth = given(data[data.ds < data.ds.iloc[N - H]]), given(data[data.ds >= data.ds.iloc[N - H]])
+    model = forecaster().fit(past)
+    found = model.predict()
+    assert isinstance(found, polars.DataFrame) and found.equals(model.predict(past)) and len(found) == 2 * H
+    tested = model.cross_validation(n_windows=2)
+    assert isinstance(tested, polars.DataFrame) and len(model.evaluate(tested)) == 3
+    if kind != "text":
+        assert found.schema["ds"] == tested.schema["cutoff"] == truth.schema["ds"]
+        assert len(found.join(truth, on=["unique_id", "ds"])) == 2 * H
+    assert forecaster().fit(past.lazy()).predict().shape == found.shape
+
+
+@pytest.mark.parametrize("index", ["unique_id", ["unique_id", "ds"], ["ds"]])
+def test_ids_and_times_may_be_the_index(index):
+    data = panel_frame() if "unique_id" in index else series()
+    model = forecaster().fit(data)
+    indexed = data.set_index(index)
+    assert forecaster().fit(indexed).predict().equals(model.predict())
+    assert model.predict(indexed).equals(model.predict())
+
+
+def test_a_wide_frame_is_forecast_and_updated_by_its_index():
+    wide = series().set_index("ds").rename_axis(None).assign(b=Y + 1)
+    model = forecaster().fit(wide[:-H])
+    last = model.predict(wide)
+    assert last.ds.min() == wide.index[-1] + pd.Timedelta("1D")
+    assert model.update(wide[-H:]).predict().equals(last)
+
+
+FORMS = {
+    "a tensor": lambda: torch.tensor(Y),
+    "an array of 32 bits": lambda: Y.astype(np.float32),
+    "a list": lambda: Y.tolist(),
+    "a list of Series": lambda: [pd.Series(Y)],
+    "a list of tensors": lambda: [torch.tensor(Y)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_numbers(form):
+    found = forecaster().fit(FORMS[form]()).predict()
+    assert np.allclose(found.xLSTM, forecaster().fit(Y).predict().xLSTM, atol=1e-4)
+
+
+def test_arrays_go_on_where_the_series_end():
+    model = forecaster().fit([Y[:100], Y[:90]])
+    whole = model.predict([Y[:105], Y[:93]])
+    assert model.update([Y[100:105], Y[90:93]]).predict().equals(whole)
+
+
+@pytest.mark.parametrize("level", [80, [80], (80.0,), np.array([80]), [80, 80], np.int64(80)], ids=str)
+def test_levels_and_sizes_may_be_numbers_of_any_kind(level):
+    model = Forecaster(np.int64(5), config=LINEAR, level=level, season=np.int32(7)).fit(series())
+    names = ["unique_id", "ds", "xLSTM", "xLSTM-lo-80", "xLSTM-hi-80"]
+    assert list(model.predict(h=np.int64(3), baselines=False).columns) == names
+    assert list(model.predict(level=level, baselines=False).columns) == names
+    assert list(model.predict(quantiles=0.1, baselines=False).columns) == [*names[:3], "xLSTM_ql0.1"]
+    assert len(model.cross_validation(n_windows=np.int64(2))) == 10
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.csv.gz", "semicolon.csv"])
+def test_tables_of_many_makes_are_read(name, tmp_path):
+    data, path = series(), tmp_path / name
+    if name == "semicolon.csv":
+        data.to_csv(path, index=False, sep=";", decimal=",")
+    elif name.endswith(".gz"):
+        data.to_csv(path, index=False)
+    else:
+        write_table(data, path)
+    found = panel_of(read_table(path))
+    assert np.allclose(found.y, Y) and found.freq == "D"
+
+
+def test_what_the_future_holds_is_known_and_the_rest_is_past(tmp_path, monkeypatch, capsys):
+    """Of the columns that help, each on its own."""
+    monkeypatch.chdir(tmp_path)
+    data = series().assign(x=np.cos(np.arange(N)), z=np.sin(np.arange(N)))
+    data[:-H].to_csv("past.csv", index=False)
+    data[-H:][["ds", "x"]].to_csv("future.csv", index=False)
+    command = "forecast past.csv --target y --exog x z --future future.csv --horizon 7 --out fc.csv --model kept"
+    assert main([*command.split(), "--fit.members", "naive", "linear", "--fit.max-lookback", "14"]) == 0
+    assert "known for the future: x; for the past only: z" in capsys.readouterr().out
+    columns = Forecaster.load("kept").panel.columns
+    assert (columns.futr, columns.hist) == (("x",), ("z",))
+    assert len(read_table(tmp_path / "fc.csv")) == H
