@@ -219,6 +219,19 @@ CALLS = {
         ),
         "the times of the future covariates have no zone, those of the data are in Europe/Berlin",
     ),
+    "id and time in one": (
+        lambda m: Forecaster(3, id_col="ds").fit(GOOD),
+        "'ds' is asked for twice among id, time and",
+    ),
+    "a covariate twice": (
+        lambda m: Forecaster(3, futr_exog="x", hist_exog="x", target_col="y").fit(GOOD),
+        "column 'x' is asked for twice as a covariate",
+    ),
+    "a static one that changes": (
+        lambda m: Forecaster(3, stat_exog="x", target_col="y").fit(GOOD),
+        "column 'x' changes within a series",
+    ),
+    "complex numbers": (lambda m: Forecaster(3).fit(np.ones(40, complex)), "no number"),
     "covariates of text": (
         lambda m: Forecaster(3, futr_exog="x", target_col="y").fit(GOOD.assign(x="a")),
         "column 'x' holds 'a'",

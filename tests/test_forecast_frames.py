@@ -164,6 +164,13 @@ def test_ids_and_times_may_be_the_index(index):
     assert model.predict(indexed).equals(model.predict())
 
 
+@pytest.mark.parametrize("name", ["ds", None])
+def test_covariates_of_the_future_may_have_their_times_as_the_index(name):
+    data = series().assign(x=np.cos(np.arange(N))).set_index("ds").rename_axis(name)
+    model = forecaster(futr_exog="x", target_col="y").fit(data[:-H])
+    assert list(model.predict(futr_df=data[["x"]][-H:]).ds) == list(data.index[-H:])
+
+
 def test_a_wide_frame_is_forecast_and_updated_by_its_index():
     wide = series().set_index("ds").rename_axis(None).assign(b=Y + 1)
     model = forecaster().fit(wide[:-H])

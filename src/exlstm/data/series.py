@@ -46,7 +46,7 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
             wanted = f"the model was fitted on a frame with times in column {known.columns.time!r}"
             raise ValueError(f"the data is an array without times, {wanted}")
         return _of_arrays(data, freq)
-    frame = _columns_of(to_pandas(data), columns)
+    frame = columns_of(to_pandas(data), columns)
     if frame.empty or not len(frame.columns):
         raise ValueError("the data has no rows")
     twice = frame.columns[frame.columns.duplicated()]
@@ -86,7 +86,8 @@ def _of_arrays(data, freq) -> Panel:
         nested = not isinstance(data, np.ndarray) and len(data) and bool(np.ndim(data[0]))
     rows = list(data) if nested else [data]
     try:
-        rows = [np.asarray(row, dtype=np.float64) for row in rows]
+        rows = [np.asarray(row) for row in rows]
+        rows = [row.astype(object if row.dtype.kind == "c" else np.float64).astype(np.float64) for row in rows]
     except (TypeError, ValueError):
         raise ValueError("the array holds something that is no number") from None
     bad = next((row for row in rows if row.ndim != 1 or not len(row)), None)
@@ -104,8 +105,12 @@ def _of_arrays(data, freq) -> Panel:
     )  # fmt: skip
 
 
-def _columns_of(frame, columns: Columns):
+def columns_of(frame, columns: Columns):
     """The frame with what its index holds of ids and times as columns."""
+    pd = require_pandas()
+    by_time = isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex)
+    if by_time and frame.index.name is None and columns.time and columns.time not in frame.columns:
+        return frame.rename_axis(columns.time).reset_index()
     wanted = {columns.id, columns.time, *ID_NAMES, *TIME_NAMES} - {""}
     named = [name for name in frame.index.names if name is not None]
     if len(named) > 1 or any(name in wanted or str(name).lower() in wanted for name in named):
@@ -120,13 +125,10 @@ def _with_time(frame, columns: Columns):
     names = [str(c) for c in frame.columns]
     frame = frame.set_axis([n.strip() for n in names], axis=1)
     names = list(frame.columns)
-    by_index = isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex)
     if columns.time:
-        if by_index and columns.time not in names and frame.index.name in (None, columns.time):
-            return frame.rename_axis(columns.time).reset_index(), columns.time
         _present(names, columns.time, "time")
         return frame, columns.time
-    if by_index:
+    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex):
         name = frame.index.name or TIME
         return frame.rename_axis(name).reset_index(), name
     for name in TIME_NAMES:
@@ -165,8 +167,13 @@ def _guess_columns(frame, columns: Columns, told: list, known):
     pd = require_pandas()
     names = list(frame.columns)
     covariates = (*columns.futr, *columns.hist, *columns.static)
+    named = [name for name in (columns.id, columns.time, columns.target) if name]
+    if twice := [name for n, name in enumerate(named) if name in named[:n]]:
+        raise ValueError(f"column {twice[0]!r} is asked for twice among id, time and target")
+    if twice := [name for n, name in enumerate(covariates) if name in covariates[:n]]:
+        raise ValueError(f"column {twice[0]!r} is asked for twice as a covariate")
     for name in covariates:
-        if name in (columns.id, columns.time, columns.target):
+        if name in named:
             raise ValueError(f"column {name!r} is asked for twice, as a covariate and as id, time or target")
         if not known or name in columns.futr or name in columns.hist:
             _present(names, name, "covariate")
@@ -333,13 +340,22 @@ def _mixed(row, codes, times, names, freq) -> str:
     return f"{times[row]}{series} is no step of frequency {freq!r}: the steps are mixed, or freq is another one"
 
 
+def _refuse_changes(values, counts, name: str):
+    """ValueError where a static column changes within a series; what is missing does not count."""
+    series = np.repeat(np.arange(len(counts)), counts)
+    if (values.groupby(series).nunique() > 1).any():
+        raise ValueError(f"column {name!r} changes within a series, wanted one value a series of a static one")
+
+
 def _static(frame, columns: Columns, order, starts, known):
     """One row a series: numbers as they are, text as one column a value."""
     parts, levels = [np.zeros((len(starts), 0))], {}
     pd = require_pandas()
     for name in columns.static:
         _present(list(frame.columns), name, "static")
-        values = frame[name].iloc[order].reset_index(drop=True).iloc[starts]
+        whole = frame[name].iloc[order].reset_index(drop=True)
+        _refuse_changes(whole, np.diff(np.r_[starts, len(whole)]), name)
+        values = whole.iloc[starts]
         if pd.api.types.is_numeric_dtype(values):
             parts.append(values.to_numpy(dtype=np.float64, na_value=np.nan)[:, None])
             continue

@@ -183,7 +183,7 @@ class Forecaster:
         """Goes on learning from other data with the same columns: the linear path is fitted to it, the network trained on."""
         self._fitted()
         panel = self._drop_empty(self._same(df))
-        self.engine = engine.finetune(self.engine, panel, steps, self.report)
+        self.engine = engine.finetune(self.engine, panel, _plain(steps), self.report)
         self.panel = panel
         return self
 

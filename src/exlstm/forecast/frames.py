@@ -8,7 +8,7 @@ import numpy as np
 
 from exlstm.data import frequency
 from exlstm.data.panel import ID, TARGET, Panel, require_pandas, to_pandas
-from exlstm.data.series import numbers
+from exlstm.data.series import columns_of, numbers
 
 
 def shown(times, panel: Panel):
@@ -39,7 +39,7 @@ def future_values(panel: Panel, futr, horizon: int) -> np.ndarray | None:
     if futr is None:
         told = ", ".join(names)
         raise ValueError(f"the model was fitted with {told} known for the future; give their next {horizon} steps")
-    pd, frame = require_pandas(), to_pandas(futr)
+    pd, frame = require_pandas(), columns_of(to_pandas(futr), panel.columns)
     frame = frame.set_axis([str(c).strip() for c in frame.columns], axis=1)
     time, ids = panel.columns.time, id_column(panel)
     shared = panel.wide or not panel.columns.id
