@@ -390,6 +390,7 @@ def test_markdown_names_the_protocol_and_leaves_empty_columns_out():
     lines = scoreboard.markdown("state", ROWS["state"], [{"model": "a", "x": None, "n": 1234}], {"torch": "1"}, 2)
     assert "| model | n |\n| --- | --- |\n| a | 1,234 |" in lines
     assert "2 runs have not ended" in lines and "AdamW β 0.9 and 0.99" in lines
+    assert "|" not in scoreboard.markdown("state", ROWS["state"], [], {"torch": "1"}, 2)
 
 
 def test_equal_seconds_give_the_quicker_more_steps(tmp_path):

@@ -176,7 +176,11 @@ def markdown(name: str, row: Row, rows: list[dict], facts: dict, left: int, fail
             f"A run ended early where an evaluation on the way reached {end:g}; all tests were made there, before its\n"
         )
         head += "learning rate had come down: see `stopped early` (runs of the line) and `steps made` (their median).\n"
-    lines = [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *shown]]
+    lines = (
+        [f"| {' | '.join(cells)} |" for cells in [names, ["---"] * len(names), *shown]]
+        if rows
+        else ["No run has ended."]
+    )
     told = [", ".join(f"{k} {v or 'not installed'}" for k, v in facts.items()), ""]
     told += ["Failed:", "", *(f"* {line}" for line in failed), ""] if failed else []
     return "\n".join([head, *lines, "", *told])
