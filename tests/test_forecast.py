@@ -443,7 +443,7 @@ def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypat
     frame().to_csv("data.csv", index=False)
     command = ["forecast", "data.csv", "--model", "model", "--out", "parts", "--workers", "1"]
     assert cli.main(command) == 0
-    files = sorted((tmp_path / "parts").iterdir())
+    files = sorted((tmp_path / "parts").glob("part*"))
     assert [f.name for f in files] == ["part-00000.csv", "part-00001.csv"]
     whole = pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
     assert np.allclose(whole.xLSTM, fitted.predict().xLSTM)
@@ -453,6 +453,12 @@ def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypat
     assert "3 series in 2 parts, 1 of them done before" in capsys.readouterr().out
     assert files[0].read_text() == "kept"
     assert files[1].exists()
+    # Parts of other levels, rows or another model are not taken for these.
+    assert cli.main([*command, "--level", "50"]) == 2
+    assert "parts holds parts of another level; choose another folder" in capsys.readouterr().err
+    frame(seed=1).to_csv("data.csv", index=False)
+    assert cli.main(command) == 2
+    assert "parts holds parts of another table" in capsys.readouterr().err
 
 
 # The command

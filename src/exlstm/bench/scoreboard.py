@@ -28,6 +28,8 @@ def told(scores: dict[str, float]) -> str:
 def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str, dict], facts: dict) -> list[dict]:
     """Prints and writes what the folder's records hold, those of earlier commands too: runs.csv, table.csv, table.md and
     table.png; returns the rows of the table. `keys` are the runs of this command."""
+    # Where a run does not say under which rule it ended, it is the row's.
+    records = {key: {"stop_at": row.stop_at, **record} for key, record in records.items()}
     ended = [record for record in records.values() if record.get("scores")]
     failed = [record for record in records.values() if record.get("failed")]
     rows = table(row, ended, failed)

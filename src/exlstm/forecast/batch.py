@@ -6,14 +6,18 @@ frame.repartition("unique_id").mapInPandas(BatchForecaster("model").map, schema)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 from exlstm.forecast import frames
+from exlstm.forecast.files import SETTINGS, TENSORS
 
-PART = 1000
+# Series a part, and what the parts of a folder are of: hidden, so that the folder is read as one table.
+PART, PARTS = 1000, ".parts.json"
 
 
 class BatchForecaster:
@@ -36,6 +40,12 @@ class BatchForecaster:
     def __getstate__(self):
         return {**self.__dict__, "model": None}
 
+    def told(self) -> dict:
+        """What its forecasts depend on, in short."""
+        parts = [(Path(self.folder) / name).read_bytes() for name in (SETTINGS, TENSORS)]
+        level = None if self.level is None else frames.listed(self.level)
+        return {"model": hashlib.sha256(b"".join(parts)).hexdigest(), "level": level}
+
     def __call__(self, frame):
         """The forecasts of the series in `frame`, which holds the whole history of each."""
         if self.model is None:
@@ -57,12 +67,37 @@ class BatchForecaster:
             yield self(pd.concat(whole, ignore_index=True))
 
 
+def _mark(frame) -> str:
+    """A number of all rows."""
+    from pandas.util import hash_pandas_object
+
+    return hashlib.sha256(hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
+
+
+def _check_parts(out: Path, told: dict):
+    """Notes in the folder what its parts are of; ValueError where it holds parts of something else."""
+    path = out / PARTS
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in told if before.get(name) != told[name]]
+        if other:
+            raise ValueError(f"{out} holds parts of another {' and '.join(other)}; choose another folder for --out")
+        return
+    if any(out.glob("part-*")):
+        raise ValueError(
+            f"{out} holds parts and no {PARTS} that says what they are of; choose another folder for --out"
+        )
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(told), encoding="utf-8")
+    aside.replace(path)
+
+
 def in_parts(
     frame, id_column: str, forecaster: BatchForecaster, out: Path, workers: int, kind: str = "csv", report=print
 ) -> int:
     """Writes out/part-00000.csv, ... of PART series each in `workers` processes; parts that are there are left as they are.
 
-    Returns the number of parts that were written.
+    Returns the number of parts that were written. ValueError: the parts that are there are of other rows, model or levels.
     """
     from exlstm.forecast.tables import write_table
 
@@ -72,6 +107,7 @@ def in_parts(
     place = {name: n // PART for n, name in enumerate(ids)}
     groups = dict(list(frame.groupby(frame[id_column].map(place), sort=True)))
     out.mkdir(parents=True, exist_ok=True)
+    _check_parts(out, {**forecaster.told(), "table": _mark(frame)})
     left = {k: out / f"part-{k:05}.{kind}" for k in groups if not (out / f"part-{k:05}.{kind}").exists()}
     report(f"{len(ids):,} series in {len(groups)} parts, {len(groups) - len(left)} of them done before")
     start, done = time.perf_counter(), 0
