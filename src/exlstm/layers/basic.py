@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlstm.ops import maps as joint
-from exlstm.ops.backend import cast, chosen, exact, kernels
+from exlstm.ops.backend import cast, chosen, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
     def _plain(self, x):
         wide, weight = _wide(x), _wide(self.weight)
         # First of all, since a compiler would take the question for the size as a promise.
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if traced() or x.device.type != "cpu":
             return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
         if x.numel() <= SMALL and not torch.is_grad_enabled():
             return cast(_rms_norm(wide, weight, self.eps), x.dtype)
@@ -326,7 +326,7 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
         raise ValueError(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}, wanted whole numbers of (B,) = ({batch},)"
         )
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and not traced():
         low, high = lengths.min().item(), lengths.max().item()
         if low < 0 or high > time:
             raise ValueError(f"lengths go from {low} to {high}, wanted 0 to T = {time}")
@@ -341,7 +341,7 @@ def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bo
     batch, steps, _ = x.shape
     if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled("cpu"):
         return False
     dtype, state = x.dtype, memory if conv is None else (conv, *memory)
     if len(state) != len(shapes) or type(x) is not Tensor or type(weight) is not nn.Parameter:

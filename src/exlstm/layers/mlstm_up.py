@@ -23,7 +23,7 @@ from exlstm.layers.basic import (
     valid_mask,
     width,
 )
-from exlstm.ops.backend import cast, exact
+from exlstm.ops.backend import autocasts, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
@@ -168,7 +168,7 @@ class mLSTMUp(nn.Module):
     def heads(self, c, u):
         """q, k, v (B, T, H, inner / H) and log_i, log_f (B, T, H) of c and u (B, T, inner)."""
         batch, time, inner = c.shape
-        plain = torch.is_autocast_enabled(c.device.type) or torch.compiler.is_compiling() or c.dtype != self.qkv.dtype
+        plain = autocasts(c.device) or traced() or c.dtype != self.qkv.dtype
         plain = plain or type(self.gate) is not nn.Linear
         if time == 1 or plain or c.device.type != "cpu" or c.dtype.itemsize < 4:
             q, k, v = self.maps(c, u)
