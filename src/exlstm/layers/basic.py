@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlstm.ops import maps as joint
-from exlstm.ops.backend import cast, chosen, exact, kernels, traced
+from exlstm.ops.backend import autocasts, cast, chosen, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -130,8 +130,9 @@ class LayerNorm(nn.Module):
         return self._plain(x), x
 
     def _plain(self, x):
-        bias = None if self.bias is None else _wide(self.bias)
-        y = F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps)
+        wide = _wide(x)
+        bias = None if self.bias is None else cast(self.bias, wide.dtype)
+        y = F.layer_norm(wide, self.weight.shape, cast(self.weight, wide.dtype), bias, self.eps)
         return cast(y, x.dtype)
 
     def extra_repr(self):
@@ -301,10 +302,19 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def check_input(x: Tensor, d_model: int):
-    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token."""
+def check_input(x: Tensor, d_model: int, reader: nn.Module | None = None, name: str = "weight"):
+    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token; TypeError where it is not of
+    the dtype in which `reader`, the first map of the layer, holds its parameter `name`, and no autocast brings them together."""
     if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, {d_model}) with no axis empty")
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, wanted a floating dtype")
+    weight = None if reader is None else reader._parameters.get(name)
+    # Weights of whole numbers or of one byte belong to a quantised map, which reads what it likes.
+    if weight is None or weight.dtype == x.dtype or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return
+    if not autocasts(x.device):
+        raise TypeError(f"x is {x.dtype} and the layer's weights are {weight.dtype}, wanted one dtype, or autocast")
 
 
 def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> Tensor | None:

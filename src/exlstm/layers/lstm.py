@@ -22,6 +22,10 @@ class LSTMState(NamedTuple):
     c: Tensor
 
 
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([LSTMState])
+
+
 class LSTM(nn.Module):
     """One layer of nn.LSTM over (B, T, d_model), its memory d_model wide; state is an LSTMState.
 

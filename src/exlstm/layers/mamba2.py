@@ -100,7 +100,7 @@ class Mamba2(nn.Module):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor | None, MLSTMState]]:
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.xbc)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         z, mixed = maps(x, self.z, self.xbc)

@@ -214,7 +214,7 @@ class mLSTMUp(nn.Module):
         return MLSTMState(c, n, m + self.m_start)
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.up)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None

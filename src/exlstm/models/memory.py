@@ -47,7 +47,9 @@ class xLSTMMemory(NamedTuple):
         return self.to("cpu")
 
     def cuda(self, device=None) -> xLSTMMemory:
-        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
+        return self.to(
+            "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device
+        )
 
     def to(self, device=None, dtype=None, non_blocking: bool = False) -> xLSTMMemory:
         """On another device or in another floating dtype, never below float32: memories are kept in that or in float64."""
@@ -115,3 +117,7 @@ class xLSTMState(NamedTuple):
         if self.h.ndim != 3:
             raise ValueError(f"h has shape {tuple(self.h.shape)}, a state without a batch to choose from")
         return xLSTMState(self.h[:, [batch] if isinstance(batch, int) else batch], self.c.index(batch))
+
+
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([xLSTMMemory, xLSTMState])
