@@ -74,6 +74,16 @@ def test_training_tells_what_it_wrote_and_how_good_it_is(trained, text, tmp_path
     assert (run / "checkpoints/step-00000001/model.safetensors").is_file()
 
 
+def test_a_sample_that_cannot_be_written_ends_no_training(text, tmp_path, capsys):
+    """Weights beyond all bounds: the loss says so, and what was measured stands."""
+    much = ["--train.lr", "1e9", "--train.clip", "0", "--train.steps", "4"]
+    assert main(["train", str(text), "--out", str(tmp_path / "run"), *TINY[:-2], "lstm", *SHORT, *much]) == 0
+    out = capsys.readouterr().out
+    assert "bits_per_byte not finite" in out and "writes: (nothing: the logits" in out
+    assert [r["step"] for r in records(tmp_path / "run") if "reason" in r] == [2, 3, 4]
+    assert (tmp_path / "run/checkpoints/step-00000004/model.safetensors").is_file()
+
+
 def test_the_same_command_again_changes_nothing(trained, capsys):
     run, arguments = trained
     before = (run / "metrics.jsonl").read_bytes()
@@ -235,6 +245,9 @@ def test_a_config_file_lies_below_size_and_fields(settled, tmp_path, trained):
     assert (config.model.d_model, config.model.blocks) == (SIZES["nano"]["d_model"], ("slstm",))
     assert (config.train.steps, config.train.lr) == (7, 0.002)
     assert settled("--config", str(part), "--size", "small").model.d_model == SIZES["small"]["d_model"]
+    marked = tmp_path / "marked.json"
+    marked.write_text(part.read_text(), encoding="utf-8-sig")
+    assert settled("--config", str(marked)) == settled("--config", str(part))
     timed = settled("--config", str(part), "--minutes", "3").train
     assert (timed.steps, timed.minutes) == (None, 3.0)
     run, _ = trained

@@ -57,11 +57,12 @@ def stepped(call, model, steps, rows=3):
     [(("mlstm", "slstm"), 1e-6), pytest.param(("mlstm_up", "mamba2", "lstm"), 2e-6, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_the_step_in_onnx_runtime(blocks, limit, tmp_path):
+def test_the_step_in_onnx_runtime(blocks, limit, tmp_path, caplog):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = build(blocks)
     (path,) = export(model, tmp_path / "out", "onnx")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     told = json.loads((tmp_path / "out" / "export.json").read_text())["files"]["step.onnx"]
     assert [i.name for i in session.get_inputs()] == list(told["inputs"])

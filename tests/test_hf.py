@@ -320,6 +320,23 @@ def test_a_pipeline_from_text_to_text(make, tmp_path):
     assert made["generated_text"] == ours.generate("three", 9, temperature=0)
 
 
+@pytest.mark.parametrize("make", [Bytes, bpe])
+@pytest.mark.parametrize(("text", "byte"), [("\0", 0), ("\n", 10), ("Ċ", 10)])
+def test_special_tokens_are_tokens_of_the_model(make, text, byte, tmp_path):
+    """Padding has a row in the embedding, and what pads a batch means itself in a text."""
+    tokenizer = make()
+    hf.fast_tokenizer(tokenizer, pad_token=text).save_pretrained(tmp_path)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(fast) == tokenizer.vocab_size and [fast.pad_token_id] == tokenizer.encode(chr(byte))
+    words = ["one Ċ\n", "two\0", "Ā three four"]
+    batch = fast(words, padding=True)
+    for word, ids, mask in zip(words, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert [i for i, m in zip(ids, mask, strict=True) if m] == tokenizer.encode(word)
+        assert {i for i, m in zip(ids, mask, strict=True) if not m} <= {fast.pad_token_id}
+    with pytest.raises(ValueError, match="pad_token is '<pad>', which is 5 tokens, wanted one of the vocabulary"):
+        hf.fast_tokenizer(Bytes(), pad_token="<pad>")
+
+
 def test_characters_have_no_counterpart():
     with pytest.raises(TypeError, match="Characters, wanted one of bytes"):
         hf.fast_tokenizer(Characters("abc"))

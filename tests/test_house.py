@@ -154,13 +154,9 @@ print(seconds)
 
 
 PLACES = ("*", ".ci/*", "docs/**/*", "examples/*", "src/**/*", "tests/**/*")
+SUFFIXES = (".py", ".md", ".toml", ".txt", "")
 TEXTS = sorted(
-    {
-        p
-        for place in PLACES
-        for p in ROOT.glob(place)
-        if p.is_file() and p.name != ".git" and p.suffix in (".py", ".md", ".toml", ".txt", "")
-    }
+    {p for place in PLACES for p in ROOT.glob(place) if p.is_file() and p.suffix in SUFFIXES and p.name != ".git"}
 )
 PRIVATE = re.compile(
     r"(?<![\w.~])/(?:work|root|home|Users|mnt)/\w"  # somebody's machine

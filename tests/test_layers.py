@@ -260,14 +260,50 @@ def test_copies_pickles_and_state_dicts(name):
     fresh.load_state_dict(stack.state_dict())
     assert torch.equal(fresh(x)[0], wanted)
     file = io.BytesIO()
-    torch.save(
-        tree_map(lambda t: t.detach(), [t for t in torch.utils._pytree.tree_leaves(state) if t is not None]), file
-    )
-    leaves, spec = torch.utils._pytree.tree_flatten(state)
+    torch.save(tree_map(lambda t: None if t is None else t.detach(), state), file)
     file.seek(0)
-    saved = iter(torch.load(file, weights_only=True))
-    again = torch.utils._pytree.tree_unflatten([None if t is None else next(saved) for t in leaves], spec)
-    assert torch.equal(stack(x, again)[0], stack(x, state)[0])
+    assert torch.equal(stack(x, torch.load(file, weights_only=True))[0], stack(x, state)[0])
+
+
+@every
+def test_shapes_are_known_without_numbers(name):
+    """On the meta device a forward tells the shapes and dtypes that it has on a CPU."""
+    stack, config = build(name), build(name).config
+    bare = Stack(config, device="meta", dtype=torch.float64)
+    calls = ({}, {"lengths": torch.tensor([0, 9])}, {"reset": flags(2, 9, 0.3, 2)})
+    for steps, options in ((9, calls[0]), (9, calls[1]), (9, calls[2]), (1, calls[0])):
+        x, before = sample(2, steps), stack(sample(2, 3))[1]
+        on_meta = {k: v.to("meta") for k, v in options.items() if k == "reset"}
+        found = bare(x.to("meta"), to_meta(before), **{**options, **on_meta})
+        wanted = stack(x, before, **options)
+        for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+            assert a is b is None or (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
+
+
+def to_meta(state):
+    return tree_map(lambda t: None if t is None else t.to("meta"), state)
+
+
+@every
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_see_what_autograd_sees(name):
+    """Gradients of every row by vmap of grad, and a step of many inputs from one state."""
+    stack, x = build(name), sample(3, 7)
+    parameters = dict(stack.named_parameters())
+
+    def loss(parameters, row):
+        return torch.func.functional_call(stack, parameters, (row[None],))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(3):
+        wanted = torch.autograd.grad(loss(parameters, x[i]), list(parameters.values()), allow_unused=True)
+        assert_same(
+            [g[i] for g in found.values()],
+            [torch.zeros_like(p) if g is None else g for g, p in zip(wanted, parameters.values(), strict=True)],
+        )
+    with torch.no_grad():
+        state, more = stack(x)[1], sample(3, 4, seed=3).unflatten(1, (4, 1)).transpose(0, 1)
+        assert_same([torch.vmap(lambda t: stack(t, state)[0])(more)[2]], [stack(more[2], state)[0]])
 
 
 @every
@@ -303,9 +339,21 @@ def test_a_long_stack_keeps_its_scale(name):
             lambda: build("slstm")(sample(2, 5), reset=torch.ones(2, 4, dtype=torch.bool)),
             "reset is torch.bool of shape",
         ),
+        *(
+            (lambda kind=kind: build(kind)(sample(2, 5).long()), "x is torch.int64, wanted a floating")
+            for kind in BLOCKS
+        ),
+        *(
+            (
+                lambda kind=kind: build(kind)(sample(2, 5, dtype=torch.float32)),
+                "x is torch.float32 and the layer's weights are torch.float64, wanted one dtype, or autocast",
+            )
+            for kind in BLOCKS
+            if kind != "lstm"
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(call, sentence):
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises((ValueError, TypeError), match=sentence) as caught:
         call()
     assert "\n" not in str(caught.value)

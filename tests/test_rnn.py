@@ -93,6 +93,14 @@ def test_one_script_for_both(kind, batch_first, bidirectional, proj_size):
     row = (lambda t, r: t[r]) if batch_first else (lambda t, r: t[:, r])
     torch.testing.assert_close(row(masked, 1), row(fresh, 1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(row(masked, 0), row(rnn(x, (h, c))[0], 0), atol=1e-5, rtol=1e-5)
+    moved = tuple(part[:, :2].contiguous().cpu().to(x.device, non_blocking=True).data for part in (h, c))
+    again = rnn(rows[:2] if batch_first else rows[:, :2], moved)[0]
+    assert not moved[0].requires_grad and again.isfinite().all()
+    nothing, none = rnn(x[:0] if batch_first else x[:, :0])
+    assert nothing.shape == (*([0, 6] if batch_first else [6, 0]), directions * out)
+    assert none[0].shape == (layers * directions, 0, out)
+    nothing, none = rnn(x[:0] if batch_first else x[:, :0], none)
+    nothing.sum().backward()
     one, (h1, c1) = rnn(x[:, 0] if not batch_first else x[0])
     assert one.shape == (6, directions * out) and h1.shape == (layers * directions, out)
     torch.testing.assert_close(one, row(fresh, 0), atol=1e-5, rtol=1e-5)
@@ -313,7 +321,11 @@ def test_copies_pickles_state_dicts_and_states_on_disk(blocks):
     fresh = build(blocks, bidirectional=True, seed=9)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(fresh(x)[0], wanted)
-    for kept in (copy.deepcopy(state.detach()), pickle.loads(pickle.dumps(state.detach()))):
+    on_disk = io.BytesIO()
+    torch.save(state.detach(), on_disk)
+    on_disk.seek(0)
+    once_saved = torch.load(on_disk, weights_only=True)
+    for kept in (copy.deepcopy(state.detach()), pickle.loads(pickle.dumps(state.detach())), once_saved):
         assert torch.equal(net(x, kept)[0], net(x, state)[0])
     moved = state.detach().to("cpu", torch.float32)
     assert moved.h.dtype == torch.float32

@@ -6,7 +6,9 @@ forward(tokens (B, T)) -> logits (B, T, V)
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -143,10 +145,21 @@ def _write(model, folder: Path, format: str, wanted: list[str]):
     (folder / "export.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
+@contextlib.contextmanager
+def _unheard():
+    """Without what torch and onnxscript say about each other, in warnings and in logs."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _write_onnx(traced, path: Path, state: list[str]):
-    with warnings.catch_warnings():
-        # What torch and onnxscript say about each other.
-        warnings.simplefilter("ignore")
+    with _unheard():
         program = torch.onnx.export(
             traced,
             input_names=["tokens", *state],

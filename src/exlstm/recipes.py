@@ -55,7 +55,7 @@ def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
 def read_config(path: Path) -> dict:
     """The settings in a JSON file: a run's run.json, or any part of one ({"size": "nano", "train": {"steps": 100}})."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     known = (*ROOMS, "size", "out", *WRITTEN)
@@ -133,7 +133,12 @@ def _train(folder: Path, config: RunConfig, stored: dict):
         return {"bits_per_byte": runs.bits_per_byte(model, held, corpus.held_out.token_bytes)}
 
     def sample(model):
-        return corpus.tokenizer.decode(prompt + model.generate(prompt, 100, temperature=0.8, seed=config.train.seed))
+        try:
+            written = model.generate(prompt, 100, temperature=0.8, seed=config.train.seed)
+        except ValueError as error:
+            # Weights gone wrong are the loss's to notice, and a step's to survive: a sample ends no training.
+            return f"(nothing: {error})"
+        return corpus.tokenizer.decode(prompt + written)
 
     result = train(
         model,

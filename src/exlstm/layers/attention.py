@@ -26,6 +26,10 @@ class AttentionState(NamedTuple):
     length: Tensor
 
 
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([AttentionState])
+
+
 class Attention(nn.Module):
     """Softmax attention over (B, T, d_model); state is an AttentionState.
 
@@ -82,7 +86,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.q)
         batch, time = x.shape[:2]
         mask = valid_mask(lengths, mask, batch, time, x.device)
         backends.check_companions(x, reset, None, {})

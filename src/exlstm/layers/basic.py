@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlstm.ops import maps as joint
-from exlstm.ops.backend import cast, chosen, exact, kernels
+from exlstm.ops.backend import autocasts, cast, chosen, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
     def _plain(self, x):
         wide, weight = _wide(x), _wide(self.weight)
         # First of all, since a compiler would take the question for the size as a promise.
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if traced() or x.device.type != "cpu":
             return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
         if x.numel() <= SMALL and not torch.is_grad_enabled():
             return cast(_rms_norm(wide, weight, self.eps), x.dtype)
@@ -130,8 +130,9 @@ class LayerNorm(nn.Module):
         return self._plain(x), x
 
     def _plain(self, x):
-        bias = None if self.bias is None else _wide(self.bias)
-        y = F.layer_norm(_wide(x), self.weight.shape, _wide(self.weight), bias, self.eps)
+        wide = _wide(x)
+        bias = None if self.bias is None else cast(self.bias, wide.dtype)
+        y = F.layer_norm(wide, self.weight.shape, cast(self.weight, wide.dtype), bias, self.eps)
         return cast(y, x.dtype)
 
     def extra_repr(self):
@@ -301,10 +302,19 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def check_input(x: Tensor, d_model: int):
-    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token."""
+def check_input(x: Tensor, d_model: int, reader: nn.Module | None = None, name: str = "weight"):
+    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token; TypeError where it is not of
+    the dtype in which `reader`, the first map of the layer, holds its parameter `name`, and no autocast brings them together."""
     if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, {d_model}) with no axis empty")
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, wanted a floating dtype")
+    weight = None if reader is None else reader._parameters.get(name)
+    # Weights of whole numbers or of one byte belong to a quantised map, which reads what it likes.
+    if weight is None or weight.dtype == x.dtype or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return
+    if not autocasts(x.device):
+        raise TypeError(f"x is {x.dtype} and the layer's weights are {weight.dtype}, wanted one dtype, or autocast")
 
 
 def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> Tensor | None:
@@ -326,7 +336,7 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
         raise ValueError(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}, wanted whole numbers of (B,) = ({batch},)"
         )
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and not traced():
         low, high = lengths.min().item(), lengths.max().item()
         if low < 0 or high > time:
             raise ValueError(f"lengths go from {low} to {high}, wanted 0 to T = {time}")
@@ -341,7 +351,7 @@ def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bo
     batch, steps, _ = x.shape
     if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled("cpu"):
         return False
     dtype, state = x.dtype, memory if conv is None else (conv, *memory)
     if len(state) != len(shapes) or type(x) is not Tensor or type(weight) is not nn.Parameter:

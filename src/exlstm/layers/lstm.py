@@ -3,6 +3,7 @@
 i, f, g, o = W x_t + R h_{t-1} + b      c_t = σ(f) c_{t-1} + σ(i) tanh(g)      h_t = σ(o) tanh(c_t)
 """
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ class LSTMState(NamedTuple):
 
     h: Tensor
     c: Tensor
+
+
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([LSTMState])
 
 
 class LSTM(nn.Module):
@@ -69,8 +74,7 @@ class LSTM(nn.Module):
             backends.check_state(state, dict.fromkeys(LSTMState._fields, (batch, self.d_model)), x.device)
             h, c = (s.to(dtype) for s in state)
         # oneDNN has no LSTM for autocast.
-        autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=autocast):
+        with backends.exact(x.device) if x.device.type == "cpu" else nullcontext():
             ys = []
             for start, stop in pairwise(_cuts(time, mask, reset)):
                 if reset is not None:
@@ -86,7 +90,7 @@ class LSTM(nn.Module):
     def _piece(self, x, h, c):
         """Output and state after x (B, t, D) without resets or padding."""
         dtype, kept = self.w.dtype, c.dtype
-        if not torch.compiler.is_compiling():
+        if not backends.traced():
             weights = (self.w, self.r, self.b, torch.zeros_like(self.b))
             if x.device.type == "cuda":
                 # cuDNN wants its weights in one piece of memory.
@@ -95,7 +99,7 @@ class LSTM(nn.Module):
             memory = (h[None].to(dtype), c[None].to(dtype))
             y, h, c = torch.lstm(x.to(dtype), memory, weights, True, 1, 0.0, self.training, False, True)
             return y, h[0].to(kept), c[0].to(kept)
-        # The compiler has no graph for the kernels.
+        # The kernels have no graph for a compiler, and no rule for a transform.
         pre = F.linear(x.to(dtype), self.w, self.b)
         hs = []
         for t in range(x.shape[1]):
@@ -111,7 +115,7 @@ def _cuts(time, mask, reset):
     """0, T, and every time between at which a row is reset or a row's padding starts or ends."""
     if mask is None and reset is None:
         return [0, time]
-    if torch.compiler.is_compiling():
+    if backends.traced() or (mask if reset is None else reset).is_meta:
         return list(range(time + 1))
     cut = torch.zeros(time, dtype=torch.bool, device=(mask if reset is None else reset).device)
     if reset is not None:

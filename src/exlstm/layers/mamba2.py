@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, valid_mask
+from exlstm.ops.backend import exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
 DT_LEAST, DT_MOST = 1e-3, 0.1
@@ -83,7 +84,7 @@ class Mamba2(nn.Module):
 
     def gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log Δ and Δ A (B, T, H) of u (B, T, d_model), in float32 even under autocast: Δ A adds up over steps."""
-        with torch.autocast(u.device.type, enabled=False):
+        with exact(u.device):
             dtype = torch.promote_types(u.dtype, torch.float32)
             dt = F.linear(u.to(dtype), self.dt.weight.to(dtype), self.dt.bias.to(dtype))
             # softplus underflows far below zero, where its logarithm is dt itself.
@@ -99,7 +100,7 @@ class Mamba2(nn.Module):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor | None, MLSTMState]]:
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.xbc)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         z, mixed = maps(x, self.z, self.xbc)

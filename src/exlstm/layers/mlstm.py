@@ -131,7 +131,7 @@ class mLSTM(nn.Module):
         return torch.from_numpy(project(self.out, y)).unsqueeze(1), (conv, MLSTMState(*memory))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         if is_token(x, self.gate._parameters.get("weight"), mask, reset, conv, memory, self.shapes):

@@ -25,7 +25,7 @@ from exlstm.layers.basic import (
     width,
 )
 from exlstm.layers.mlstm import INPUT_GATES, check_gate
-from exlstm.ops.backend import cast, exact
+from exlstm.ops.backend import autocasts, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
@@ -178,7 +178,7 @@ class mLSTMUp(nn.Module):
     def heads(self, c, u):
         """q, k, v (B, T, H, inner / H) and log_i, log_f (B, T, H) of c and u (B, T, inner)."""
         batch, time, inner = c.shape
-        plain = torch.is_autocast_enabled(c.device.type) or torch.compiler.is_compiling() or c.dtype != self.qkv.dtype
+        plain = autocasts(c.device) or traced() or c.dtype != self.qkv.dtype
         plain = plain or type(self.gate) is not nn.Linear
         if time == 1 or plain or c.device.type != "cpu" or c.dtype.itemsize < 4:
             q, k, v = self.maps(c, u)
@@ -223,7 +223,7 @@ class mLSTMUp(nn.Module):
         return MLSTMState(c, n, m + self.m_start)
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.up)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None

@@ -98,7 +98,7 @@ class mLSTMWindow(nn.Module):
             return log_i, F.logsigmoid(f)
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         check_companions(x, reset, None, {})
         conv, memory, seen = state or (None, None, None)

@@ -112,7 +112,7 @@ class sLSTM(nn.Module):
         return torch.from_numpy(self.norm.decode(memory[0].numpy())).unsqueeze(1), (conv, SLSTMState(*memory))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self, "w")
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         conv, memory = state or (None, None)
         if is_token(x, self._parameters.get("w"), mask, reset, conv, memory, self.shapes):

@@ -20,6 +20,7 @@ from exlstm.models.reading import GenerationState
 from exlstm.models.sampling import Ends, Sampling, is_whole
 from exlstm.models.stack import Stack, make_norm, set_eps
 from exlstm.models.writing import Writing
+from exlstm.ops.backend import traced
 from exlstm.ops.loss import linear_cross_entropy
 
 IGNORE = -100
@@ -171,7 +172,7 @@ class LanguageModel(nn.Module):
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted (B, T) with no axis empty")
         # On an accelerator the check would have to wait for the device; there the embedding itself refuses.
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and not traced():
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 wrong = low if low < 0 else high

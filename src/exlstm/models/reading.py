@@ -27,6 +27,10 @@ class GenerationState(NamedTuple):
     """number of tokens chosen so far (B,) int64: where the random numbers go on"""
 
 
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([GenerationState])
+
+
 @contextmanager
 def quiet(model):
     """Inference alone, every module in eval mode, and each back in its own mode afterwards."""

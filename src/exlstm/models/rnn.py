@@ -7,102 +7,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from exlstm.layers.basic import RMSNorm, valid_mask
 from exlstm.models.config import OPTIONS, StackConfig, from_dict, nearest
+from exlstm.models.memory import xLSTMMemory, xLSTMState
 from exlstm.models.stack import Block, scale_outputs
+from exlstm.ops.backend import autocasts, traced
 
 DIRECTIONS = {False: "", True: "concat", "concat": "concat", "sum": "sum"}
-
-
-class xLSTMMemory(NamedTuple):
-    """What an xLSTM continues from, in the place of nn.LSTM's c_n: a state of every layer and direction, rows first.
-
-    It takes what scripts do with c_n: `detach`, `clone`, `to`, `index_select(1, rows)`, `c[:, rows]`, and `c * keep` with
-    ones and zeros, which empties the memory of the rows that are multiplied by 0.
-    """
-
-    layers: tuple
-    fresh: Tensor | None = None
-    """(B,) bool: rows that are emptied before the next token; None: no row"""
-
-    def detach(self) -> xLSTMMemory:
-        return tree_map_only(Tensor, Tensor.detach, self)
-
-    def clone(self) -> xLSTMMemory:
-        return tree_map_only(Tensor, torch.clone, self)
-
-    def to(self, device=None, dtype=None) -> xLSTMMemory:
-        """On another device or in another floating dtype, never below float32: memories are kept in that or in float64."""
-        device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
-        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        return tree_map_only(Tensor, lambda t: t.to(device=device, dtype=wide if t.is_floating_point() else None), self)
-
-    def index(self, rows) -> xLSTMMemory:
-        """The memory of these rows: an index tensor, a list, a bool mask, a slice or one number."""
-        rows = [rows] if isinstance(rows, int) else rows
-        return tree_map_only(Tensor, lambda t: t[rows], self)
-
-    def index_select(self, dim: int, rows: Tensor) -> xLSTMMemory:
-        if dim not in (1, -2):
-            raise ValueError(f"dim is {dim}, wanted 1: rows are the only axis of a memory that can be chosen from")
-        return self.index(rows)
-
-    def __getitem__(self, key):
-        if not isinstance(key, tuple):
-            return tuple.__getitem__(self, key)
-        if len(key) not in (2, 3) or any(part not in (slice(None), ...) for part in (key[0], *key[2:])):
-            raise IndexError(f"c{list(key)} asks for more than rows, wanted c[:, rows]")
-        return self.index(key[1])
-
-    def __mul__(self, keep) -> xLSTMMemory:
-        """With (1, B, 1), or any shape of B numbers, or one number: 1 keeps a row, 0 empties it."""
-        (rows, device), keep = _rows(self), torch.as_tensor(keep)
-        if keep.numel() not in (1, rows) or not ((keep == 0) | (keep == 1)).all():
-            raise ValueError(
-                f"a memory of {rows} rows is multiplied by {tuple(keep.shape)} numbers, wanted {rows} ones and zeros"
-            )
-        emptied = (keep.reshape(-1) == 0).to(device).expand(rows)
-        return self._replace(fresh=emptied if self.fresh is None else self.fresh | emptied)
-
-    __rmul__ = __mul__
-
-
-def _rows(memory: xLSTMMemory) -> tuple[int, torch.device]:
-    """How many rows a memory has, and where it is."""
-    first = next(leaf for leaf in tree_leaves(memory.layers) if isinstance(leaf, Tensor))
-    return len(first), first.device
-
-
-class xLSTMState(NamedTuple):
-    """(h, c) as nn.LSTM returns it: h (layers · directions, B, H_out), the last output of each, and the memory c.
-
-    The next call goes on from c; h tells what came last, and stays that where a row has no further token.
-    """
-
-    h: Tensor
-    c: xLSTMMemory
-
-    def detach(self) -> xLSTMState:
-        """The same without its past, for truncated backpropagation through time."""
-        return xLSTMState(self.h.detach(), self.c.detach())
-
-    def to(self, device=None, dtype=None) -> xLSTMState:
-        device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
-        return xLSTMState(self.h.to(device=device, dtype=dtype), self.c.to(device, dtype))
-
-    def index(self, batch) -> xLSTMState:
-        """The state of these rows of the batch: an index tensor, a list, a bool mask, a slice or one number."""
-        if self.h.ndim != 3:
-            raise ValueError(f"h has shape {tuple(self.h.shape)}, a state without a batch to choose from")
-        return xLSTMState(self.h[:, [batch] if isinstance(batch, int) else batch], self.c.index(batch))
 
 
 class Layer(nn.Module):
@@ -237,8 +155,13 @@ class xLSTM(nn.Module):
         self._check_input(x)
         if lengths is not None and not is_batched:
             raise ValueError("lengths belong to a batch, and the input is a single sequence")
-        mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
-        y, state = self._run(x, self._memory(x, hx, is_batched), mask, reset)
+        before = self._memory(x, hx, is_batched)
+        if len(x):
+            y, state = self._run(x, before, valid_mask(lengths, mask, *x.shape[:2], x.device), reset)
+        else:
+            # Blocks want a row, and nn.LSTM none: one of zeros says what shapes and gradients there are.
+            y, state = self._run(x.new_zeros(1, *x.shape[1:]), self._memory(x, None, True), None, None)
+            y, state = y[:0], state.index(slice(0))
         if not is_batched:
             return y.squeeze(0), state._replace(h=state.h.squeeze(1))
         return (y.transpose(0, 1) if swap else y), state
@@ -279,7 +202,7 @@ class xLSTM(nn.Module):
         if h.shape != wanted:
             raise RuntimeError(f"Expected hidden[0] size {wanted}, got {list(h.shape)}")
         if isinstance(c, xLSTMMemory):
-            rows, held = _rows(c)[0], len(c.layers)
+            rows, held = c.rows, len(c.layers)
             if (held, rows) != (depth, batch):
                 raise RuntimeError(f"Expected hidden[1] to hold {depth} layers of {batch} rows, got {held} of {rows}")
             return h, c
@@ -287,7 +210,8 @@ class xLSTM(nn.Module):
         wanted = (depth, batch, self.hidden_size)
         if c.shape != wanted:
             raise RuntimeError(f"Expected hidden[1] size {wanted}, got {list(c.shape)}")
-        if h.any() or c.any():
+        # Who traces, or works without numbers, cannot ask for them.
+        if not (traced() or c.is_meta) and (h.any() or c.any()):
             raise ValueError(
                 "hx holds numbers that are no state of this network, wanted the pair (h, c) of an earlier call, or of zeros"
             )
@@ -295,7 +219,7 @@ class xLSTM(nn.Module):
 
     def _check_input(self, x):
         wanted = next(self.parameters()).dtype
-        if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != wanted and not autocasts(x.device):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({wanted}). "
                 f"Convert input: input.to({wanted}), or convert model: model.to({x.dtype})"

@@ -37,9 +37,24 @@ def chosen(argument: str | None) -> str:
     return argument or _chosen or os.environ.get("EXLSTM_BACKEND") or "auto"
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which wants plain operations from end to end."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def traced() -> bool:
+    """Whether somebody looks through the operations, a compiler or a transform: no NumPy then, and no gradient by hand."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def autocasts(device) -> bool:
+    """Whether autocast is on for a device; the meta device knows of none, and would raise."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def exact(device):
     """A context without autocast, at no cost where there is none: gates and state keep their precision."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def triton_runs(x) -> bool:
@@ -64,10 +79,11 @@ def cast(x, dtype):
 
 
 def pick(implementations: dict, argument: str | None, auto: str):
-    """The implementation to run out of an operator's table; "auto" takes the one named `auto`, any other name runs or raises."""
+    """The implementation to run out of an operator's table; "auto" takes the one named `auto`, or the reference where a
+    transform wants its operations, any other name runs or raises."""
     name = chosen(argument)
     if name == "auto":
-        name = auto
+        name = "reference" if transformed() else auto
     if name not in implementations:
         raise ValueError(f"backend {name!r} is not one of {', '.join(implementations)}, auto")
     return implementations[name]

@@ -81,7 +81,7 @@ def _sequence(x, weight, bias, state, history, first, activation):
         first = None if first is None else first[:, weight.shape[1] - 1 :]
         return kernels.causal_conv(x, weight, bias, state, first, activation is not None)
     # A compiler fuses the sums and their gradient by itself.
-    convolve = _convolve if torch.compiler.is_compiling() else _Convolution.apply
+    convolve = _convolve if backends.traced() else _Convolution.apply
     return _activate(convolve(torch.cat([history, x], 1), weight, bias, first), activation)
 
 
@@ -188,7 +188,7 @@ class _Convolution(torch.autograd.Function):
 
 def _drop(y, where):
     """y (B, T, D), perhaps overwritten, with 0 at the tokens `where` (B, T)."""
-    if y.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if y.device.type != "cpu" or backends.traced() or torch.is_grad_enabled():
         return y.masked_fill(where[..., None], 0)
     # Resets are rare: to write their rows costs nothing beside a pass over all.
     return y.view(-1, y.shape[-1]).index_fill_(0, where.flatten().nonzero().squeeze(1), 0).view(y.shape)

@@ -5,6 +5,7 @@ dl = (softmax(z) - onehot(target)) · (1 - (z / cap)²)      dx = Wᵀ dl      d
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exlstm.ops import backend as backends
@@ -45,17 +46,27 @@ def linear_cross_entropy(
     >>> loss = linear_cross_entropy(torch.randn(2, 5, 8), torch.randn(256, 8), torch.randint(256, (2, 5)), cap=30.0)
     """
     _check(x, weight, targets, ignore, reduction, slice)
-    device = x.device.type
     products = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device):
-        products = torch.get_autocast_dtype(device)
+    if backends.autocasts(x.device):
+        products = torch.get_autocast_dtype(x.device.type)
     settings = (float(cap), ignore, slice or 0, products)
     flat, ids = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
+    if backends.transformed():
+        return _plain(flat, weight, ids, *settings, reduction).view(targets.shape if reduction == "none" else ())
     if reduction == "none":
         return _tokens(flat, weight, ids, *settings).view(targets.shape)
     gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     total, _, _ = _total(flat, weight, ids, *settings, gradients)
     return total / (ids != ignore).sum().clamp(min=1)
+
+
+def _plain(x, weight, targets, cap, ignore, slice, products, reduction):
+    """The same with all logits at once, in operations that torch.func transforms."""
+    with backends.exact(x.device):
+        z = F.linear(x.to(products), weight.to(products)).to(_wide(products))
+        z = cap * torch.tanh(z / cap) if cap else z
+        losses = F.cross_entropy(z, targets, ignore_index=ignore, reduction="none")
+    return losses if reduction == "none" else losses.sum() / (targets != ignore).sum().clamp(min=1)
 
 
 # One opaque operator each, so that a compiler keeps the slices.
@@ -216,7 +227,7 @@ def _check(x, weight, targets, ignore, reduction, slice):
         raise ValueError(f"reduction is {reduction!r}, wanted 'mean' or 'none'")
     if slice is not None and slice < 1:
         raise ValueError(f"slice is {slice}, wanted at least 1 token")
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if targets.device.type == "cpu" and not backends.traced():
         # Read on a CPU only: an accelerator would have to wait for the answer.
         wrong = targets[(targets != ignore) & ((targets < 0) | (targets >= weight.shape[0]))]
         if wrong.numel():

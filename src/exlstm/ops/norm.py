@@ -76,7 +76,7 @@ def row_norm(
     if not row_kernels.takes(x, weight, y):
         return None
     dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
-    if torch.is_autocast_enabled(x.device.type):
+    if backends.autocasts(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
     n, total = row_kernels.row_norm(x, y, weight, bias, eps, centre, dtype)
     return n, x if y is None else total

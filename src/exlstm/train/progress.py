@@ -35,6 +35,12 @@ def legible(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def measured(evaluation: dict) -> str:
+    """The numbers of an evaluation in a line; None stands for one that was not finite."""
+    told = {k: "not finite" if v is None else f"{v:.4f}" for k, v in evaluation.items() if k != "step"}
+    return "  ".join(f"{k} {v}" for k, v in told.items())
+
+
 def _is_terminal(stream) -> bool:
     drawable = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
     return drawable and stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
@@ -84,8 +90,7 @@ class Progress:
         """An evaluation: step and the numbers measured there."""
         self.evaluation = record
         if not self.live:
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step" and v is not None)
-            self.say(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {numbers}")
+            self.say(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {measured(record)}")
 
     def sample(self, text: str):
         """Something the model wrote."""
@@ -174,8 +179,7 @@ class Progress:
         table.add_row("now", Text("  ".join(f"{k} {v}" for k, v in self._numbers())))
         table.add_row("loss", Text(sparkline(self.curve, max(10, width - 16))))
         if self.evaluation:
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in self.evaluation.items() if k != "step" and v is not None)
-            table.add_row(f"at {self.evaluation['step']}", Text(numbers))
+            table.add_row(f"at {self.evaluation['step']}", Text(measured(self.evaluation)))
         if self.written:
             table.add_row("writes", Text(legible(self.written, max(10, 3 * (width - 16)))))
         return Panel(table, title="training", title_align="left", width=min(width, 120))

@@ -22,6 +22,10 @@ class MLSTMState(NamedTuple):
     m: Tensor
 
 
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([MLSTMState])
+
+
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 

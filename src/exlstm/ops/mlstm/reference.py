@@ -7,6 +7,8 @@ h_t = C_tᵀ q_t / (max(|q_tᵀ n_t|, exp(-m_t)) + eps), with the scale on q; wi
 
 import torch
 
+from exlstm.ops.backend import exact
+
 # exp(-m) would underflow far above this, and 0 / 0 follow where q_tᵀ n_t vanishes: it is held at e^-60.
 M_MAX = 60.0
 
@@ -14,7 +16,7 @@ M_MAX = 60.0
 def reference(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=None):
     """(h, c, n, m) of the recurrence; shapes as in `mlstm`, computed in the state's dtype, differentiable by autograd."""
     dtype, hs = c.dtype, []
-    with torch.autocast(q.device.type, enabled=False):
+    with exact(q.device):
         for t in range(q.shape[1]):
             q_t, k_t, v_t = q[:, t].to(dtype) * scale, k[:, t].to(dtype), v[:, t].to(dtype)
             if reset is not None:

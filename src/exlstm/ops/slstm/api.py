@@ -20,6 +20,10 @@ class SLSTMState(NamedTuple):
     m: Tensor
 
 
+# torch.load takes a saved state without weights_only=False.
+torch.serialization.add_safe_globals([SLSTMState])
+
+
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 

@@ -9,12 +9,14 @@ A memory with n = 0 is an empty one: its m counts as -inf, so that the first ste
 import torch
 from torch.nn.functional import logsigmoid
 
+from exlstm.ops.backend import exact
+
 
 def reference(x, r, h, c, n, m, reset, mask):
     """(hs, h, c, n, m) of the recurrence; shapes as in `slstm`, computed in the state's dtype, differentiable by autograd."""
     dtype, hs = c.dtype, []
     r = r.to(dtype)  # (H, 4, D out, D in)
-    with torch.autocast(x.device.type, enabled=False):
+    with exact(x.device):
         for t in range(x.shape[1]):
             if reset is not None:
                 fresh = reset[:, t, None, None]
