@@ -125,10 +125,6 @@ def test_the_gate_and_the_normaliser_are_those_asked_for(kind, monkeypatch):
     torch.manual_seed(0)
     sizes, x = {"d_model": D, "n_heads": 2, "n_layers": 1, "blocks": kind}, sample(2, 9)
     plain = Stack(StackConfig(**sizes), dtype=torch.float64)
-    if kind == "mlstm_up":
-        with torch.no_grad():
-            # As it starts, |q·n| stays below 1.
-            plain.blocks[0].mixer.qkv.mul_(30)
     outputs = [plain(x)[0]]
     for options in ({"i_gate": "sigmoid"}, {"normalize": False}):
         other = Stack(StackConfig(**sizes, **{kind: OPTIONS[kind](**options)}), dtype=torch.float64)
@@ -138,8 +134,8 @@ def test_the_gate_and_the_normaliser_are_those_asked_for(kind, monkeypatch):
     assert torch.equal(sigmoid[0], torch.nn.functional.logsigmoid(exp[0])) and torch.equal(without[0], exp[0])
     assert [exp[1], sigmoid[1], without[1]] == [True, True, False]
     if kind == "mlstm_up":
-        # There the input gate starts half open: all three read something else.
-        assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2])
+        # There the input gate starts half open. The normaliser is one factor a head, which the norm behind it takes out again.
+        assert not torch.allclose(outputs[0], outputs[1])
 
 
 @every
