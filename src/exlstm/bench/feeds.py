@@ -15,8 +15,9 @@ from exlstm.data.tasks import TASKS, TaskBatches, scaled_accuracy, scaled_error
 from exlstm.data.tokenizer import TOKENIZERS
 from exlstm.data.words import IGNORE, Draws
 
-# Words of the tests come of a seed that training never takes. Steps of a block of training batches, made at once.
-TEST_SEED, BLOCK = -2, 16
+# Words of the tests come of seeds that training never takes, those on the way, which may end a run, of another than the
+# last ones. Steps of a block of training batches, made at once.
+CHECK_SEED, TEST_SEED, BLOCK = -3, -2, 16
 # Words of a test on the way and of the last one, tokens of a text likewise, tokens worked on at once.
 WORDS, ALL_WORDS, TOKENS, ALL_TOKENS, AT_ONCE, PIECE = 512, 2048, 1 << 19, 5 << 20, 1 << 18, 2048
 LOGITS = 1 << 29
@@ -62,38 +63,37 @@ class Words:
 
     @torch.no_grad()
     def test(self, model, last: bool) -> dict[str, float]:
-        """Scaled accuracy of every test, the score first; with `last` on more words."""
+        """Scaled accuracy of every test, the score first; with `last` on more words, and on others."""
         scores = {}
         for low, high, items in self.case.test if last else self.case.test[:1]:
             name = f"{low}–{high}" if low < high else f"{low}"
             name += f", {items} items" if items else ""
-            scores[name] = self._score(model, (low, high, items), ALL_WORDS if last else WORDS)
+            words, seed = (ALL_WORDS, TEST_SEED) if last else (WORDS, CHECK_SEED)
+            scores[name] = self._score(model, (low, high, items), words, seed)
         return scores
 
-    def _score(self, model, ends, words: int) -> float:
+    def _score(self, model, ends, words: int, seed: int) -> float:
         said, wanted = [], []
-        for inputs, targets, asked in self._questions(ends, words):
+        for inputs, targets, asked in self._questions(ends, words, seed):
             said.append(model.answers(inputs, asked))
             wanted.append(targets[asked])
         score = scaled_error if self.task.features else scaled_accuracy
         return score(torch.cat(said), torch.cat(wanted), self.task.chance)
 
-    def _questions(self, ends, words: int) -> list[tuple]:
+    def _questions(self, ends, words: int, seed: int) -> list[tuple]:
         """Batches of a test, and where they ask; kept, since every run of the case is asked the same."""
         low, high, items = ends
         # Long words have many questions or take long: fewer of them say as much.
         words = min(words, max(64, 8 * AT_ONCE // high))
-        if (ends, words) not in self.asked:
+        if (ends, words, seed) not in self.asked:
             rows = max(1, min(256, words, AT_ONCE // high, LOGITS // (high * max(1, self.vocab_size))))
-            batches = TaskBatches(
-                self.case.task, rows, low, high, TEST_SEED, items=items, full=True, device=self.device
-            )
+            batches = TaskBatches(self.case.task, rows, low, high, seed, items=items, full=True, device=self.device)
             made = [batches.batch(step) for step in range(-(-words // rows))]
             real = self.task.features
-            self.asked[ends, words] = [
+            self.asked[ends, words, seed] = [
                 (b.inputs, b.targets, ~b.targets.isnan() if real else b.targets != IGNORE) for b in made
             ]
-        return self.asked[ends, words]
+        return self.asked[ends, words, seed]
 
 
 class Text(NamedTuple):
