@@ -161,6 +161,26 @@ def test_padding_resets_and_ignored_targets():
     torch.testing.assert_close(model.loss(left), alone / 11)
 
 
+def test_a_head_of_somebody_is_asked():
+    """As a LoRA adapter in its place is: in logits, in losses with ignored targets, in what is written."""
+    model, plain, tokens = build(), build(), tokens_of(3, 9)
+    targets = tokens.roll(-1, 1).masked_fill(flags := tokens % 3 == 0, -100)
+    beside = torch.nn.Linear(32, VOCABULARY, bias=False)
+    model.head = torch.nn.ModuleList([model.head, beside])
+    model.head.forward = lambda x: model.head[0](x) + beside(x)
+    model.head.weight = model.head[0].weight
+    with torch.no_grad():
+        plain.head.weight += beside.weight
+    torch.testing.assert_close(model(tokens)[0], plain(tokens)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.loss((tokens, targets)), plain.loss((tokens, targets)))
+    losses = model.token_losses((tokens, targets))
+    torch.testing.assert_close(losses, plain.token_losses((tokens, targets)))
+    assert (losses[flags] == 0).all() and model.loss((tokens, targets.fill_(-100))) == 0
+    assert model.generate([1, 2], 9, temperature=0) == plain.generate([1, 2], 9, temperature=0)
+    model.loss(tokens).backward()
+    assert beside.weight.grad.abs().sum() > 0
+
+
 def test_losses_by_position():
     model, inputs, targets = build(), tokens_of(2, 8), tokens_of(2, 8, seed=1)
     targets[0, 2] = -100

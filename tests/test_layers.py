@@ -303,6 +303,51 @@ def test_transforms_see_what_autograd_sees(name):
         assert_same([torch.vmap(lambda t: stack(t, state)[0])(more)[2]], [stack(more[2], state)[0]])
 
 
+class Adapter(torch.nn.Module):
+    """A map with something learnt beside it, as LoRA puts it in place of a linear one; `weight` is still the old one."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.beside = torch.nn.Parameter(0.1 * torch.randn_like(linear.weight))
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    @property
+    def bias(self):
+        return self.linear.bias
+
+    def forward(self, x):
+        return self.linear(x) + torch.nn.functional.linear(x, self.beside)
+
+
+@every
+def test_a_layer_of_somebody_in_place_of_a_linear_map_is_asked(name):
+    """Every adapter is in the forward, in the single step, and has its gradient."""
+    stack, x = build(name), sample(2, 7)
+    adapted, adapters = copy.deepcopy(stack), []
+    for path, linear in [(p, m) for p, m in stack.named_modules() if type(m) is torch.nn.Linear]:
+        adapters.append(Adapter(linear))
+        adapted.set_submodule(path, adapters[-1])
+        with torch.no_grad():
+            target = stack.get_submodule(path)
+            adapters[-1].linear = copy.deepcopy(linear)
+            target.weight += adapters[-1].beside
+    wanted, (y, _) = stack(x)[0], adapted(x)
+    assert_same([y], [wanted])
+    if adapters:
+        grads = torch.autograd.grad((y * x).sum(), [a.beside for a in adapters])
+        assert all(g.abs().sum() > 0 for g in grads)
+    state, ys = None, []
+    with torch.no_grad():
+        for t in range(7):
+            y, state = adapted(x[:, t : t + 1], state)
+            ys.append(y)
+    assert_same([torch.cat(ys, 1)], [wanted])
+
+
 @every
 def test_a_long_stack_keeps_its_scale(name):
     """At the start neither the signal nor the gradient grows or dies with depth."""

@@ -205,14 +205,18 @@ def maps(x: Tensor, *linears: nn.Module, wide: nn.Module | None = None) -> tuple
         if found is not None:
             return found if wide is None else (*found[1:], found[0])
     ys = tuple(linear(x) for linear in linears)
-    if wide is None:
-        return ys
+    return ys if wide is None else (*ys, wide_map(wide, x))
+
+
+def wide_map(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), worked out in float32 whatever the autocast."""
     with exact(x.device):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if type(wide) is nn.Linear:
-            return *ys, F.linear(cast(x, dtype), cast(wide.weight, dtype), cast(wide.bias, dtype))
-        # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
-        return *ys, cast(wide(cast(x, wide.weight.dtype)), dtype)
+        if type(linear) is nn.Linear:
+            return F.linear(cast(x, dtype), cast(linear.weight, dtype), cast(linear.bias, dtype))
+        # Somebody has put a layer of theirs in its place, as a LoRA adapter is, or a quantised map, whose weight is a call.
+        weight = linear.weight
+        return cast(linear(cast(x, weight.dtype if isinstance(weight, Tensor) else dtype)), dtype)
 
 
 def _bare(linear):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, valid_mask
+from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, valid_mask, wide_map
 from exlstm.ops.backend import exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
@@ -84,12 +84,11 @@ class Mamba2(nn.Module):
 
     def gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log Δ and Δ A (B, T, H) of u (B, T, d_model), in float32 even under autocast: Δ A adds up over steps."""
+        dt = wide_map(self.dt, u)
         with exact(u.device):
-            dtype = torch.promote_types(u.dtype, torch.float32)
-            dt = F.linear(u.to(dtype), self.dt.weight.to(dtype), self.dt.bias.to(dtype))
             # softplus underflows far below zero, where its logarithm is dt itself.
             log_dt = torch.where(dt < -15, dt, F.softplus(dt.clamp(min=-15)).log())
-            return log_dt, -log_dt.exp() * self.a_log.to(dtype).exp()
+            return log_dt, -log_dt.exp() * self.a_log.to(dt.dtype).exp()
 
     def forward(
         self,

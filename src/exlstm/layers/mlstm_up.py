@@ -22,6 +22,7 @@ from exlstm.layers.basic import (
     silu,
     token_errors,
     valid_mask,
+    wide_map,
     width,
 )
 from exlstm.layers.mlstm import INPUT_GATES, check_gate
@@ -152,15 +153,11 @@ class mLSTMUp(nn.Module):
         """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""
         with exact(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            if type(self.gate) is not nn.Linear:
-                # Somebody has put a layer of theirs in its place, as a LoRA adapter is.
-                pre = cast(self.gate(cast(torch.cat((q, k, v), -1), self.gate.weight.dtype)), dtype)
-                return self._gates(pre)
-            w, b = cast(self.gate.weight, dtype), cast(self.gate.bias, dtype)
-            if q.shape[1] == 1:
-                pre = F.linear(cast(torch.cat((q, k, v), -1), dtype), w, b)
+            if q.shape[1] == 1 or type(self.gate) is not nn.Linear:
+                pre = wide_map(self.gate, torch.cat((q, k, v), -1))
             else:
                 # Three products in place of a long concatenation.
+                w, b = cast(self.gate.weight, dtype), cast(self.gate.bias, dtype)
                 w_q, w_k, w_v = w.chunk(3, -1)
                 q, k, v = (cast(x, dtype) for x in (q, k, v))
                 pre = F.linear(q, w_q, b) + F.linear(k, w_k) + F.linear(v, w_v)

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from exlstm.layers.attention import Heads
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, soft_cap, valid_mask
-from exlstm.ops.backend import cast, check_companions, exact
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, soft_cap, valid_mask, wide_map
+from exlstm.ops.backend import check_companions, exact
 from exlstm.ops.mlstm import mlstm
 
 
@@ -91,9 +91,8 @@ class mLSTMWindow(nn.Module):
 
     def gates(self, x):
         """log_i, log_f (B, T, H) of x (B, T, D), in float32 whatever the autocast."""
+        pre = wide_map(self.gate, x)
         with exact(x.device):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            pre = F.linear(cast(x, dtype), cast(self.gate.weight, dtype), cast(self.gate.bias, dtype))
             log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
             return log_i, F.logsigmoid(f)
 

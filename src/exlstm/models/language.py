@@ -102,8 +102,12 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Soft-capped logits (..., V) of `hidden`, in float32 (float64 in a float64 model)."""
-        logits = F.linear(x, self._head_weight())
+        logits = F.linear(x, self._head_weight()) if self._plain_head() else self.head(x)
         return soft_cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config.logit_cap)
+
+    def _plain_head(self) -> bool:
+        """Whether the head is the matrix that it was built as, and no layer of somebody's, as a LoRA adapter is."""
+        return self.head is None or type(self.head) is nn.Linear
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
@@ -125,6 +129,12 @@ class LanguageModel(nn.Module):
     def _loss(self, batch, reduction: str) -> Tensor:
         inputs, targets, where = self._read_batch(batch)
         x, _ = self.hidden(inputs, **where)
+        if not self._plain_head():
+            losses = F.cross_entropy(
+                self.logits(x).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+            )
+            counted = (targets != IGNORE).sum().clamp(min=1)
+            return losses.sum() / counted if reduction == "mean" else losses.view(targets.shape)
         cap = self.config.logit_cap
         return linear_cross_entropy(x, self._head_weight(), targets, cap=cap, ignore=IGNORE, reduction=reduction)
 

@@ -91,7 +91,9 @@ class Step:
     def _last(self):
         model = self.model
         weight, cap = model._head_weight(), model.config.logit_cap
-        if not (_kernels(self.x, weight, model.norm.weight) and type(model.norm) is basic.RMSNorm):
+        if not (
+            model._plain_head() and _kernels(self.x, weight, model.norm.weight) and type(model.norm) is basic.RMSNorm
+        ):
             return self._plain_last
         from exlstm.ops import token_kernels as kernels
 
