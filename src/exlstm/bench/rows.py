@@ -34,6 +34,9 @@ MODELS = {
     "mlstm-sigmoid-no-normaliser": (("mlstm",), {"mlstm": {"i_gate": "sigmoid", "normalize": False}}),
     "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
     "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
+    "slstm-forget-5-to-5": (("slstm",), {"slstm": {"forget_bias": (5.0, -5.0)}}),
+    "slstm-forget-2-to-6": (("slstm",), {"slstm": {"forget_bias": (2.0, -6.0)}}),
+    "slstm-forget-0": (("slstm",), {"slstm": {"forget_bias": (0.0, 0.0)}}),
 }
 # The outside control, where the package xlstm is installed: its blocks at its own defaults, by the places of the sLSTM.
 THEIRS = {"nx-ai[1:0]": "none", "nx-ai[0:1]": "all", "nx-ai[1:1]": "second"}
@@ -174,6 +177,16 @@ ROWS = {
         batch=256,
         lrs=(1e-3,),
         seeds=(0,),
+        n_heads=1,
+    ),
+    "forget": Row(
+        "how the forget gates of an sLSTM should start, that it goes on counting in words longer than those it learnt from",
+        _languages("cycle_navigation", "arithmetic"),
+        ("xlstm[0:1]", "slstm-forget-0", "slstm-forget-2-to-6", "slstm-forget-5-to-5"),
+        steps=6000,
+        batch=128,
+        lrs=(1e-3, 3e-3, 1e-2),
+        seeds=(0, 1),
         n_heads=1,
     ),
     "languages": Row(
