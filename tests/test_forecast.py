@@ -317,7 +317,12 @@ def test_update_is_the_same_as_predicting_from_the_whole_history(fitted):
     for day in range(7):
         model.update(pd.concat([g.iloc[[len(g) - 7 + day]] for g in series]))
     pd.testing.assert_frame_equal(model.predict(), fitted.predict(whole))
-    assert model.panel.lengths.max() <= fitted.engine.longest + 8
+    assert model.panel.lengths.max() <= fitted.engine.longest + 7
+    # Days that never came are gaps, as they are in a history.
+    late = [g.iloc[[len(g) - 1]] for g in series[1:]]
+    model = fitted.on(pd.concat([g.iloc[:-4] for g in series])).update(pd.concat(late))
+    gapped = pd.concat([series[0].iloc[:-4], *(g.iloc[[*range(len(g) - 4), len(g) - 1]] for g in series[1:])])
+    pd.testing.assert_frame_equal(model.predict(), fitted.predict(gapped))
 
 
 def test_cross_validation_forecasts_from_before_the_cutoff(fitted):

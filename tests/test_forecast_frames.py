@@ -68,6 +68,13 @@ def test_odd_steps_are_guessed_and_gone_on_with(freq):
     assert list(frames.ahead(panel, 0, 5)) == list(pd.date_range(times[-1], periods=6, freq=freq)[1:])
 
 
+def test_parts_of_a_time_stand_back_behind_a_time():
+    times = pd.date_range("2024-01-01", periods=72, freq="h")
+    data = pd.DataFrame({"hour": times.hour, "month": times.month, "Stamp (UTC)": times.astype(str), "y": 1.0})
+    assert panel_of(data).columns.time == "Stamp (UTC)"
+    assert panel_of(pd.DataFrame({"region": "north", "year": range(1950, 2020), "y": 1.0})).columns.time == "year"
+
+
 ALIASES = [pd.offsets.MonthEnd(), "M", "ME", pd.offsets.Day(), pd.Timedelta("1D"), np.int64(3)]
 
 

@@ -133,6 +133,7 @@ class Speeds:
         # Tasks of words of equal lengths take equally long.
         kind = case.task if case.task in TEXTS or case.train != ((3, 40, 0),) else "words"
         sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout, self.graphs)
+        sizes = (*sizes, row.precision)
         return json.dumps([name, plan.model, kind, case.train, sizes])
 
     def of(self, plan: Plan) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from numbers import Integral
 
@@ -11,20 +12,9 @@ from exlstm.data import frequency
 from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, require_pandas, to_pandas
 
 ID_NAMES = ("unique_id", "id", "series_id", "item_id", "series", "item", "series_name", "store", "sku")
-TIME_NAMES = (
-    "ds",
-    "date",
-    "time",
-    "timestamp",
-    "datetime",
-    "month",
-    "day",
-    "week",
-    "year",
-    "quarter",
-    "period",
-    "hour",
-)
+TIME_NAMES = ("ds", "date", "time", "timestamp", "datetime", "period")
+# Parts of a time, which may as well stand beside one.
+PART_NAMES = ("month", "day", "week", "year", "quarter", "hour")
 TARGET_NAMES = ("y", "target", "value", "values")
 
 
@@ -111,7 +101,7 @@ def columns_of(frame, columns: Columns):
     by_time = isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex)
     if by_time and frame.index.name is None and columns.time and columns.time not in frame.columns:
         return frame.rename_axis(columns.time).reset_index()
-    wanted = {columns.id, columns.time, *ID_NAMES, *TIME_NAMES} - {""}
+    wanted = {columns.id, columns.time, *ID_NAMES, *TIME_NAMES, *PART_NAMES} - {""}
     named = [name for name in frame.index.names if name is not None]
     if len(named) > 1 or any(name in wanted or str(name).lower() in wanted for name in named):
         twice = [name for name in named if name in frame.columns]
@@ -131,21 +121,26 @@ def _with_time(frame, columns: Columns):
     if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex):
         name = frame.index.name or TIME
         return frame.rename_axis(name).reset_index(), name
-    for name in TIME_NAMES:
-        found = [c for c in names if c.lower() == name]
-        if found:
-            return frame, found[0]
-    for name in names:
-        if pd.api.types.is_datetime64_any_dtype(frame[name]):
-            return frame, name
-        if not pd.api.types.is_numeric_dtype(frame[name]):
-            with np.errstate(all="ignore"):
-                try:
-                    frequency.parse_times(frame[name].head(50), name)
-                except (ValueError, TypeError):
-                    continue
-            return frame, name
+    named = [c for name in TIME_NAMES for c in names if c.lower() == name]
+    told = (c for c in names if _holds_times(frame[c]))
+    parts = (c for name in PART_NAMES for c in names if c.lower() == name)
+    if name := next(itertools.chain(named, told, parts), None):
+        return frame, name
     raise ValueError(f"no column looks like a time; the columns are {_some(names)}; name one with time")
+
+
+def _holds_times(column) -> bool:
+    """Whether a column is of times, or of text that reads as such."""
+    pd = require_pandas()
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return True
+    if pd.api.types.is_numeric_dtype(column):
+        return False
+    try:
+        frequency.parse_times(column.head(50), str(column.name))
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _present(names, name: str, what: str):

@@ -162,6 +162,8 @@ class Forecaster:
     def update(self, df) -> Forecaster:
         """Appends new rows to the series that are known; a forecast then begins after them. Costs the same at any age.
 
+        Steps that are missing between the old rows and the new ones are gaps, as any others.
+
         Arrays go on where the series end. Of the past, as much is kept as a forecast sees.
         """
         self._fitted()
@@ -299,30 +301,39 @@ def _device(name: str) -> str:
     return str(device_of(name))
 
 
+def _gap(panel: Panel, n: int, time, most: int) -> int:
+    """Steps of series n that are missing before `time`, where it goes on: less than `most`."""
+    length = int(panel.lengths[n])
+    first = panel.times(n, length, length + 1)[0]
+    if time == first:
+        return 0
+    coming = list(panel.times(n, length, length + most))
+    if time in coming:
+        return coming.index(time)
+    whose = "" if len(panel) == 1 else f" of series {panel.ids[n]!r}"
+    wanted = f"{first}, the step after the last, or one of the {most - 1} that follow"
+    raise ValueError(f"the new rows{whose} begin at {time}, wanted {wanted}")
+
+
 def _joined(old: Panel, new: Panel, keep: int) -> Panel:
-    """The old panel's last `keep` steps with the new rows behind them."""
-    place = {name: n for n, name in enumerate(new.ids)}
-    if unknown := [name for name in new.ids if name not in set(old.ids)]:
+    """The old panel's last `keep` steps with the new rows behind them, missing steps between them as gaps."""
+    place, known = {name: n for n, name in enumerate(new.ids)}, set(old.ids)
+    if unknown := [name for name in new.ids if name not in known]:
         raise ValueError(f"series {unknown[0]!r} is not one that the model knows; predict(df) takes new ones")
     parts = {k: [] for k in ("y", "futr", "hist")}
     firsts, lengths = [], []
     for n, name in enumerate(old.ids):
         a, b = old.offsets[n], old.offsets[n + 1]
-        start = max(0, b - a - keep)
-        firsts.append(old.times(n, start, start + 1)[0])
-        rows = {k: [getattr(old, k)[a + start : b]] for k in parts}
+        rows = {k: [getattr(old, k)[a:b]] for k in parts}
         if name in place:
             m = place[name]
-            next_time = old.times(n, b - a, b - a + 1)[0]
-            if new.first[m] != next_time:
-                whose = "" if len(old) == 1 else f" of series {name!r}"
-                raise ValueError(
-                    f"the new rows{whose} begin at {new.first[m]}, wanted {next_time}: the step after the last"
-                )
-            c, d = new.offsets[m], new.offsets[m + 1]
+            gap, c, d = _gap(old, n, new.first[m], keep), new.offsets[m], new.offsets[m + 1]
             for k in parts:
-                rows[k].append(getattr(new, k)[c:d])
+                rows[k] += [np.full((gap, *getattr(old, k).shape[1:]), np.nan), getattr(new, k)[c:d]]
         whole = {k: np.concatenate(v) for k, v in rows.items()}
+        start = max(0, len(whole["y"]) - keep)
+        whole = {k: v[start:] for k, v in whole.items()}
+        firsts.append(old.times(n, start, start + 1)[0])
         lengths.append(len(whole["y"]))
         for k in parts:
             parts[k].append(whole[k])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 
@@ -177,7 +178,9 @@ class Engine:
         """Ends sequences whose rows may have read half a token."""
         for sequence in sequences:
             sequence.done, sequence.consumed = "error", -1
-        self._step.alive.zero_()
+        # A device that is lost has to say so itself.
+        with suppress(RuntimeError):
+            self._step.alive.zero_()
 
     def _launch(self, writing):
         step, chooser = self._step, self._chooser

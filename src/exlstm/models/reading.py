@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exlstm.models.sampling import is_whole, token_list
 
-# Prompts are read in pieces, so that the activations of a long one never stand whole: tokens a row on a CPU, in all elsewhere.
+# Prompts are read in pieces, so that the activations of a long one never stand whole: tokens a row on a CPU, and in all rows.
 PIECE, TOKENS = 8192, 32768
 
 
@@ -58,7 +58,7 @@ def read(model, rows: list[list[int]], state) -> GenerationState:
     lengths = None if min(counts) == longest else torch.tensor(counts, device=device)
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)  # (B, T)
     last = None
-    size = PIECE if device.type == "cpu" else max(64, TOKENS // len(rows))
+    size = min(PIECE if device.type == "cpu" else TOKENS, max(64, TOKENS // len(rows)))
     for start in range(0, longest, size):
         piece = tokens[:, start : start + size]
         if lengths is None:
