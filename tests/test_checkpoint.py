@@ -44,6 +44,8 @@ def test_a_model_survives_save_and_load(tmp_path, blocks, tied):
     assert torch.equal(loaded(tokens_of(2, 5))[0], model(tokens_of(2, 5))[0])
     assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
     assert not any(b.is_meta for b in loaded.buffers())
+    shapes = LanguageModel.from_pretrained(tmp_path / "model", device="meta")
+    assert all(p.is_meta and p.shape == q.shape for p, q in zip(shapes.parameters(), model.parameters(), strict=True))
     loaded.train().loss(tokens_of(2, 5)).backward()
     assert {f.name for f in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json", "manifest.json"}
 

@@ -379,6 +379,15 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path, end):
     assert set(files(tmp_path)) == {"x/b", "x/manifest.json"}
 
 
+def test_where_a_link_leads_is_written_and_the_link_stays(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/real")
+    for text in ("old", "new", "newer"):
+        checkpoint.write_folder(tmp_path / "link", lambda to, text=text: (to / "a").write_text(text))
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "far/real/a").read_text() == text
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "far", "link", "manifest.json", "real"]
+
+
 def test_pruning_keeps_what_a_resume_needs(half):
     (half / "checkpoints" / "step-00000008" / "state.json").unlink()
     kept = []

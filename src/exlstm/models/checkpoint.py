@@ -90,7 +90,8 @@ def load(kind, folder: str | os.PathLike, device=None, dtype=None):
 
 def _load_folder(kind, folder: Path, device: str, dtype):
     config = _read_config(folder)
-    with _opened(folder / WEIGHTS, device) as file:
+    # Numbers are read all the same where shapes alone are wanted: what is damaged is refused everywhere.
+    with _opened(folder / WEIGHTS, "cpu" if device == "meta" else device) as file:
         _check_depth(folder, config, file.keys())
         try:
             model = kind(config, device="meta")
@@ -106,7 +107,7 @@ def _load_folder(kind, folder: Path, device: str, dtype):
             raise ValueError(f"{folder / MANIFEST} does not list {name}: the two were not written together")
     model.load_state_dict(weights, assign=True)
     model.tokenizer = tokenizer
-    return model.eval()
+    return (model.to(device) if device == "meta" else model).eval()
 
 
 def _read_config(folder: Path) -> LanguageConfig:

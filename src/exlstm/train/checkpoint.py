@@ -29,11 +29,12 @@ class DamagedCheckpoint(ValueError):
 
 
 def write_folder(path: Path | str, writer: Callable[[Path], None]):
-    """Writes the folder `path` by `writer(folder)`, whole or not at all; a folder of that name is replaced.
+    """Writes the folder `path` by `writer(folder)`, whole or not at all; a folder of that name is replaced, where a link
+    leads is written and the link stays.
 
     When the disk is full or the place cannot be written: an OSError of one sentence, and nothing is left behind.
     """
-    path = Path(path)
+    named, path = path, Path(os.path.realpath(path))
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     replaced = path.with_name(f".tmp-{os.getpid()}-{path.name}-replaced")
     try:
@@ -47,7 +48,7 @@ def write_folder(path: Path | str, writer: Callable[[Path], None]):
         temporary.rename(path)
         _fsync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise _refusal(f"could not write {path}", error) from None
+        raise _refusal(f"could not write {named}", error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
