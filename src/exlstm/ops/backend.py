@@ -1,11 +1,9 @@
 """Which implementation of an operator runs: argument > `with exlstm.backend(...)` > $EXLSTM_BACKEND > by device."""
 
-import math
 import os
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
-import numpy as np
 import torch
 
 TRITON = find_spec("triton") is not None
@@ -114,14 +112,6 @@ def check_state(state, shapes: dict, device):
             raise TypeError(f"state.{name} is {tensor.dtype}, wanted a floating dtype")
         if tensor.device != device:
             raise ValueError(f"state.{name} is on {tensor.device}, wanted {device} as the inputs")
-
-
-def room(shape, dtype):
-    """An empty CPU tensor out of NumPy's memory, for which huge pages are asked: 40 MiB are filled in 2 ms, torch's in 17."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64  # as torch aligns
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 def shared_memory(device) -> int:

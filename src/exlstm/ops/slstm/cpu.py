@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exlstm.ops.backend import cast, exact, room, traced
+from exlstm.ops.backend import cast, exact, traced
+from exlstm.ops.pages import room
 
 # Numbers a slab of steps may hold that are worked on at once, between or behind the steps themselves.
 BLOCK_NUMBERS = 1 << 16
@@ -263,7 +264,7 @@ def _backward_block(views, dq, dp, weights, saved, resets, paddings):
 def _outputs_before(saved, h, resets, paddings):
     """h_{t-1} as step t saw it (B, T, H, D)."""
     steps, _, heads, batch, width = saved.shape
-    before = saved.new_empty(batch, steps, heads, width)
+    before = room((batch, steps, heads, width), saved.dtype)
     rows = before.permute(1, 2, 0, 3)  # (T, H, B, D), a view
     rows[0] = h
     torch.mul(saved[:-1, 3], saved[:-1, 4], out=rows[1:])
