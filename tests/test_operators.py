@@ -110,6 +110,14 @@ def test_equals_the_reference_with_resets_and_padding(op, backend, steps, given_
     same(case.run(backend, **options), case.run("reference", **options))
 
 
+@pytest.mark.parametrize("limit", [0, 1 << 60])
+def test_both_products_of_the_slstm_equal_the_reference(limit, monkeypatch):
+    for name in ("SMALL_PRODUCT", "SMALL_PRODUCTS"):
+        monkeypatch.setattr(f"exlstm.ops.slstm.cpu.{name}", limit)
+    case, options = Case("slstm", 40, seed=6), {"reset": flags(40, 1, 0.1), "mask": flags(40, 2, 0.6)}
+    same(case.run("cpu", **options), case.run("reference", **options))
+
+
 @fast
 @pytest.mark.parametrize(
     "options", [{"normalize": False}, {"eps": 0.1}, {"scale": 0.3}, {"normalize": False, "scale": 1.0}], ids=str

@@ -1,7 +1,7 @@
 """sLSTM on the CPU: one loop over time that writes into preallocated memory, and a hand-written backward without a tape.
 
-A step is a product and some twenty small element-wise operations, so the cost of a call decides: arithmetic, exp and tanh go
-through NumPy (a microsecond a call), the other functions and products through torch, over the same memory. What need not wait
+A step is a product and some twenty small element-wise operations, so the cost of a call decides: arithmetic, exp, tanh and
+small products go through NumPy (a microsecond a call), the rest through torch, over the same memory. What need not wait
 for its turn is done for a block of steps at once: x is laid where a step works on it, h is laid out, the backward's factors made.
 The loop carries q = c/n, a weighted mean of the tanh(z̃) so far, in place of c (the rest is `reference`'s recurrence):
 
@@ -23,6 +23,9 @@ from exlstm.ops.pages import room
 
 # Numbers a slab of steps may hold that are worked on at once, between or behind the steps themselves.
 BLOCK_NUMBERS = 1 << 16
+# Multiplications up to which NumPy multiplies small matrices at least as fast, on one core, as torch does, whose threads meet
+# at every step: in all of them, times torch's threads, and in one, beyond which NumPy would call threads of its own.
+SMALL_PRODUCTS, SMALL_PRODUCT = 1 << 22, 1 << 18
 
 
 def cpu(x, r, h, c, n, m, reset, mask):
@@ -100,38 +103,43 @@ def _block(slab, steps):
     return min(steps, max(1, BLOCK_NUMBERS // slab.numel()))
 
 
+def _multiply(a, b, out):
+    """a @ b of arrays into `out`: on one core by NumPy, or between all of them by torch where there is work for them."""
+    inner, numbers = b.shape[-2], out.shape[-2] * out.shape[-1]
+    if numbers * inner <= SMALL_PRODUCT and out.size * inner * torch.get_num_threads() <= SMALL_PRODUCTS:
+        np.matmul(a, b, out=out)
+    else:
+        torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+
+
 def _forward_loop(x, r, h, q, n, m, hs, saved, resets, paddings):
     """Fills `hs` and `saved`, leaves the last h, n, m in their tensors and returns the last q."""
     xs, out = x.permute(1, 3, 2, 0, 4), hs.permute(1, 2, 0, 3)  # (T, 4, H, B, D) and (T, H, B, D), views
     steps, block = len(xs), _block(h, len(xs))
-    weights = r.permute(1, 0, 3, 2).flatten(0, 1).contiguous()  # (4 H, D in, D out)
-    # h stands there once a gate, so that the product leaves every gate in one piece.
-    h4 = torch.stack([h] * 4)
+    weights = r.permute(1, 0, 3, 2).contiguous().numpy()  # (4, H, D in, D out)
     for start in range(0, steps, block):
         here = slice(start, min(start + block, steps))
         part = saved[here] if len(saved) == steps else saved[: here.stop - start]
         part[:, :4].copy_(xs[here])
-        q = _forward_block(part, weights, h4, q, n, m, resets[here], paddings[here])
+        q = _forward_block(part, weights, h, q, n, m, resets[here], paddings[here])
         torch.mul(part[:, 3], part[:, 4], out=out[here])
-    h.copy_(h4[0])
     return q
 
 
-def _forward_block(saved, weights, h4, q, n, m, resets, paddings):
+def _forward_block(saved, weights, h, q, n, m, resets, paddings):
     """The steps of one block: turns x in `saved` into what is kept of a step, in place, and returns the last q."""
-    before, h4 = h4.flatten(0, 1), h4.numpy()
-    h, copies = h4[0], h4[1:]
-    q, n, m = (s.numpy() for s in (q, n, m))
-    log_f = saved.new_empty(n.shape)
-    a = log_f.numpy()
-    tensors = zip(saved[:, :4].flatten(1, 2), saved[:, 1], saved[:, 3])
-    for (products, t_f, t_o), (i, _, z, o, new), fresh, padded in zip(tensors, saved.numpy(), resets, paddings):
+    h, q, n, m = (s.numpy() for s in (h, q, n, m))
+    products, log_f = np.empty((4, *h.shape), h.dtype), saved.new_empty(h.shape)
+    a, arrays = log_f.numpy(), saved.numpy()
+    steps = zip(saved[:, 1], saved[:, 3], arrays[:, :4], arrays, resets, paddings)
+    for t_f, t_o, gates, (i, _, z, o, new), fresh, padded in steps:
         if fresh is not None:
             q = q.copy()
-            h4[:, :, fresh] = q[:, fresh] = n[:, fresh] = 0
+            h[:, fresh] = q[:, fresh] = n[:, fresh] = 0
             m[:, fresh] = -np.inf
-        kept = None if padded is None else [s[..., padded, :] for s in (h4, q, n, m)]
-        products.baddbmm_(before, weights)
+        kept = None if padded is None else [s[:, padded] for s in (h, q, n, m)]
+        _multiply(h, weights, products)
+        np.add(gates, products, out=gates)
         torch._C._nn.softplus(t_f, -1, 40, out=log_f)  # logsigmoid, in one vectorised pass on one core
         torch.sigmoid(t_o, out=t_o)
         np.tanh(z, out=z)
@@ -148,11 +156,10 @@ def _forward_block(saved, weights, h4, q, n, m, resets, paddings):
         np.multiply(a, i, out=a)
         np.add(q, a, out=new)
         np.multiply(o, new, out=h)
-        copies[...] = h
         q = new
         if kept is not None:
-            for s, old in zip((h4, q, n, m), kept, strict=True):
-                s[..., padded, :] = old
+            for s, old in zip((h, q, n, m), kept, strict=True):
+                s[:, padded] = old
     return torch.from_numpy(q)
 
 
@@ -197,15 +204,14 @@ def _backward_loop(dhs, dh, dq, dp, r, saved, first, resets, paddings):
     """dg̃ (B, T, H, 4, D); leaves the gradients of the initial h, q and p in dh, dq and dp."""
     steps, _, heads, batch, width = saved.shape
     block, outer = _block(first, steps), dhs.permute(1, 2, 0, 3)  # (T, H, B, D), a view
-    weights = r.flatten(1, 2)  # (H, 4 D out, D in)
+    weights = r.flatten(1, 2).contiguous().numpy()  # (H, 4 D out, D in)
     dx = room((batch, steps, heads, 4, width), saved.dtype)
     by_time = dx.permute(1, 2, 0, 3, 4)  # (T, H, B, 4, D), a view
     # The gradients that reach the outputs of a block, and in front of them the one that the block hands on.
     es = saved.new_empty(block + 1, *first.shape)
     factors, dg = saved.new_empty(block, 5, *first.shape), saved.new_empty(block, heads, batch, 4, width)
-    views = list(
-        zip(es, es.numpy(), es.numpy()[1:], factors.numpy(), dg.flatten(3), dg.numpy().transpose(0, 3, 1, 2, 4))
-    )
+    by_gate = dg.numpy().transpose(0, 3, 1, 2, 4)
+    views = list(zip(es.numpy(), es.numpy()[1:], factors.numpy(), dg.flatten(3).numpy(), by_gate))
     for start in reversed(range(0, steps, block)):
         here = slice(start, min(start + block, steps))
         part, e = saved[here], es[: here.stop - start + 1]
@@ -234,9 +240,9 @@ def _factors(saved, q_before, out):
 
 def _backward_block(views, dq, dp, weights, saved, resets, paddings):
     """The steps of one block, from the last to the first: fills dg and adds to es, by their views; goes on with dq and dp."""
-    a, b = np.empty_like(dq), np.empty_like(dq)
+    a, b, product = (np.empty_like(dq) for _ in range(3))
     steps = list(zip(views, saved.numpy(), resets, paddings))
-    for (t_next, e_next, e, factors, t_d, d), (w, _, _, o, _), fresh, padded in reversed(steps):
+    for (e_next, e, factors, joint, d), (w, _, _, o, _), fresh, padded in reversed(steps):
         (by_o, by_z, by_i, by_f, by_q), (d_i, d_f, d_z, d_o) = factors, d
         kept = None if padded is None else [s[:, padded] for s in (e, dq, dp)]
         np.multiply(e, o, out=a)
@@ -253,7 +259,8 @@ def _backward_block(views, dq, dp, weights, saved, resets, paddings):
         outer = None if fresh is None else e_next[:, fresh]
         if padded is not None:
             d[:, :, padded] = 0
-        t_next.baddbmm_(t_d, weights)
+        _multiply(joint, weights, product)
+        np.add(e_next, product, out=e_next)
         if padded is not None:
             e_next[:, padded] += kept[0]
             dq[:, padded], dp[:, padded] = kept[1:]
