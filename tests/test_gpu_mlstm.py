@@ -13,9 +13,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import exlstm
+import exlstm.ops.mlstm.plan as planning
 import exlstm.ops.mlstm.triton as operator
 from exlstm.ops.mlstm import MLSTMState, mlstm
-from exlstm.ops.mlstm.plan import OnePass, Plan, Tiles, choose, power
+from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, Plan, Tiles, TwoPass, choose, power
 from gpu import (
     DEVICE,
     INTERPRETED,
@@ -462,14 +463,24 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 
 # Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 150 each way, with n on chip
 # as well, which takes 0.53 ms where n from a pass of its own took 0.59.
-SPILLS = {("mlstm_forward_kernel", 64): 320}
+# The backward in one walk: 296 bytes in all, with resets 356, where Triton's own pipeline had thousands.
+SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 356}
 
 
 @here
 @pytest.mark.parametrize(
-    ("heads", "keys", "values", "with_reset"), [(8, 256, 512, False), (16, 128, 256, True), (32, 64, 128, False)]
+    ("heads", "keys", "values", "with_reset", "hopper"),
+    [
+        (8, 256, 512, False, None),
+        (16, 128, 256, True, None),
+        (32, 64, 128, False, None),
+        (32, 64, 128, False, "mlstm_backward_kernel"),
+        (32, 64, 128, True, "mlstm_backward_kernel"),
+        (8, 64, 128, False, "mlstm_gradients_kernel"),
+        (8, 64, 96, True, "mlstm_gradients_kernel"),
+    ],
 )
-def test_compiles_as_it_is_launched(heads, keys, values, with_reset, monkeypatch, tmp_path):
+def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, monkeypatch, tmp_path):
     """Every kernel of a forward and a backward in bfloat16: real code, matrix instructions where matrices meet, few spills."""
     import triton
 
@@ -483,23 +494,88 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, monkeypatch
 
     monkeypatch.setattr(gates.Call, "__init__", as_on_a_gpu)
     monkeypatch.setattr(operator, "runs_on", lambda q: True)
+    monkeypatch.setattr(planning, "gluon", lambda device: hopper is not None)
     reset = torch.zeros(8, 1024, dtype=torch.bool) if with_reset else None
     sizes = [(8, 1024, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
     leaves = [torch.zeros(size, dtype=BF16 if len(size) > 3 else F32).requires_grad_() for size in sizes]
     found = compile_only(monkeypatch)
     h, state = mlstm(*leaves, reset=reset, backend="triton")
     torch.autograd.grad([h, *state[:2]], leaves, [h, *state[:2]])
-    assert len(found) > 10
+    names = {kernel.__name__ for kernel, _ in found}
+    assert len(found) > (5 if hopper else 10)
+    assert names & {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_dq_kernel"} == {
+        hopper or "mlstm_dq_kernel"
+    }
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
         name, ptx = kernel.__name__, built.asm["ptx"]
         registers, spilled = cost(built, tmp_path)
         assert len(re.findall(r"(?m)^\s+(?:@%p\d+ )?[a-z][\w.:]+ .*;$", ptx)) > 50, name
         assert re.search(r"st\.global|bulk\.tensor.*\.global\.shared", ptx), name
-        assert ("tl.dot(" in kernel.src) == ("wgmma.mma_async" in ptx), name
+        assert ("tl.dot(" in kernel.src or name == hopper) == ("wgmma.mma_async" in ptx), name
+        assert name != hopper or (built.metadata.num_warps == 4 and built.metadata.shared <= 113 << 10), name
         assert registers > 16 and spilled <= SPILLS.get((name, keys), 64), (name, registers, spilled)
 
 
+@here
+def test_backwards_in_gluon_are_only_chosen_where_they_run(monkeypatch):
+    """At the widths and in the dtype that they ran with; many rows in one walk, few chunk by chunk."""
+
+    def backward(rows, keys=64, values=128, dtype=BF16, chunk=0):
+        q, v = (torch.empty(rows, 1, 1, width, dtype=dtype, device="meta") for width in (keys, values))
+        return type(choose(q, v, chunk).backward)
+
+    assert not planning.gluon(torch.device("cpu")) and backward(128) is TwoPass
+    monkeypatch.setattr(planning, "gluon", lambda device: True)
+    assert [backward(rows) for rows in (1, 127, 128, 4096)] == [Fused, Fused, Chain, Chain]
+    assert [backward(128, values=width) for width in (64, 96, 128, 256)] == [Chain, Chain, Chain, TwoPass]
+    assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
+    assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
+
+
+@here
+@pytest.mark.parametrize(
+    ("capability", "version", "runs"),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.5.1", False), ((9, 0), "3.7.0", False), ((8, 0), "3.6.0", False)],
+)
+def test_gluon_wants_hopper_and_the_triton_it_was_written_for(capability, version, runs, monkeypatch):
+    import triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    assert planning.gluon.__wrapped__(torch.device("cuda", 0)) == runs
+
+
 # Only on a GPU
+
+
+# Backwards in Gluon where they run, with as many rows and as few as they are for; two passes elsewhere, or where `chunk` asks.
+ROWS = [(8, 16, None), (1, 8, None), (8, 16, 64)]
+NARROW = [
+    ({"steps": 64}, {}),
+    ({"steps": 200}, {}),
+    ({"steps": 300, "state": False}, {}),
+    ({"steps": 300, "bias": -10.0}, {}),
+    ({"steps": 130}, {"normalize": False, "scale": 1.0}),
+    ({"steps": 130, "state": False}, {"eps": 0.1, "scale": 0.3}),
+    ({"steps": 130, "values": 96}, {}),
+    ({"steps": 130, "values": 64}, {}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "heads", "chunk"), ROWS, ids=str)
+@pytest.mark.parametrize(("sizes", "options"), NARROW, ids=str)
+def test_narrow_heads_whatever_their_backward(sizes, options, batch, heads, chunk):
+    inputs = case(**{"keys": 64, "values": 128, "batch": batch, "heads": heads, "dtype": BF16, **sizes})
+    equal(check(inputs, BF16, chunk=chunk, **options), run(inputs, chunk=chunk, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "heads", "chunk"), ROWS, ids=str)
+def test_narrow_heads_with_resets_and_padding(batch, heads, chunk):
+    inputs = case(200, 64, 128, batch, heads, BF16)
+    marks = {"reset": flags(batch, 200, density=0.1, seed=1), "mask": flags(batch, 200, density=0.7, seed=2)}
+    equal(check(inputs, BF16, chunk=chunk, **marks), run(inputs, chunk=chunk, **marks))
 
 
 @pytest.mark.gpu
@@ -546,10 +622,14 @@ def test_autocast_leaves_the_gates_alone(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "most"), [(32, 64), (8, 64 + 64 * 128 * 2 / 64)], ids=["one pass", "two passes"])
-def test_memory_for_the_backward_is_flat(heads, most):
-    """Kept beside the inputs and h: two numbers a token and head, n of every chunk, and in two passes its c in 16 bits."""
-    kept = []
+@pytest.mark.parametrize("heads", [32, 8], ids=["many rows", "few"])
+def test_memory_for_the_backward_is_flat(heads):
+    """Kept beside the inputs and h: two numbers a token and head, n of every chunk, and c in 16 bits where the plan keeps it.
+
+    Where a forward in one pass keeps none, its backward in two passes works it out again; one walk back cannot.
+    """
+    wide = [torch.empty(SIZES["batch"], 1, heads, SIZES[x], dtype=BF16, device=DEVICE) for x in ("keys", "values")]
+    most, kept = 64 + 64 * 128 * 2 / 64 * operator.keeps(choose(*wide, 0)), []
     for steps in (1024, 4096):
         sizes = SIZES | {"heads": heads}
         leaves = [x.requires_grad_() for x in case(steps, dtype=BF16, state=False, **sizes)]

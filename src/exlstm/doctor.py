@@ -2,7 +2,7 @@
 
 import os
 import platform
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 
 import torch
@@ -102,13 +102,25 @@ def _truth(case, dtype):
 
 
 def _mlstm_case(implementation, device, dtype, rounded_to=None):
-    """Output and input gradients of a small case with a reset, always the same one, in several chunks."""
-    steps = 300
-    shapes = [(2, steps, 2, 32)] * 3 + [(2, steps, 2)] * 2
-    inputs = _inputs(shapes, device, dtype, rounded_to or dtype, wide=3)
-    q, k, v, i, f = inputs
-    h, _ = mlstm.mlstm(q, k, v, i, logsigmoid(f + 3), reset=_reset(steps, device), backend=implementation)
-    return [h.detach(), *torch.autograd.grad((h * _weights(h)).sum(), inputs)]
+    """Outputs and input gradients of small cases with a reset, always the same ones, in several chunks.
+
+    On a GPU heads of 64 may have a backward for few sequences, one for many, and one where a chunk length is given.
+    """
+    run = partial(_mlstm_run, implementation, (device, dtype, rounded_to or dtype))
+    wide = run(130, 64, 128)
+    others = [run(130, 64, 128, copies=32), run(130, 64, 128, chunk=64)] if implementation == "triton" else [wide, wide]
+    return [*run(300, 32, 32), *wide, *others[0], *others[1]]
+
+
+def _mlstm_run(implementation, where, steps, keys, values, copies=1, chunk=None):
+    """The same whatever the number of `copies`, which share the weight in the gradients and of which the first are seen."""
+    shapes = [(2, steps, 2, keys)] * 2 + [(2, steps, 2, values)] + [(2, steps, 2)] * 2
+    inputs = _inputs(shapes, *where, wide=3)
+    q, k, v, i, f = (x.repeat(copies, *[1] * (x.dim() - 1)) for x in inputs)
+    reset = _reset(steps, where[0]).repeat(copies, 1)
+    h, _ = mlstm.mlstm(q, k, v, i, logsigmoid(f + 3), reset=reset, chunk=chunk, backend=implementation)
+    weights = (_weights(h[:2]) / copies).repeat(copies, 1, 1, 1)
+    return [h[:2].detach(), *torch.autograd.grad((h * weights).sum(), inputs)]
 
 
 def _slstm_case(implementation, device, dtype, rounded_to=None):

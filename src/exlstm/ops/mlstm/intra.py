@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from exlstm.ops.mlstm.gates import heads, matrices, padded, tile
+from exlstm.ops.mlstm.plan import power
 
 
 @triton.jit
@@ -134,6 +135,29 @@ def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, 
     tl.store(p_wn + base + o_t, b_w * b_ds)
 
 
+@triton.jit(do_not_specialize=["N"])
+def mlstm_denominator_gradient_kernel(d_q, d_h, d_dh, p_beta, p_den, p_s, p_w, p_ds, p_sums, H, N, K, V, scale,
+                                      L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """w = a β/den and ds of every token of a chunk, and Σ a β ds q, what n of the chunk has from it."""
+    i_bh, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
+    i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
+    o_t = (i_bh * N + i_n) * L + tl.arange(0, L)
+    b_part, b_beta = 1.0 / tl.load(p_den + o_t), scale * tl.load(p_beta + o_t)
+    tl.store(p_w + o_t, b_beta * b_part)
+    b_ds = tl.zeros([L], dtype=tl.float32)
+    if NORM:
+        for i_v in range(0, V, BV):
+            b_h = tile(d_h, i_b, i_h, i_n * L, i_v, L, BV, tl.float32)
+            b_ds += tl.sum(b_h * tile(d_dh, i_b, i_h, i_n * L, i_v, L, BV, tl.float32), 1)
+        b_s = tl.load(p_s + o_t)
+        b_ds *= tl.where(b_s > 0, -b_part, tl.where(b_s < 0, b_part, 0.0))
+    tl.store(p_ds + o_t, b_ds)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_q = tile(d_q, i_b, i_h, i_n * L, i_k, L, BK, tl.float32)
+        tl.store(p_sums + (i_bh * N + i_n) * K + o_k, tl.sum(b_q * (b_beta * b_ds)[:, None], 0), mask=o_k < K)
+
+
 def intra(call, plan, q, k, ns, gates, eps):
     """P, the denominator, and the sum in it where it counts."""
     L, BT, tiles = call.L, plan.BJ, plan.intra
@@ -159,6 +183,17 @@ def intra_backward(call, plan, q, k, v, h, dh, gates, den, s):
         call.H, call.N, call.K, call.V, call.scale, **_options(call, plan, tiles, "BK", "BV", "num_warps", "STAGES"),
     )  # fmt: skip
     return p, g, w, wn, sums
+
+
+def denominator_gradient(call, q, h, dh, gates, den, s):
+    """The weights w in dC and ds of every token, and what a chunk adds to dn."""
+    L, BK, BV = call.L, min(64, power(call.K)), min(128, power(call.V))
+    w, ds, sums = call.vector(den), call.vector(den), call.vector(den, call.rows, call.N, call.K)
+    mlstm_denominator_gradient_kernel[(call.rows * call.N,)](
+        heads(q, L, BK), heads(h, L, BV), heads(dh, L, BV), gates.beta, den, s, w, ds, sums,
+        call.H, call.N, call.K, call.V, call.scale, L=L, BK=BK, BV=BV, NORM=call.flags["NORM"],
+    )  # fmt: skip
+    return w, ds, sums
 
 
 def _options(call, plan, tiles, *names):

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from exlstm.ops.mlstm.gates import heads, matrices, padded, tile
 from exlstm.ops.mlstm.intra import intra
-from exlstm.ops.mlstm.plan import cdiv
+from exlstm.ops.mlstm.plan import cdiv, memories
 
 
 @triton.jit
@@ -34,10 +34,10 @@ def _scores(b_q, b_k, b_n, b_beta, p_u, p_top, p_floor, p_document, o_t, scale, 
 
 @triton.jit(do_not_specialize=["N"])
 def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta,
-                         p_gamma, p_den, p_s, H, N, K, V, scale, eps,
-                         L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCORES: tl.constexpr, NORM: tl.constexpr,
-                         RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """h of BV columns and the last memory; with SCORES, P, den and s are worked out here and not read."""
+                         p_gamma, p_den, p_s, p_cs, H, N, K, V, s_c, scale, eps,
+                         L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, SCORES: tl.constexpr,
+                         NORM: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """h of BV columns, the last memory and that before every EVERY-th chunk; with SCORES, P, den and s are not read but found."""
     tiles = tl.cdiv(V, BV)
     i_bh, i_v = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BV
     i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
@@ -51,6 +51,9 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u
         b_k = tile(d_k, i_b, i_h, i_n * L, 0, L, BK, DOT)
         b_v = tile(d_v, i_b, i_h, i_n * L, i_v, L, BV, DOT)
         o_t = (i_bh * N + i_n) * L + o_l
+        if EVERY and i_n % EVERY == 0:
+            o_s = ((i_bh * N + i_n) // EVERY * K + o_k[:, None]) * s_c + o_v[None, :]
+            tl.store(p_cs + o_s, b_c.to(DOT), mask=inside)
         b_beta = scale * tl.load(p_beta + o_t)
         if SCORES:
             b_p, b_den, b_s = _scores(
@@ -81,8 +84,8 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u
         tl.store(p_n + (i_bh * (N + 1) + N) * K + o_k, b_n, mask=(o_k < K) & (i_v == 0))
 
 
-def forward(plan, call, q, k, v, gates, c, n, eps):
-    """h, the last C, n of every chunk, den and s; no C of the chunks, which the backward works out again."""
+def forward(plan, call, q, k, v, gates, c, n, eps, every):
+    """h, the last C, n of every chunk, den and s, and C before every `every`-th chunk, of none where 0."""
     L, (BK, BV, *_) = plan.L, plan.forward
     if plan.SCORES:
         ns = call.vector(n, call.rows, call.N + 1, call.K)
@@ -90,11 +93,16 @@ def forward(plan, call, q, k, v, gates, c, n, eps):
     else:
         ns = call.normalisers(k, gates, n)
         p, den, s = intra(call, plan, q, k, ns, gates, eps)
+    cs = (
+        c.new_empty(memories(call.rows * call.N // every, call.K, call.V, call.dtype), dtype=call.dtype)
+        if every
+        else None
+    )
     h, c_last = padded(v, v.shape), call.vector(den, call.rows, call.K, call.V)
     mlstm_forward_kernel[(call.rows * cdiv(call.V, BV),)](
         heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(),
         n.contiguous(), c_last, ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
-        call.H, call.N, call.K, call.V, call.scale, eps, L=L, SCORES=plan.SCORES, DOT=call.dot, **call.flags,
-        **plan.forward._asdict(),
+        h if cs is None else cs, call.H, call.N, call.K, call.V, 0 if cs is None else cs.stride(1), call.scale, eps,
+        L=L, EVERY=every, SCORES=plan.SCORES, DOT=call.dot, **call.flags, **plan.forward._asdict(),
     )  # fmt: skip
-    return h.contiguous(), c_last, ns, den, s, None
+    return h.contiguous(), c_last, ns, den, s, cs

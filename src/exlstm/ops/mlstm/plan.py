@@ -2,9 +2,10 @@
 
 Nothing here depends on the length of a sequence, so a kernel is compiled once for a width of heads and serves every T; the number
 of sequences and heads only decides between a few variants, where there are too few of them to fill the card.
-Tiles were chosen on one H200 (docs/log.md).
+Tiles were chosen on one H200, the backwards of hopper.py on one H100 (docs/log.md).
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from exlstm.ops import backend as backends
 
 # Programs that a card of some 132 multiprocessors wants to see at once.
 FEW = 128
+# What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
+# Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
+CAPABILITY, GLUON = (9, 0), "3.6."
 
 
 class Tiles(NamedTuple):
@@ -50,11 +54,26 @@ class OnePass(NamedTuple):
     forward: Tiles
 
 
+class Chain(NamedTuple):
+    """Chunk length L of a backward that walks through all chunks of a sequence; see hopper.py."""
+
+    L: int
+
+
+class Fused(NamedTuple):
+    """Chunk length L of a backward whose chunks go one by one, the values that a program reads at once, and those of `states`."""
+
+    L: int
+    BJ: int
+    BV: int
+    states: Tiles
+
+
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
     forward: OnePass | TwoPass
-    backward: TwoPass
+    backward: Chain | Fused | TwoPass
 
 
 def choose(q, v, chunk: int) -> Plan:
@@ -68,8 +87,25 @@ def choose(q, v, chunk: int) -> Plan:
         two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
-        return Plan(_one_pass(K, V, rows), two)
+        return Plan(_one_pass(K, V, rows), Chain(64) if _on_hopper(q, v) else two)
+    elif large and _on_hopper(q, v):
+        return Plan(two, Fused(two.L, two.BJ, 64, two.states))
     return Plan(two, two)
+
+
+def _on_hopper(q, v) -> bool:
+    """Whether hopper.py has a backward for these widths, all that it ran with on a card, and whether that runs here."""
+    return q.shape[-1] == 64 and v.shape[-1] in (64, 96, 128) and gluon(q.device)
+
+
+@cache
+def gluon(device) -> bool:
+    """Whether the kernels written in Gluon run on `device`."""
+    if not backends.TRITON or backends.INTERPRETED or device.type != "cuda":
+        return False
+    import triton
+
+    return torch.cuda.get_device_capability(device) == CAPABILITY and triton.__version__.startswith(GLUON)
 
 
 def padded_length(plan: Plan, time: int, save: bool) -> int:

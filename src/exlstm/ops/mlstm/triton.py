@@ -1,4 +1,4 @@
-"""mLSTM on a GPU: the Triton kernels of one_pass.py and two_pass.py behind the operator's signature, with their exact backward.
+"""mLSTM on a GPU: the kernels of one_pass.py, two_pass.py and hopper.py behind the operator's signature, with exact backward.
 
 Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
 every chunk, and C of every chunk where the forward wrote it, a third of what q, k, v and h take; the rest is worked out again.
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import OnePass, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,10 +46,17 @@ def _step(q, v, save):
     return step if takes(q, v, torch.float32) else cpu
 
 
+def keeps(plan) -> bool:
+    """Whether the forward hands its memories to the backward: two passes have them anyway, a walk back cannot find them."""
+    return not isinstance(plan.forward, OnePass) or isinstance(plan.backward, Chain)
+
+
 def _kernels(plan):
     # Imported here, so that a machine without Triton or without a GPU never pays for them.
     if isinstance(plan, OnePass):
         from exlstm.ops.mlstm import one_pass as kernels
+    elif isinstance(plan, Chain | Fused):
+        from exlstm.ops.mlstm import hopper as kernels
     else:
         from exlstm.ops.mlstm import two_pass as kernels
     return kernels
@@ -64,15 +71,17 @@ def _forward(
 
     plan = choose(q, v, chunk)
     call = Call(q, v, reset, scale, normalize, plan.forward.L, padded_length(plan, q.shape[1], save))
+    longer = plan.backward.L // plan.forward.L
     with backends.on(q.device):
         gates = call.gates(log_i, log_f, m)
         kernels, tensors = _kernels(plan.forward), (aligned(q), aligned(k), aligned(v))
-        h, c_last, ns, den, s, cs = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps)
+        every = longer if save and keeps(plan) else 0
+        h, c_last, ns, den, s, cs = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps, every)
     memory = c_last.view(c.shape), ns[:, -1].reshape(n.shape).clone(), gates.last_m.view(m.shape)
     # n at the start of the backward's chunks, which may be longer.
-    kept = ns[:, :: plan.backward.L // plan.forward.L].contiguous()
+    kept = ns[:, ::longer].contiguous()
     saved = [x if save and x is not None else ns.new_empty(0) for x in (den, s, kept)]
-    saved.append(cs if save and cs is not None else ns.new_empty(0, dtype=call.dtype))
+    saved.append(cs if save and keeps(plan) else ns.new_empty(0, dtype=call.dtype))
     return h, *memory, *saved
 
 
@@ -111,7 +120,7 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
     chunks = tokens // plan.backward.L
     saved = [(rows, tokens), (rows, tokens), (rows, chunks + 1, q.shape[-1])] if save else [(0,)] * 3
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else torch.float32
-    kept = memories(rows * chunks, *c.shape[2:], dtype) if save and plan.forward == plan.backward else (0,)
+    kept = memories(rows * chunks, *c.shape[2:], dtype) if save and keeps(plan) else (0,)
     return *memory, *(c.new_empty(shape) for shape in saved), c.new_empty(kept, dtype=dtype)
 
 

@@ -158,8 +158,8 @@ def mlstm_dv_kernel(d_k, d_dh, d_p, d_dc, d_dv, p_alpha, H, N, K, V,
     d_dv.store([i_b, i_h, i_r * BT, i_v], b_dv.to(d_dv.dtype).reshape(1, 1, BT, BV))
 
 
-def forward(plan, call, q, k, v, gates, c, n, eps):
-    """h, the last C, n of every chunk, den and s, and C at the start of every chunk, all of which the backward wants."""
+def forward(plan, call, q, k, v, gates, c, n, eps, every):
+    """h, the last C, n of every chunk, den and s, and C at the start of every chunk whatever `every` says."""
     ns = call.normalisers(k, gates, n)
     cs, c_last = states(call, plan, k, v, gates.alpha, gates.gamma, c)
     p, den, s = intra(call, plan, q, k, ns, gates, eps)
