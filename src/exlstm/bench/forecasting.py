@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from exlstm.bench import timing
 from exlstm.bench.config import ForecastingConfig
@@ -20,42 +21,35 @@ from exlstm.bench.forecast_tasks import Task, tasks_of
 from exlstm.forecast import engine, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 
-LEVELS = np.array(engine.LEVELS)
+LEVELS = engine.LEVELS
 DECILES = [k for k, level in enumerate(engine.LEVELS) if round(level * 10) == level * 10]
 SCRIPT = Path(__file__).with_name("forecast_peers.py")
 
 
 class Tally:
-    """Errors summed over windows: quantiles (B, H, Q) and truth (B, H) in units of the data."""
+    """Errors summed over windows where the forecasts are: quantiles (B, H, Q), truth (B, H), float64, in units of the data."""
 
-    def __init__(self):
-        self.sums, self.windows = dict.fromkeys(("se", "ae", "n", "pinball", "size", "in80", "in95"), 0.0), []
+    def __init__(self, ratios: bool = True):
+        self.ratios, self.sums, self.windows = ratios, 0.0, []
 
-    def add(self, quantiles: np.ndarray, y: np.ndarray, scale: np.ndarray):
+    def add(self, quantiles: Tensor, y: Tensor, scale: Tensor):
         """`scale` (B,): the mean error of the naive forecast in the history of each window."""
-        half, known = len(LEVELS) // 2, ~np.isnan(y)
-        error = np.where(known, y - quantiles[..., half], 0.0)
-        off = np.where(known[..., None], y[..., None] - quantiles, 0.0)[..., DECILES]
-        levels, add = LEVELS[DECILES], self.sums
-        add["se"] += float((error**2).sum())
-        add["ae"] += float(np.abs(error).sum())
-        add["n"] += int(known.sum())
-        add["pinball"] += float(2 * np.maximum(levels * off, (levels - 1) * off).mean(-1).sum())
-        add["size"] += float(np.abs(y[known]).sum())
-        for name, low, high in (("in80", 2, -3), ("in95", 0, -1)):
-            add[name] += int(((y >= quantiles[..., low]) & (y <= quantiles[..., high]) & known).sum())
-        self.windows += list(np.abs(error).sum(1) / np.maximum(known.sum(1), 1) / scale)
+        half, known = quantiles.shape[-1] // 2, ~y.isnan()
+        off = torch.where(known[..., None], y[..., None] - quantiles, 0.0)  # (B, H, Q)
+        error = off[..., half]
+        picked, levels = off[..., DECILES], torch.tensor(LEVELS, dtype=y.dtype, device=y.device)[DECILES]
+        loss = 2 * torch.maximum(levels * picked, (levels - 1) * picked).mean(-1)
+        inside = [((off[..., k] >= 0) & (off[..., -1 - k] <= 0) & known).sum() for k in (2, 0)]  # 80 and 95 %
+        sums = (error.square().sum(), error.abs().sum(), known.sum(), loss.sum(), y.abs().nansum(), *inside)
+        self.sums = self.sums + torch.stack([x.to(y.dtype) for x in sums])
+        if self.ratios:
+            self.windows += (error.abs().sum(1) / known.sum(1).clamp_min(1) / scale).tolist()
 
     def row(self) -> dict:
-        s, finite = self.sums, [w for w in self.windows if math.isfinite(w)]
-        n = max(s["n"], 1)
-        found = {"MSE": s["se"] / n, "MAE": s["ae"] / n, "MASE": float(np.mean(finite)) if finite else math.nan}
-        return {
-            **found,
-            "WQL": s["pinball"] / max(s["size"], 1e-300),
-            "cover 80": s["in80"] / n,
-            "cover 95": s["in95"] / n,
-        }
+        se, ae, n, loss, size, in80, in95 = self.sums.tolist()
+        n, finite = max(n, 1), [w for w in self.windows if math.isfinite(w)]
+        found = {"MSE": se / n, "MAE": ae / n, "MASE": float(np.mean(finite)) if finite else math.nan}
+        return {**found, "WQL": loss / max(size, 1e-300), "cover 80": in80 / n, "cover 95": in95 / n}
 
 
 def run(config: ForecastingConfig) -> list[dict]:
@@ -118,14 +112,19 @@ def _judge(task: Task, fitted: engine.Engine, names) -> dict[str, Tally]:
         # Groups of one cut stand together.
         order = torch.argsort(cuts, stable=True)
         series, cuts = series[order], cuts[order]
-    scale, tallies = _naive_errors(task), {name: Tally() for name in ("blend", *names)}
-    for at, out, batch in fitted.forecast(windows, series, cuts, names):
-        n, t = series[at].cpu().numpy(), cuts[at].cpu().numpy()
-        mean, deviation = windows.norms[n].T[:, :, None]
-        y = batch.target.double().cpu().numpy() * deviation + mean
-        unit = np.array([scale(int(i), int(c)) for i, c in zip(n, t)])
+    archive = task.protocol == "archive"
+    scale, tallies = _naive_errors(task), {name: Tally(archive) for name in ("blend", *names)}
+    # Sums in float64 where they can be had; MPS has none.
+    home = {"dtype": torch.float64, "device": "cpu" if windows.device.type == "mps" else windows.device}
+    norms = torch.from_numpy(windows.norms).to(**home)[:, :, None]  # (N, 2, 1)
+    pairs = zip(series.tolist(), cuts.tolist()) if archive else ()
+    units = torch.tensor([scale(n, t) for n, t in pairs] or [math.nan] * len(series)).to(**home)
+    size = 512 if windows.device.type == "cpu" else 2048
+    for at, out, batch in fitted.forecast(windows, series, cuts, names, size):
+        mean, deviation = norms[series[at].to(home["device"])].unbind(1)
+        y = batch.target.to(**home) * deviation + mean
         for name, q in out.items():
-            tallies[name].add(q.double().cpu().numpy() * deviation[..., None] + mean[..., None], y, unit)
+            tallies[name].add(q.to(**home) * deviation[..., None] + mean[..., None], y, units[at.to(home["device"])])
     return tallies
 
 
@@ -218,10 +217,10 @@ def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
         quantiles, ids, cuts = out["quantiles"], out["series"], out["cuts"]
     scale, tally = _naive_errors(task), Tally()
     place = {str(name): n for n, name in enumerate(task.panel.ids)}
-    for q, name, cut in zip(quantiles, ids, cuts):
-        n = place[str(name)]
-        a = task.panel.offsets[n] + cut
-        tally.add(q[None], task.panel.y[None, a : a + task.horizon], np.array([scale(n, int(cut))]))
+    at = [(place[str(name)], int(cut)) for name, cut in zip(ids, cuts)]
+    y = np.stack([task.panel.y[task.panel.offsets[n] + t :][: task.horizon] for n, t in at])
+    unit = torch.tensor([scale(n, t) for n, t in at], dtype=torch.float64)
+    tally.add(torch.from_numpy(quantiles).double(), torch.from_numpy(y), unit)
     return [_row(task, peer, config.seeds[0], tally, time.perf_counter() - start, {})]
 
 

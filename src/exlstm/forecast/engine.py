@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exlstm.data.panel import Panel
 from exlstm.data.windows import Batch, Windows
-from exlstm.forecast import baselines, combine, fitting
+from exlstm.forecast import baselines, combine, fitting, training
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
@@ -19,7 +19,7 @@ from exlstm.models.linear import LinearPath
 
 LEVELS = ForecasterConfig().quantiles
 FINETUNE_ALPHA = 1e-3
-EVALUATIONS = fitting.EVALUATIONS
+EVALUATIONS = training.EVALUATIONS
 # Numbers of validation quantiles that weights and calibration are chosen by.
 HELD = 8 * 10**6
 
@@ -58,7 +58,7 @@ class Engine:
         """Steps of history that a forecast looks at."""
         theta = min(512, max(96, 8 * self.season)) if "theta" in self.config.members else 1
         linear = self.linear.config
-        network = fitting.seen(self.network) if self.network is not None else 1
+        network = training.seen(self.network) if self.network is not None else 1
         return max(theta, self.season, linear.lookback, linear.past, network)
 
     def windows(self, panel: Panel, future=None) -> Windows:
@@ -129,8 +129,8 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
     story = None
     if "network" in config.members:
-        engine.network = fitting.build_network(found, linear, config)
-        story = fitting.train_network(engine.network, found, config, report=getattr(report, "step", None))
+        engine.network = training.build_network(found, linear, config)
+        story = training.train_network(engine.network, found, config, report=getattr(report, "step", None))
         size = sum(p.numel() for p in engine.network.parameters() if p.requires_grad)
         shape = f"{size:,} parameters ({config.n_layers} x {'+'.join(config.blocks)}, patches of {engine.network.config.patch})"
         losses = f"validation loss {story['losses'][0]:.4f} -> {min(story['losses']):.4f}"
@@ -214,7 +214,7 @@ def _refit(engine: Engine, found: fitting.Split, alpha: float, story: dict | Non
     if engine.network is not None and engine.weights.get("network", 0) > 0:
         with torch.no_grad():
             engine.network.linear.weight.copy_(engine.linear.weight)
-        fitting.continue_network(engine.network, found, engine.config, story["best_step"] // 5, engine.config.lr / 3)
+        training.continue_network(engine.network, found, engine.config, story["best_step"] // 5, engine.config.lr / 3)
 
 
 def finetune(engine: Engine, panel: Panel, steps: int, report=None) -> Engine:
@@ -232,7 +232,7 @@ def finetune(engine: Engine, panel: Panel, steps: int, report=None) -> Engine:
         with torch.no_grad():
             new.network.linear.weight.copy_(new.linear.weight)
         config = replace(new.config, steps=max(1, steps), patience=EVALUATIONS, lr=new.config.lr / 3)
-        story = fitting.train_network(new.network, found, config) if steps else {"best_step": 0}
+        story = training.train_network(new.network, found, config) if steps else {"best_step": 0}
         told += f", network trained on for {story['best_step']} updates"
     new.notes.append(f"finetuned: linear path {told}")
     if report:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from exlstm.data.panel import Columns, Panel
 from exlstm.forecast.config import FitConfig
 from exlstm.forecast.engine import Engine
-from exlstm.forecast.fitting import DESIGNS
+from exlstm.forecast.training import DESIGNS
 from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, from_dict, nearest
 from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
