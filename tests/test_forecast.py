@@ -247,6 +247,42 @@ def test_calibration_covers_what_it_says():
     assert ((between[..., 1] > found[..., 2]) & (between[..., 1] < found[..., 3])).all()
 
 
+def test_the_network_gets_three_quarters_of_what_validation_gives_it():
+    torch.manual_seed(0)
+    levels, unit = torch.tensor([0.1, 0.5, 0.9]), torch.ones(200, 1)
+    target, spread = torch.randn(200, 5), torch.tensor([-1.3, 0.0, 1.3])
+    good, bad = target[..., None] + 0.1 * torch.randn(200, 5, 1) + spread, torch.full((200, 5, 3), 3.0) + spread
+    given = target, unit, levels, "mae"
+    assert combine.cautious(torch.stack([bad, good]), *given, ["linear", "network"]) == [0.25, 0.75]
+    assert combine.cautious(torch.stack([good, bad]), *given, ["linear", "network"]) == [1, 0]
+    assert combine.cautious(torch.stack([bad, good]), *given, ["naive", "linear"]) == [0, 1]
+    assert combine.cautious(good[None], *given, ["network"]) == [1]
+
+
+def test_the_spread_goes_by_what_the_window_moved_by():
+    """Windows of two kinds, one ten times as wild: of later ones either kind is covered nearly as often as told."""
+    torch.manual_seed(0)
+    levels = torch.tensor(engine.LEVELS)
+    wild = 10 ** torch.randint(2, (2000, 1)).float()
+    y, truth = torch.randn(2000, 60) * wild, torch.randn(2000, 4) * wild
+    seen = torch.ones(2000, 60, dtype=torch.bool)
+    batch = windows().batch(torch.tensor([0]), torch.tensor([60]), 48, 4)._replace(y=y, seen=seen)
+    moved = combine.moves(batch, 12, 40)
+    assert torch.allclose(
+        moved[wild[:, 0] > 1].mean(0) - moved[wild[:, 0] == 1].mean(0), torch.tensor(10.0).log(), atol=0.02
+    )
+    fitted = combine.fit_width(truth[:1000], moved[:1000])
+    spread = combine.residual_spread(truth[:1000] / combine.width(moved[:1000], fitted), levels)
+    later = combine.width(moved[1000:], fitted)[..., None] * spread
+    inside = ((truth[1000:] > later[..., 2]) & (truth[1000:] < later[..., -3])).float().mean(1, keepdim=True)
+    # The slope is shrunk by a fifth; a spread that is the same for all is off by .2 and .16.
+    for kind in (1, 10):
+        assert abs(float(inside[wild[1000:] == kind].mean()) - 0.8) < 0.1
+    # One window teaches nothing of the slopes, and nothing known is no error.
+    assert combine.fit_width(truth[:1], moved[:1])[1].abs().max() == 0
+    assert combine.fit_width(truth[:1] * torch.nan, moved[:1]).abs().max() == 0
+
+
 def test_a_panel_is_split_where_it_should_be():
     w = windows()
     found = fitting.split(w, FitConfig(horizon=7))

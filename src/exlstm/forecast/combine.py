@@ -1,7 +1,9 @@
 """From members to one forecast: the spread of their residuals, weights by validation, and conformal calibration.
 
-Quantiles are averaged level by level (Vincent), so that the blend is as sharp as its members. The calibration stretches
-each level's distance to the median by one factor, the conformal quantile of what validation needed (Romano et al., 2019).
+Quantiles are averaged level by level (Vincent), so that the blend is as sharp as its members. The spread of a member that
+has none of its own is counted in what the window moves by (normalised conformal prediction: Papadopoulos et al., 2008).
+The calibration stretches each level's distance to the median by one factor, the conformal quantile of what validation
+needed (Romano et al., 2019).
 """
 
 from __future__ import annotations
@@ -14,6 +16,12 @@ from torch import Tensor
 from exlstm.models.forecaster import pinball
 
 STRETCH = (0.25, 6.0)
+# Share of the weights that validation gives with the network; the rest is what it gives without.
+TRUST = 0.75
+# Logarithm of the factor that a window's moves may make of the spread.
+WIDEST = 3.0
+# Variance of the logarithm of a window's moves, and windows of such, that the spread's dependence on them is held against.
+DOUBT, FEW = 0.3, 20.0
 
 
 def residual_spread(residual: Tensor, levels: Tensor) -> Tensor:
@@ -32,6 +40,43 @@ def residual_spread(residual: Tensor, levels: Tensor) -> Tensor:
     half = len(levels) // 2
     sides = torch.cat([shape[:half].clamp_max(0), torch.zeros_like(shape[:1]), shape[half + 1 :].clamp_min(0)])
     return size[:, None] * sides
+
+
+def moves(batch, season: int, steps: int) -> Tensor:
+    """(B, 2): logarithms of the mean move of the last `steps` steps from one to the next, and over a season; a series that
+    stands still moves by a thousandth of its deviation."""
+    found = []
+    for lag in (1, season):
+        y, seen = batch.y[:, -steps - lag :], batch.seen[:, -steps - lag :]
+        known = seen[:, lag:] & seen[:, :-lag] if lag < y.shape[1] else seen[:, :0]
+        size = torch.where(known, (y[:, lag:] - y[:, :-lag]).abs(), 0.0) if known.shape[1] else y[:, :0]
+        count = known.sum(1)
+        mean = size.sum(1) / count.clamp_min(1)
+        # Without a season to compare, the steps say it.
+        found.append(
+            torch.where(count > 0, mean, found[0].exp() if found else torch.ones_like(mean)).clamp_min(1e-3).log()
+        )
+    return torch.stack(found, 1)
+
+
+def fit_width(residual: Tensor, moved: Tensor) -> Tensor:
+    """(2, 2): mean and slope of the moves (W, 2) by which the logarithm of a window's mean error (W, H) goes; slopes shrunk."""
+    known = ~residual.isnan()
+    size = torch.where(known, residual.abs(), 0.0).sum(1) / known.sum(1).clamp_min(1)
+    keep = known.any(1)
+    if not keep.any():
+        return torch.zeros(2, 2, device=residual.device)
+    x, y = moved[keep].double(), size[keep].double().clamp_min(1e-4).log()
+    mean = x.mean(0)
+    x, y = x - mean, y - y.mean()
+    held = (DOUBT * len(x) + DOUBT * FEW) * torch.eye(2, dtype=x.dtype, device=x.device)
+    slope = torch.linalg.solve(x.T @ x + held, x.T @ y)
+    return torch.stack([mean, slope]).float()
+
+
+def width(moved: Tensor, fitted: Tensor) -> Tensor:
+    """(B, 1): the factor of the spread of windows that moved by `moved` (B, 2)."""
+    return ((moved - fitted[0]) @ fitted[1]).clamp(-WIDEST, WIDEST).exp()[:, None]
 
 
 def blend(members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str) -> list[float]:
@@ -59,6 +104,19 @@ def blend(members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric:
             better = found[0] < best[0] * (1 - 1e-4)
             best = found if better else best
     return list(best[1])
+
+
+def cautious(
+    members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str, names: list[str]
+) -> list[float]:
+    """The weights of `blend`, and a quarter of those it finds without the network: the same windows chose the network's last
+    update, so that they speak too well of it."""
+    weights = blend(members, target, unit, levels, metric)
+    others = [k for k, name in enumerate(names) if name != "network"]
+    if len(others) in (0, len(names)) or not any(w for w, name in zip(weights, names) if name == "network"):
+        return weights
+    without = dict(zip(others, blend(members[others], target, unit, levels, metric)))
+    return [TRUST * w + (1 - TRUST) * without.get(k, 0.0) for k, w in enumerate(weights)]
 
 
 def _moved(weights, giver: int, taker: int, step: float) -> tuple[float, ...]:

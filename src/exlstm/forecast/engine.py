@@ -22,6 +22,8 @@ FINETUNE_ALPHA = 1e-3
 EVALUATIONS = training.EVALUATIONS
 # Numbers of validation quantiles that weights and calibration are chosen by.
 HELD = 8 * 10**6
+# Steps at least that the spread of a window goes by.
+MOVED = 32
 
 
 @dataclass
@@ -65,11 +67,16 @@ class Engine:
         """The panel as this engine sees it; `future` (N, H, F) or None."""
         return Windows(panel, self.season, self.statistics, future, self.device).with_calendar(self.config.horizon)
 
+    def moves(self, batch: Batch, scale: Tensor) -> Tensor:
+        """(B, 2): what the windows moved by lately, in units of the linear path, as logarithms."""
+        return combine.moves(batch, self.season, max(MOVED, 2 * self.season, 2 * self.config.horizon)) - scale.log()
+
     @torch.no_grad()
     def members(self, batch: Batch, offset: Tensor, names, n_series: int = 1) -> dict[str, Tensor]:
         """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them."""
         h, found = self.config.horizon, {}
         _, scale = self.linear.units(batch)
+        moved = self.moves(batch, scale)
         for name in names:
             if name == "network":
                 found[name] = combine.stretched(self.network(batch, n_series), self.spreads.get(name, self.plain))
@@ -81,7 +88,9 @@ class Engine:
             }[name]()
             spread = self.spreads.get(name)
             point = point[..., None].expand(-1, -1, len(LEVELS))
-            found[name] = point if spread is None else point + scale[..., None] * spread
+            if spread is not None:
+                point = point + (scale * combine.width(moved, self.spreads[f"{name}.width"]))[..., None] * spread
+            found[name] = point
         return found
 
     def forecast(self, windows: Windows, series: Tensor, cuts: Tensor, also=(), size: int = 512):
@@ -161,7 +170,7 @@ def _combine(engine: Engine, found: fitting.Split):
     mixed_in = [m for m in config.members if m != "network" or engine.network is not None] or ["linear"]
     # The two simplest are measured even where they may not enter the blend.
     names = list(dict.fromkeys((*mixed_in, "naive", "linear")))
-    gathered, targets, units, scales = {m: [] for m in names}, [], [], []
+    gathered, targets, units, scales, moved = {m: [] for m in names}, [], [], [], []
     for part in numbers.split(max(n, 512 // n * n) if n else 512):
         series, at = val.at(part)
         batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
@@ -170,6 +179,7 @@ def _combine(engine: Engine, found: fitting.Split):
         targets.append(batch.target)
         units.append(found.unit[series])
         scales.append(engine.linear.units(batch)[1])
+        moved.append(engine.moves(batch, scales[-1]))
     target, unit, scale = torch.cat(targets), torch.cat(units), torch.cat(scales)
     stacked, levels = {m: torch.cat(q) for m, q in gathered.items()}, engine.levels
     for name, quantiles in stacked.items():
@@ -178,10 +188,16 @@ def _combine(engine: Engine, found: fitting.Split):
             stacked[name] = combine.stretched(quantiles, engine.spreads[name])
         else:
             point = quantiles[..., len(LEVELS) // 2]
-            engine.spreads[name] = combine.residual_spread((target - point) / scale, levels)
-            stacked[name] = quantiles + scale[..., None] * engine.spreads[name]
+            residual = (target - point) / scale
+            fitted = combine.fit_width(residual, torch.cat(moved))
+            wide = combine.width(torch.cat(moved), fitted)
+            engine.spreads[name], engine.spreads[f"{name}.width"] = (
+                combine.residual_spread(residual / wide, levels),
+                fitted,
+            )
+            stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
     whole = torch.stack([stacked[m] for m in mixed_in])
-    weights = combine.blend(whole, target, unit, levels, config.metric)
+    weights = combine.cautious(whole, target, unit, levels, config.metric, mixed_in)
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
