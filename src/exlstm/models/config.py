@@ -279,7 +279,8 @@ class ForecasterConfig(StackConfig):
     """kinds of block, repeated in turn up to n_layers"""
     dropout: float = 0.1
     """dropout on the output of every mixer and feed-forward and in front of the head, in training"""
-    slstm: SLSTMOptions = field(default_factory=lambda: SLSTMOptions(dense=True))
+    # Memories of every length: what a patch says is kept, or not, from the first step on.
+    slstm: SLSTMOptions = field(default_factory=lambda: SLSTMOptions(dense=True, forget_bias=(5.0, -5.0)))
     horizon: int = 1
     """steps forecast at once"""
     lookback: int = 8

@@ -32,7 +32,8 @@ class VariateMixer(nn.Module):
         if self.kind == "attention":
             self.qkv = nn.Linear(d, 3 * d, bias=False, **new)
         else:
-            self.forth, self.back = (sLSTM(d, config.n_heads, dense=True, **new) for _ in range(2))
+            more = {"dense": True, "forget_bias": config.slstm.forget_bias, **new}
+            self.forth, self.back = (sLSTM(d, config.n_heads, **more) for _ in range(2))
         self.reset_parameters()
 
     def reset_parameters(self):
