@@ -26,8 +26,8 @@ EVALUATIONS = 20
 # Share of the training that is seen through in any case.
 PATIENT = 0.4
 EMA = 0.99
-# Whether a step on a GPU is recorded once and replayed.
-CAPTURE = True
+# Whether a step on a GPU is recorded once and replayed. No: this network's recorded step has not run on a card yet.
+CAPTURE = False
 DESIGNS = {"patches": ForecasterNetwork, "xlstmtime": XLSTMTime}
 
 
