@@ -321,7 +321,7 @@ def test_a_tally_is_what_its_names_say():
     y = torch.randn(20000, 2, generator=torch.Generator().manual_seed(0))
     quantiles = normal.icdf(levels).expand(20000, 2, -1)
     tally = forecasting.Tally()
-    tally.add(quantiles.numpy(), y.numpy(), torch.full((20000,), 2.0).numpy())
+    tally.add(quantiles, y, torch.full((20000,), 2.0))
     row = tally.row()
     assert row["MSE"] == pytest.approx(1, abs=0.02)
     assert row["MAE"] == pytest.approx(0.798, abs=0.01)
