@@ -462,6 +462,7 @@ def test_a_batch_forecaster_travels_and_agrees(fitted, tmp_path):
     wanted = fitted.predict(frame(), level=[80], baselines=False)
     pd.testing.assert_frame_equal(traveller(frame()), wanted)
     assert pickle.loads(pickle.dumps(traveller)).model is None
+    assert traveller.__name__ == "BatchForecaster"
     parts = [group for _, group in frame().groupby("unique_id")]
     (mapped,) = BatchForecaster(tmp_path / "model", level=[80]).map(iter(parts))
     pd.testing.assert_frame_equal(mapped, wanted)

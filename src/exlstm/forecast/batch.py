@@ -36,6 +36,8 @@ class BatchForecaster:
         if level is not None:
             frames.check_levels(level, None)
         self.folder, self.level, self.device, self.threads, self.model = str(folder), level, device, threads, None
+        # Ray's map_groups asks a callable for its name.
+        self.__name__ = type(self).__name__
 
     def __getstate__(self):
         return {**self.__dict__, "model": None}
