@@ -307,6 +307,7 @@ def test_a_table_says_which_runs_ended_early_and_where(tmp_path):
     assert (slow["stopped early"], slow["steps made"], slow["seconds"], slow["at equal seconds"]) == (1, 5, 2.0, None)
     # A run under another rule stands on a line of its own, in which nothing is said of stops.
     assert never["stop at"] is never["stopped early"] is None and never["steps made"] == 10
+    assert [scoreboard._plain(run)["steps made"] for run in ended] == [10, 10, 5, 5, 10]
     told = scoreboard.markdown("state", row, [first, slow, never], {"torch": "1"}, 0, ["parity, lstm: nan"])
     assert "reached 0.99; all tests were made there" in told and "| stopped early | steps made |" in told
     assert told.endswith("Failed:\n\n* parity, lstm: nan\n")

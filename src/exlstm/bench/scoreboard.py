@@ -197,6 +197,7 @@ def _cell(value) -> str:
 def _plain(record: dict) -> dict:
     """A run as a line: its facts and its scores."""
     line = {key: value for key, value in record.items() if key not in ("curve", "scores")}
+    line |= {"steps made": record["curve"][-1]["step"]} if record.get("curve") else {}
     return line | {f"score {key}": value for key, value in (record.get("scores") or {}).items()}
 
 
