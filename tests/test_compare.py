@@ -381,6 +381,21 @@ def test_runs_of_another_text_are_not_taken_for_done(tmp_path, text, capsys):
         compare.run("enwik8", replace(settings, text=other))
 
 
+def test_every_width_and_dropout_is_a_line_of_its_own(tmp_path):
+    settings = config(tmp_path, quick=True, models=("lstm",), cases=("parity",), widths=(8, 16), dropouts=(0.0, 0.5))
+    lines = compare.run("state", settings)
+    assert [(line["width"], line["dropout"]) for line in lines] == [(8, None), (8, 0.5), (16, None), (16, 0.5)]
+    assert len({line["parameters"] for line in lines}) == 2 and all(line["runs"] == 1 for line in lines)
+
+
+@pytest.mark.parametrize("evaluations", [4, 10])
+def test_a_row_says_how_often_it_is_evaluated(evaluations, tmp_path):
+    plan = plan_of()
+    (ended,) = finished([replace(plan, row=replace(plan.row, evaluations=evaluations))], tmp_path).values()
+    steps = [point["step"] for point in ended["curve"]]
+    assert steps == [plan.steps * n // evaluations for n in range(1, evaluations + 1)]
+
+
 def test_a_loss_is_better_when_lower_and_counts_where_it_was_best():
     curve = [{"step": s, "loss": 1.0, "scores": {"validation": v}} for s, v in ((5, 1.4), (10, 1.5))]
     ended = [record(curve=curve, scores={"validation": 1.5, "test": 1.6})]
@@ -454,6 +469,7 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
         (["enwik8", "--text", "nowhere.txt"], "there is no file nowhere.txt with the text of enwik8"),
         (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
         (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
+        (["state", "--dropouts", "0.1", "1.5"], "a dropout is 1.5, wanted 0 ≤ dropout < 1"),
         (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),
         (["state", "--step", "1"], "unknown field --step, did you mean --steps?"),
     ],

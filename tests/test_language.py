@@ -481,6 +481,17 @@ def test_the_result_has_the_form_of_the_prompt():
     assert model.generate(torch.tensor([[97], [98]]), 0).shape == (2, 0)
 
 
+def test_dropout_reaches_the_embedding_in_training_alone():
+    model, seen = build(dropout=0.5).train(), []
+    model.stack.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tokens = torch.arange(60).view(1, 60)
+    model(tokens), model.eval()(tokens)
+    trained, evaluated = seen
+    kept = trained != 0
+    assert 0.4 < kept.float().mean() < 0.6 and torch.equal(evaluated, model.embedding(tokens))
+    torch.testing.assert_close(trained[kept], 2 * evaluated[kept])
+
+
 def test_training_and_gradients_are_left_as_they_were():
     model = build(dropout=0.5).train()
     model.stack.blocks[0].eval()

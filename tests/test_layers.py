@@ -136,6 +136,16 @@ def test_the_gate_and_the_normaliser_are_those_asked_for(kind, monkeypatch):
     assert not torch.equal(outputs[0], outputs[1])
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "mlstm_up", "mlstm_window", "slstm"])
+def test_forget_gates_start_where_they_are_told(kind):
+    options = {kind: OPTIONS[kind](forget_bias=(1.0, 4.0))}
+    mixer = Stack(StackConfig(d_model=D, n_heads=4, n_layers=1, blocks=kind, **options)).blocks[0].mixer
+    for _ in range(2):
+        start = mixer.b[:, 1] if kind == "slstm" else mixer.gate.bias[4:]
+        torch.testing.assert_close(start, torch.linspace(1.0, 4.0, start.shape[-1]).expand_as(start))
+        mixer.reset_parameters()
+
+
 @pytest.mark.parametrize("kind", ["mlstm", "mlstm_up"])
 def test_the_normaliser_cancels_in_the_norm_of_the_heads(kind):
     """A divisor a head and token: where what is read is large against the norm's eps, it changes nothing."""

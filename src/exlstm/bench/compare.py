@@ -6,6 +6,7 @@ A finished run is a record, an unfinished one a checkpoint: nothing is done twic
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -90,7 +91,10 @@ def chosen(name: str, config: CompareConfig) -> Row:
         raise ValueError(f"row {name} reads a text, give its file with --text")
     if config.quick:
         row = rows.toy(row)
-    kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "n_layers", "n_heads")
+    for dropout in config.dropouts:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"a dropout is {dropout}, wanted 0 ≤ dropout < 1")
+    kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "dropouts", "n_layers", "n_heads")
     given = {field: getattr(config, field) for field in kept if getattr(config, field)}
     # What is named twice is trained once.
     row = replace(row, **{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in given.items()})
@@ -104,10 +108,10 @@ def planned(row: Row, config: CompareConfig, speeds: Speeds) -> list[Plan]:
     plans = []
     for seed in row.seeds:
         for lr in row.lrs:
-            for width in row.widths or (row.d_model,):
+            for one in _sizes(row):
                 for case in row.cases:
                     for model in row.models:
-                        plan = Plan(replace(row, d_model=width, widths=()), case, model, lr, seed, row.steps)
+                        plan = Plan(one, case, model, lr, seed, row.steps)
                         pace = speeds.of(plan)
                         if pace is None:
                             continue
@@ -117,6 +121,12 @@ def planned(row: Row, config: CompareConfig, speeds: Speeds) -> list[Plan]:
                         else:
                             plans.append(plan)
     return plans
+
+
+def _sizes(row: Row) -> list[Row]:
+    """The row at each of its widths and dropouts."""
+    pairs = itertools.product(row.widths or (row.d_model,), row.dropouts or (row.dropout,))
+    return [replace(row, d_model=width, widths=(), dropout=dropout, dropouts=()) for width, dropout in pairs]
 
 
 class Speeds:
@@ -132,7 +142,7 @@ class Speeds:
         row, case = plan.row, plan.case
         # Tasks of words of equal lengths take equally long.
         kind = case.task if case.task in TEXTS or case.train != ((3, 40, 0),) else "words"
-        sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout, self.graphs)
+        sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout > 0, self.graphs)
         sizes = (*sizes, row.precision)
         return json.dumps([name, plan.model, kind, case.train, sizes])
 
@@ -241,7 +251,7 @@ class _Supervisor:
             return
         plan = self.plans[key]
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
-        facts |= {field: getattr(plan.row, field) for field in ("d_model", "n_layers", "n_heads", "batch")}
+        facts |= {field: getattr(plan.row, field) for field in ("d_model", "n_layers", "n_heads", "batch", "dropout")}
         facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps, "stop_at": plan.row.stop_at}
         self.records[key] = {**facts, **record, **self.facts}
         _write(self.folder / "records" / f"{key}.json", self.records[key])

@@ -294,6 +294,8 @@ class CompareConfig:
     """words or windows a step; 0: the row's"""
     widths: tuple[int, ...] = ()
     """widths of the models; empty: the row's"""
+    dropouts: tuple[float, ...] = ()
+    """dropouts, each a line of the table of its own; empty: the row's"""
     n_layers: int = 0
     """number of blocks; 0: the row's"""
     n_heads: int = 0

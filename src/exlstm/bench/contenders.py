@@ -34,6 +34,7 @@ def network(name: str, row: Row, vocab_size: int) -> LanguageConfig:
         raise ValueError(f"unknown model {name!r}{nearest(name, (*MODELS, *THEIRS))}")
     kinds, options = MODELS[name]
     blocks = tuple(row.matrix if kind == "matrix" else kind for kind in kinds)
+    options = {row.matrix if kind == "matrix" else kind: chosen for kind, chosen in options.items()}
     sizes = {"d_model": row.d_model, "n_layers": row.n_layers, "n_heads": row.n_heads, "dropout": row.dropout}
     settings = from_dict(LanguageConfig, {**sizes, "blocks": blocks, "vocab_size": vocab_size, **options})
     if not row.match or name == row.match:

@@ -32,6 +32,10 @@ MODELS = {
     "mlstm-sigmoid": (("mlstm",), {"mlstm": {"i_gate": "sigmoid"}}),
     "mlstm-no-normaliser": (("mlstm",), {"mlstm": {"normalize": False}}),
     "mlstm-sigmoid-no-normaliser": (("mlstm",), {"mlstm": {"i_gate": "sigmoid", "normalize": False}}),
+    "memory-forget-3-to-12": (("matrix",), {"matrix": {"forget_bias": (3.0, 12.0)}}),
+    "memory-forget-6-to-12": (("matrix",), {"matrix": {"forget_bias": (6.0, 12.0)}}),
+    "memory-forget-9-to-12": (("matrix",), {"matrix": {"forget_bias": (9.0, 12.0)}}),
+    "memory-forget-0-to-12": (("matrix",), {"matrix": {"forget_bias": (0.0, 12.0)}}),
     "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
     "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
     "slstm-forget-5-to-5": (("slstm",), {"slstm": {"forget_bias": (5.0, -5.0)}}),
@@ -78,6 +82,10 @@ class Row:
     match: str = ""
     """a model whose parameters the others match by their number of layers; empty: all have n_layers"""
     dropout: float = 0.0
+    dropouts: tuple[float, ...] = ()
+    """several dropouts in place of the one"""
+    evaluations: int = 10
+    """on the way, evenly; a row whose score is a loss reports the best of them"""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1
     final_lr: float = 0.01
@@ -105,7 +113,7 @@ def toy(row: Row) -> Row:
         train = short(case.train)
         shares = case.shares if len(train) == len(case.shares) else (1,) * len(train)
         cases.append(replace(case, train=train, shares=shares, test=short(case.test)))
-    sizes = {"d_model": 16, "widths": (), "n_layers": 2, "n_heads": 2, "dropout": 0.0}
+    sizes = {"d_model": 16, "widths": (), "n_layers": 2, "n_heads": 2, "dropout": 0.0, "dropouts": ()}
     return replace(row, cases=tuple(cases), steps=2, batch=4, lrs=row.lrs[:1], seeds=row.seeds[:1], **sizes)
 
 
@@ -274,6 +282,7 @@ ROWS = {
         n_layers=6,
         n_heads=6,
         dropout=0.2,
+        evaluations=20,
         **_TEXT | {"betas": (0.9, 0.99), "seeds": (0, 1, 2)},
     ),
     "enwik8": Row(

@@ -17,7 +17,7 @@ from exlstm.bench import timing
 from exlstm.bench.rows import Row
 
 # What the runs of one line of the table share.
-LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "steps", "equal", "stop_at")
+LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "dropout", "steps", "equal", "stop_at")
 
 
 def told(scores: dict[str, float]) -> str:
@@ -97,6 +97,7 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "stopped early": sum(steps < first["steps"] for steps in made) if first.get("stop_at") else None,
                 "steps made": round(statistics.median(made)),
                 "batch": first["batch"],
+                "dropout": first.get("dropout") or None,
                 "ms a step": round(1e3 * first["pace"], 3),
                 "seconds": round(statistics.median(r["pace"] * steps for r, steps in zip(best, made)), 1),
                 "equal": first["equal"],

@@ -24,7 +24,7 @@ from exlstm.train import checkpoint
 from exlstm.train.config import TrainConfig
 from exlstm.train.optim import Optimizer, lr_at
 
-EVALUATIONS, WARM, TURN = 10, 3, 16
+WARM, TURN = 3, 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Trial:
             self.generator = torch.cuda.default_generators[self.device.index or 0]
         self.mark, self.loss, self.note = None, None, ""
         self.step, self.curve, self.eager, self.saved_at = 0, [], {}, time.time()
-        self.stops = sorted({round(plan.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)} - {0})
+        parts = plan.row.evaluations
+        self.stops = sorted({round(plan.steps * i / parts) for i in range(1, parts + 1)} - {0})
         self._resume()
         if self.cuda:
             for group in self.optimizer.adamw.param_groups:

@@ -48,6 +48,7 @@ class mLSTM(nn.Module):
         conv: width of the causal convolution in front of q and k, 0 for none.
         gate_cap: soft cap of the gates' pre-activations in nats, 0 for none.
         i_bias: bias of the input gate at the start, in nats.
+        forget_bias: bias of the forget gates at the start, at the first head and at the last, even steps between.
         i_gate: "exp", or "sigmoid" for an input gate that never exceeds 1.
         normalize: divide what is read by max(|q·n|, 1); without it the memory is gated linear attention.
 
@@ -63,6 +64,7 @@ class mLSTM(nn.Module):
         conv: int = 4,
         gate_cap: float = 15.0,
         i_bias: float = -10.0,
+        forget_bias: tuple[float, float] = (3.0, 6.0),
         eps: float = 0.0,
         i_gate: str = "exp",
         normalize: bool = True,
@@ -79,7 +81,7 @@ class mLSTM(nn.Module):
                 f"qk_ratio {qk_ratio} leaves no features to the keys of {n_heads} heads in d_model {d_model}"
             )
         self.d_model, self.n_heads, self.gate_cap, self.i_bias, self.eps = d_model, n_heads, gate_cap, i_bias, eps
-        self.i_gate, self.normalize = i_gate, normalize
+        self.forget_bias, self.i_gate, self.normalize = tuple(forget_bias), i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -100,7 +102,7 @@ class mLSTM(nn.Module):
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():
             self.gate.bias[: self.n_heads].fill_(self.i_bias)
-            self.gate.bias[self.n_heads :].copy_(torch.linspace(3.0, 6.0, self.n_heads))
+            self.gate.bias[self.n_heads :].copy_(torch.linspace(*self.forget_bias, self.n_heads))
         self.norm.reset_parameters()
         if self.conv is not None:
             self.conv.reset_parameters()

@@ -80,7 +80,7 @@ class mLSTMUp(nn.Module):
         qkv_block: side of the small blocks of the q, k and v maps.
         eps: added to the stabilised denominator; only weights trained elsewhere want it.
         m_start: stabiliser of an empty memory, in nats; with an eps of 0 it changes nothing.
-        i_gate, normalize: as in mLSTM.
+        forget_bias, i_gate, normalize: as in mLSTM.
 
     >>> y, state = mLSTMUp(64)(torch.randn(2, 10, 64))
     """
@@ -95,6 +95,7 @@ class mLSTMUp(nn.Module):
         qkv_block: int = 4,
         eps: float = 0.0,
         m_start: float = 0.0,
+        forget_bias: tuple[float, float] = (3.0, 6.0),
         i_gate: str = "exp",
         normalize: bool = True,
         multiple: int = 64,
@@ -109,7 +110,7 @@ class mLSTMUp(nn.Module):
         if conv < 1:
             raise ValueError(f"conv is {conv}, wanted a width of at least 1")
         self.d_model, self.n_heads, self.eps, self.m_start = d_model, n_heads, eps, m_start
-        self.i_gate, self.normalize = i_gate, normalize
+        self.forget_bias, self.i_gate, self.normalize = tuple(forget_bias), i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)
@@ -136,7 +137,7 @@ class mLSTMUp(nn.Module):
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():
             nn.init.normal_(self.gate.bias[: self.n_heads], std=0.1)
-            self.gate.bias[self.n_heads :].copy_(torch.linspace(3.0, 6.0, self.n_heads))
+            self.gate.bias[self.n_heads :].copy_(torch.linspace(*self.forget_bias, self.n_heads))
 
     def maps(self, c, u):
         """q, k of c and v of u, each (B, T, inner), through small blocks on the diagonal."""

@@ -29,7 +29,7 @@ class mLSTMWindow(nn.Module):
         window: tokens that the attention sees, itself included.
         sinks: first tokens of the document that stay visible beyond the window (arXiv 2309.17453).
         rope_base: base of the window's rotary positions, 0 for none; the memory reads no positions.
-        qk_ratio, conv, gate_cap, i_bias: as in mLSTM.
+        qk_ratio, conv, gate_cap, i_bias, forget_bias: as in mLSTM.
 
     >>> y, state = mLSTMWindow(64)(torch.randn(2, 10, 64))
     """
@@ -46,6 +46,7 @@ class mLSTMWindow(nn.Module):
         conv: int = 4,
         gate_cap: float = 15.0,
         i_bias: float = -10.0,
+        forget_bias: tuple[float, float] = (3.0, 6.0),
         device=None,
         dtype=None,
     ):
@@ -60,7 +61,8 @@ class mLSTMWindow(nn.Module):
             )
         if window < 1:
             raise ValueError(f"window is {window}, wanted at least 1 token")
-        self.d_model, self.n_heads, self.gate_cap, self.i_bias = d_model, n_heads, gate_cap, i_bias
+        self.d_model, self.n_heads, self.gate_cap = d_model, n_heads, gate_cap
+        self.i_bias, self.forget_bias = i_bias, tuple(forget_bias)
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -84,7 +86,7 @@ class mLSTMWindow(nn.Module):
         nn.init.zeros_(self.side.bias)
         with torch.no_grad():
             self.gate.bias[: self.n_heads].fill_(self.i_bias)
-            self.gate.bias[self.n_heads :].copy_(torch.linspace(3.0, 6.0, self.n_heads))
+            self.gate.bias[self.n_heads :].copy_(torch.linspace(*self.forget_bias, self.n_heads))
         for part in (self.memory_norm, self.window_norm, self.conv):
             if part is not None:
                 part.reset_parameters()

@@ -19,6 +19,8 @@ class MLSTMOptions:
     """soft cap of the gates' pre-activations, in nats; 0 leaves it out"""
     i_bias: float = -10.0
     """bias of the input gate at the start, in nats"""
+    forget_bias: tuple[float, float] = (3.0, 6.0)
+    """the forget gates' bias at the start, at the first head and at the last, even steps: 3 remembers 20 tokens, 6 400"""
     eps: float = 0.0
     """added to the stabilised denominator; only weights trained elsewhere want it"""
     i_gate: str = "exp"
@@ -41,6 +43,8 @@ class MLSTMUpOptions:
     """width of the causal convolution in front of q and k"""
     qkv_block: int = 4
     """side of the small blocks of the q, k and v maps"""
+    forget_bias: tuple[float, float] = (3.0, 6.0)
+    """the forget gates' bias at the start, at the first head and at the last, even steps: 3 remembers 20 tokens, 6 400"""
     eps: float = 0.0
     """added to the stabilised denominator; only weights trained elsewhere want it"""
     m_start: float = 0.0
@@ -71,6 +75,8 @@ class MLSTMWindowOptions:
     """soft cap of the memory's gates, in nats; 0 leaves it out"""
     i_bias: float = -10.0
     """bias of the memory's input gate at the start, in nats"""
+    forget_bias: tuple[float, float] = (3.0, 6.0)
+    """bias of the memory's forget gates at the start, at the first head and at the last: 3 remembers 20 tokens, 6 400"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
 
@@ -174,7 +180,7 @@ class StackConfig:
     blocks: tuple[str, ...] = ("mlstm",)
     """kinds of block, repeated in turn up to n_layers: mlstm, mlstm_up, mlstm_window, slstm, attention, mamba2, lstm"""
     dropout: float = 0.0
-    """dropout on the output of every mixer and feed-forward, in training"""
+    """dropout on the output of every mixer and feed-forward, and of a language model's embedding, in training"""
     out_norm: str = "none"
     """norm behind the last block: none, rms or layer"""
     norm_eps: float = 0.0

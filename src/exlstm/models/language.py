@@ -97,7 +97,10 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: Tensor, state=None, *, lengths=None, mask=None, reset=None):
         """What the head reads (B, T, D), normalised, and the state; arguments as in `forward`, tokens unchecked."""
         layers = state.layers if isinstance(state, GenerationState) else state
-        x, layers = self.stack(self.embedding(tokens), layers, lengths=lengths, mask=mask, reset=reset)
+        x = self.embedding(tokens)
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        x, layers = self.stack(x, layers, lengths=lengths, mask=mask, reset=reset)
         return self.norm(x), layers
 
     def logits(self, x: Tensor) -> Tensor:
