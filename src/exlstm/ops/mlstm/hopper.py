@@ -457,6 +457,254 @@ def mlstm_gradients_kernel(d_q, d_k, d_v, d_dh, d_c, d_dc, d_dq, d_dk, d_dv, p_n
         mbarrier.invalidate(bars.index(i))
 
 
+@gluon.constexpr_function
+def _wide(width):
+    """Where the matrix units leave a product `width` wide, half of its columns in either of two groups of four warps."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, width // 2, 16])
+
+
+@gluon.jit
+def _fetch_tokens(d_q, d_k, d_v, d_p, i_b, i_h, i_bh, i_n, i_v, N, at, tiles, bars, L: gl.constexpr):
+    """q, k, v and P of chunk i_n, if there is one, on their way to place `at`."""
+    all_q, all_k, all_v, all_p = tiles
+    bar, there = bars.index(at), i_n < N
+    size: gl.constexpr = d_q.block_type.nbytes + d_k.block_type.nbytes + d_v.block_type.nbytes + d_p.block_type.nbytes
+    mbarrier.expect(bar, size, pred=there)
+    tma.async_copy_global_to_shared(d_p, [i_bh.to(gl.int32), i_n * L, 0], bar, all_p.index(at), pred=there)
+    tma.async_copy_global_to_shared(d_v, [i_b, i_h, i_n * L, i_v], bar, all_v.index(at), pred=there)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, i_n * L, 0], bar, all_q.index(at), pred=there)
+    tma.async_copy_global_to_shared(d_k, [i_b, i_h, i_n * L, 0], bar, all_k.index(at), pred=there)
+
+
+@gluon.jit
+def _weights(p_alpha, p_beta, p_den, p_gamma, i_bh, N, i_n, scale, L: gl.constexpr, BV: gl.constexpr):
+    """α, a β and 1 / den of the tokens of chunk i_n, and its γ; of the last chunk where i_n is behind it."""
+    i_c = i_bh * N + gl.minimum(i_n, N - 1)
+    o_t = i_c * L + gl.arange(0, L, gl.SliceLayout(1, _wide(BV)))
+    return gl.load(p_alpha + o_t), scale * gl.load(p_beta + o_t), 1.0 / gl.load(p_den + o_t), gl.load(p_gamma + i_c)
+
+
+@gluon.jit(do_not_specialize=["N"])
+def mlstm_walk_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_alpha, p_beta, p_gamma, p_den, H, N, K, V, scale,
+                      L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """h of BV columns and the last memory, from P and den, with BV columns of the memory on chip; eight warps."""
+    tiles = (V + BV - 1) // BV
+    i_bh, i_v = (gl.program_id(0) // tiles).to(gl.int64), (gl.program_id(0) % tiles) * BV
+    i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    SUMS: gl.constexpr = _wide(BV)
+    places = (
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, BK], WIDE),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, BK], WIDE),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, BV], WIDE),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, L], WIDE),
+    )
+    s_c = gl.allocate_shared_memory(gl.bfloat16, [BK, BV], WIDE)
+    s_w = gl.allocate_shared_memory(gl.bfloat16, [L, BV], WIDE)
+    s_h = gl.allocate_shared_memory(gl.bfloat16, [L, BV], WIDE)
+    bars = _barriers(STAGES)
+    for i in gl.static_range(STAGES):
+        _fetch_tokens(d_q, d_k, d_v, d_p, i_b, i_h, i_bh, i, i_v, N, i, places, bars, L)
+    o_k, o_v = gl.arange(0, BK, gl.SliceLayout(1, SUMS)), i_v + gl.arange(0, BV, gl.SliceLayout(0, SUMS))
+    o_c, inside = i_bh * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+    b_c = gl.load(p_c0 + o_c, mask=inside, other=0.0)
+    b_alpha, b_beta, b_part, b_gamma = _weights(p_alpha, p_beta, p_den, p_gamma, i_bh, N, 0, scale, L, BV)
+    for i in range(N):
+        at, phase = i % STAGES, i // STAGES & 1
+        s_q, s_k, s_v, s_p = places[0].index(at), places[1].index(at), places[2].index(at), places[3].index(at)
+        # The next chunk's weights come while this one is worked on.
+        coming = _weights(p_alpha, p_beta, p_den, p_gamma, i_bh, N, i + 1, scale, L, BV)
+        mbarrier.wait(bars.index(at), phase)
+        b_inner = _product(s_p, s_v, gl.zeros([L, BV], gl.float32, SUMS))
+        s_w.store((s_v.load(SUMS).to(gl.float32) * b_alpha[:, None]).to(gl.bfloat16))
+        s_c.store(b_c.to(gl.bfloat16))
+        fence_async_shared()
+        b_outer = _product(s_q, s_c, gl.zeros([L, BV], gl.float32, SUMS))
+        b_c = _product(s_k.permute([1, 0]), s_w, b_c * b_gamma)
+        b_inner, b_outer = warpgroup_mma_wait(1, deps=[b_inner, b_outer])
+        # The chunk before is through with the place of h.
+        tma.store_wait(0)
+        gl.thread_barrier()
+        s_h.store(((b_inner + b_outer * b_beta[:, None]) * b_part[:, None]).to(gl.bfloat16))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(d_h, [i_b, i_h, i * L, i_v], s_h)
+        b_c = warpgroup_mma_wait(0, deps=[b_c])
+        gl.thread_barrier()
+        _fetch_tokens(d_q, d_k, d_v, d_p, i_b, i_h, i_bh, i + STAGES, i_v, N, at, places, bars, L)
+        b_alpha, b_beta, b_part, b_gamma = coming
+    tma.store_wait(0)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(i))
+    gl.store(p_c_last + o_c, b_c, mask=inside)
+
+
+@gluon.jit
+def _gates_of(p_alpha, p_beta, p_gamma, p_u, p_top, p_floor, i_bh, N, i_n, scale, L: gl.constexpr):
+    """α, a β, γ, u, M and the floor of chunk i_n, and where its tokens stand; of the last chunk where i_n is behind it."""
+    i_c = i_bh * N + gl.minimum(i_n, N - 1)
+    o_t, o_j = (
+        i_c * L + gl.arange(0, L, gl.SliceLayout(1, _wide(L))),
+        i_c * L + gl.arange(0, L, gl.SliceLayout(0, _wide(L))),
+    )
+    b_alpha, b_beta, b_gamma = gl.load(p_alpha + o_t), scale * gl.load(p_beta + o_t), gl.load(p_gamma + i_c)
+    return b_alpha, b_beta, b_gamma, gl.load(p_u + o_j), gl.load(p_top + o_t), gl.load(p_floor + o_t), o_t, o_j
+
+
+@gluon.jit
+def _denominators(b_p, b_qn, weights, p_document, scale, eps, L: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr):
+    """P of the products of queries and keys, the denominators, and the signed sums in them where these count, else 0."""
+    _, b_beta, _, b_u, b_top, b_den, o_t, o_j = weights
+    r_t, r_j = gl.arange(0, L, gl.SliceLayout(1, _wide(L))), gl.arange(0, L, gl.SliceLayout(0, _wide(L)))
+    seen = r_t[:, None] >= r_j[None, :]
+    if RESET:
+        seen = seen & (gl.load(p_document + o_t)[:, None] == gl.load(p_document + o_j)[None, :])
+    b_p = b_p * (scale * gl.exp2(gl.where(seen, b_u[None, :] - b_top[:, None], -float("inf"))))
+    b_s = gl.zeros([L], gl.float32, gl.SliceLayout(1, _wide(L)))
+    if NORM:
+        b_sum = gl.sum(b_p, 1) + b_beta * gl.convert_layout(b_qn, gl.SliceLayout(1, _wide(L)))
+        b_s = gl.where(gl.abs(b_sum) > b_den, b_sum, 0.0)
+        b_den = gl.maximum(gl.abs(b_sum), b_den) + eps
+    return b_p, b_den, b_s
+
+
+@gluon.jit
+def _fetch_inputs(d_q, d_k, d_v, i_b, i_h, i_n, i_v, N, at, tiles, bars, L: gl.constexpr):
+    """q, k and v of chunk i_n, if there is one, on their way to place `at`."""
+    all_q, all_k, all_v = tiles
+    bar, there = bars.index(at), i_n < N
+    mbarrier.expect(bar, d_q.block_type.nbytes + d_k.block_type.nbytes + d_v.block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(d_q, [i_b, i_h, i_n * L, 0], bar, all_q.index(at), pred=there)
+    tma.async_copy_global_to_shared(d_k, [i_b, i_h, i_n * L, 0], bar, all_k.index(at), pred=there)
+    tma.async_copy_global_to_shared(d_v, [i_b, i_h, i_n * L, i_v], bar, all_v.index(at), pred=there)
+
+
+@gluon.jit
+def _forward_places(L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
+    """Shared memory for q, k and v of two chunks; for C, α v, h and P of one, each behind an axis of one."""
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    all_q = gl.allocate_shared_memory(gl.bfloat16, [2, L, BK], WIDE)
+    all_k = gl.allocate_shared_memory(gl.bfloat16, [2, L, BK], WIDE)
+    all_v = gl.allocate_shared_memory(gl.bfloat16, [2, L, BV], WIDE)
+    all_c = gl.allocate_shared_memory(gl.bfloat16, [1, BK, BV], WIDE)
+    all_w = gl.allocate_shared_memory(gl.bfloat16, [1, L, BV], WIDE)
+    all_h = gl.allocate_shared_memory(gl.bfloat16, [1, L, BV], WIDE)
+    all_p = gl.allocate_shared_memory(gl.bfloat16, [1, L, L], WIDE)
+    return (all_q, all_k, all_v), (all_c, all_w, all_h, all_p)
+
+
+@gluon.jit
+def _memory_products(b_c, b_n, weights, tiles, outs, d_c, i_bh, N, i, i_v, L: gl.constexpr, BK: gl.constexpr,
+                     BV: gl.constexpr, EVERY: gl.constexpr):  # fmt: skip
+    """q kᵀ, q C⁻ and C⁺ of a chunk whose tiles are there, all begun; q·n⁻ and n⁺."""
+    s_q, s_k, s_v = tiles
+    s_c, s_w = outs[0], outs[1]
+    b_alpha, b_gamma = weights[0], weights[2]
+    SUMS: gl.constexpr = _wide(BV)
+    KEYS: gl.constexpr = _wide(BK)
+    b_p = _product(s_q, s_k.permute([1, 0]), gl.zeros([L, L], gl.float32, _wide(L)))
+    b_w = gl.convert_layout(b_alpha, gl.SliceLayout(1, SUMS))
+    s_w.store((s_v.load(SUMS).to(gl.float32) * b_w[:, None]).to(gl.bfloat16))
+    if EVERY:
+        # The chunk before is through with the places of C and h.
+        tma.store_wait(0)
+        gl.thread_barrier()
+    s_c.store(b_c.to(gl.bfloat16))
+    fence_async_shared()
+    if EVERY:
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(d_c, [(i_bh * N + i).to(gl.int32), 0, i_v], s_c)
+    b_outer = _product(s_q, s_c, gl.zeros([L, BV], gl.float32, SUMS))
+    b_c = _product(s_k.permute([1, 0]), s_w, b_c * b_gamma)
+    b_qn = gl.sum(s_q.load(KEYS).to(gl.float32) * b_n[None, :], 1)
+    b_w = gl.convert_layout(b_alpha, gl.SliceLayout(1, KEYS))
+    return b_p, b_outer, b_c, b_qn, b_n * b_gamma + gl.sum(s_k.load(KEYS).to(gl.float32) * b_w[:, None], 0)
+
+
+@gluon.jit(do_not_specialize=["N"])
+def mlstm_whole_kernel(d_q, d_k, d_v, d_h, d_c, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
+                       p_document, p_den, p_s, H, N, K, V, scale, eps,
+                       L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, EVERY: gl.constexpr, NORM: gl.constexpr,
+                       RESET: gl.constexpr):  # fmt: skip
+    """h of BV columns, the last memory, denominators, and n of every chunk, with n and BV columns of C on chip; eight warps.
+
+    With EVERY the memory before every chunk too, for a backward that walks back.
+    """
+    tiles_v = (V + BV - 1) // BV
+    i_bh, i_v = (gl.program_id(0) // tiles_v).to(gl.int64), (gl.program_id(0) % tiles_v) * BV
+    i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
+    SUMS: gl.constexpr = _wide(BV)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
+    places, single = _forward_places(L, BK, BV)
+    bars = _barriers(2)
+    for i in gl.static_range(2):
+        _fetch_inputs(d_q, d_k, d_v, i_b, i_h, i, i_v, N, i, places, bars, L)
+    o_k, o_v = gl.arange(0, BK, ROWS), i_v + gl.arange(0, BV, gl.SliceLayout(0, SUMS))
+    o_c, inside = i_bh * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+    b_c = gl.load(p_c0 + o_c, mask=inside, other=0.0)
+    o_n = gl.arange(0, BK, gl.SliceLayout(0, _wide(BK)))
+    b_n = gl.load(p_n0 + i_bh * K + o_n, mask=o_n < K, other=0.0)
+    weights = _gates_of(p_alpha, p_beta, p_gamma, p_u, p_top, p_floor, i_bh, N, 0, scale, L)
+    for i in range(N):
+        # Addresses are made anew in every turn: kept over the loop they would not fit into the registers.
+        zero = _anew(i * 0)
+        at = (i & 1) + zero
+        tiles = places[0].index(at), places[1].index(at), places[2].index(at)
+        outs = single[0].index(zero), single[1].index(zero), single[2].index(zero), single[3].index(zero)
+        # The next chunk's gates come while this one is worked on.
+        coming = _gates_of(p_alpha, p_beta, p_gamma, p_u, p_top, p_floor, i_bh, N, i + 1, scale, L)
+        gl.store(p_n + (i_bh * (N + 1) + i) * K + o_n, b_n, mask=(o_n < K) & (i_v == 0))
+        mbarrier.wait(bars.index(at), i // 2 & 1)
+        b_p, b_outer, b_c, b_qn, b_n = _memory_products(
+            b_c, b_n, weights, tiles, outs, d_c, i_bh, N, i, i_v, L, BK, BV, EVERY
+        )
+        b_p = warpgroup_mma_wait(2, deps=[b_p])
+        b_p, b_den, b_s = _denominators(b_p, b_qn, weights, p_document, scale, eps, L, NORM, RESET)
+        outs[3].store(b_p.to(gl.bfloat16))
+        fence_async_shared()
+        b_inner = _product(outs[3], tiles[2], gl.zeros([L, BV], gl.float32, SUMS))
+        gl.store(p_den + weights[6], b_den, mask=i_v == 0)
+        gl.store(p_s + weights[6], b_s, mask=i_v == 0)
+        b_outer, b_c, b_inner = warpgroup_mma_wait(0, deps=[b_outer, b_c, b_inner])
+        if not EVERY:
+            tma.store_wait(0)
+        gl.thread_barrier()
+        b_part, b_beta = gl.convert_layout(1.0 / b_den, ROWS), gl.convert_layout(weights[1], ROWS)
+        outs[2].store(((b_inner + b_outer * b_beta[:, None]) * b_part[:, None]).to(gl.bfloat16))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(d_h, [i_b, i_h, i * L, i_v], outs[2])
+        _fetch_inputs(d_q, d_k, d_v, i_b, i_h, i + 2, i_v, N, at, places, bars, L)
+        weights = coming
+    tma.store_wait(0)
+    for i in gl.static_range(2):
+        mbarrier.invalidate(bars.index(i))
+    gl.store(p_c_last + o_c, b_c, mask=inside)
+    gl.store(p_n + (i_bh * (N + 1) + N) * K + o_n, b_n, mask=(o_n < K) & (i_v == 0))
+
+
+def whole(plan, call, q, k, v, gates, c, n, eps, h, c_last, ns, den, s, cs):
+    """Fills h, the last C, n of every chunk, den and s, and cs if there is one; as `mlstm_forward_kernel`."""
+    L, (K, BV, warps, _) = plan.L, plan.forward
+    h_tiles = heads(h, L, BV)
+    mlstm_whole_kernel[(call.rows * cdiv(call.V, BV),)](
+        heads(q, L, K), heads(k, L, K), heads(v, L, BV), h_tiles, h_tiles if cs is None else matrices(cs, K, BV),
+        c.contiguous(), n.contiguous(), c_last, ns,
+        gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
+        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, BV=BV, EVERY=cs is not None, num_warps=warps, **call.flags,
+    )  # fmt: skip
+
+
+def walk(plan, call, q, k, v, p, gates, c, den, h, c_last):
+    """Fills h and the last C; as `mlstm_forward_kernel`, for P and den that are known."""
+    L, (K, BV, warps, stages) = plan.L, plan.forward
+    mlstm_walk_kernel[(call.rows * cdiv(call.V, BV),)](
+        heads(q, L, K), heads(k, L, K), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(), c_last,
+        gates.alpha, gates.beta, gates.gamma, den, call.H, call.N, call.K, call.V, call.scale,
+        L=L, BK=K, BV=BV, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+
+
 def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
     return (_chain if isinstance(plan, Chain) else _fused)(plan, call, grads, q, k, v, gates, saved)

@@ -44,7 +44,8 @@ class TwoPass(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """Chunk length L (rows a program too), whether `forward` works the scores out itself, and tiles; see one_pass.py."""
+    """Chunk length L (rows a program too), whether `forward` works the scores out itself, tiles, and whether that is the kernel
+    of hopper.py; see one_pass.py."""
 
     L: int
     BT: int
@@ -52,6 +53,7 @@ class OnePass(NamedTuple):
     SCORES: bool
     intra: Tiles
     forward: Tiles
+    HOPPER: bool = False
 
 
 class Chain(NamedTuple):
@@ -87,7 +89,7 @@ def choose(q, v, chunk: int) -> Plan:
         two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
-        return Plan(_one_pass(K, V, rows), Chain(64) if _on_hopper(q, v) else two)
+        return Plan(_one_pass(K, V, rows, q.device), Chain(64) if _on_hopper(q, v) else two)
     elif large and _on_hopper(q, v):
         return Plan(two, Fused(two.L, two.BJ, 64, two.states))
     return Plan(two, two)
@@ -120,7 +122,10 @@ def memories(count: int, keys: int, values: int, dtype) -> tuple[int, int, int]:
     return count, keys, cdiv(values, whole) * whole
 
 
-def _one_pass(K, V, rows):
+def _one_pass(K, V, rows, device):
+    if K in (64, 128) and V >= 128 and rows * V // 128 >= FEW and gluon(device):
+        # What q and k weigh on the way from the L2 halves with tiles twice as wide.
+        return OnePass(64, 64, 64, True, Tiles(64, 64, 4, 2), Tiles(K, 128, 8, 2), HOPPER=True)
     # Columns of a memory that a program keeps in registers: fewer where there are few sequences and heads.
     BV = min(V, 8192 // K)
     while BV > 32 and rows * V // BV < FEW:
