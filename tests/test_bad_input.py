@@ -116,7 +116,7 @@ COMMANDS = {
     f"train text.txt {SHORT} --train.compile --train.compile-backend nonsense": "compile_backend is 'nonsense'",
     "train text.txt --data.context 0": "context is 0",
     "train text.txt --data.held-out 1.5": "held_out is 1.5",
-    "train text.txt --data.tokenizer word": "unknown tokenizer 'word'",
+    "train text.txt --data.tokenizer byte": "unknown tokenizer 'byte', did you mean 'bytes'",
     "train text.txt --device gpu9": "device 'gpu9' cannot be used here",
     # files with settings
     "train text.txt --config missing.json": "missing.json",

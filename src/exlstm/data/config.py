@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from exlstm.data.tokenizer import TOKENIZERS
+from exlstm.data.tokenizer import check_kind
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class DataConfig:
         for file in files:
             if not isinstance(file, str) or not file:
                 raise ValueError(f"files has {file!r}, wanted the name of a file or folder, or a glob")
-        if not isinstance(self.tokenizer, str) or self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; known: {', '.join(TOKENIZERS)}")
+        check_kind(self.tokenizer)
         for name, least in (("vocab_size", 0), ("context", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
