@@ -391,6 +391,8 @@ def test_a_long_stack_keeps_its_scale(name):
     ("call", "sentence"),
     [
         (lambda: StackConfig(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4"),
+        (lambda: layers.slstm.sLSTM(4, n_heads=4), "4 heads of 1 unit, wanted at least 2"),
+        (lambda: Stack(StackConfig(d_model=4, mlstm=OPTIONS["mlstm"](qk_ratio=1.0))), "4 heads of 1 unit"),
         (lambda: StackConfig(blocks=["mlsmt"]), "unknown block 'mlsmt', did you mean 'mlstm'"),
         (lambda: StackConfig(blocks=[]), "blocks is empty"),
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),

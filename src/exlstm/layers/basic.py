@@ -147,6 +147,10 @@ class HeadNorm(nn.Module):
 
     def __init__(self, n_heads: int, d_head: int, eps: float = 1e-6, *, device=None, dtype=None):
         super().__init__()
+        if d_head < 2:
+            raise ValueError(
+                f"{n_heads} heads of {d_head} unit, wanted at least 2 units a head: a norm over one is always 0"
+            )
         self.n_heads, self.d_head, self.eps = n_heads, d_head, eps
         self.weight = nn.Parameter(torch.empty(n_heads * d_head, device=device, dtype=dtype))
         self.reset_parameters()

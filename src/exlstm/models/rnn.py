@@ -20,6 +20,8 @@ from exlstm.models.memory import xLSTMMemory, xLSTMState
 from exlstm.models.stack import Block, scale_outputs
 from exlstm.ops.backend import autocasts, traced
 
+# A norm over one unit leaves nothing of it, so a layer of one unit works in this width inside and is mapped to one.
+NARROWEST = 8
 DIRECTIONS = {False: "", True: "concat", "concat": "concat", "sum": "sum"}
 
 
@@ -61,7 +63,8 @@ class xLSTM(nn.Module):
     """Extended LSTM in the place of nn.LSTM: the same arguments, shapes and results, with a state of its own inside.
 
     Args:
-        input_size, hidden_size, num_layers, batch_first: as in nn.LSTM.
+        input_size, hidden_size, num_layers, batch_first: as in nn.LSTM. A hidden_size of 1 is 8 units inside and a map to one:
+            blocks have norms, and a norm over one unit leaves nothing of it.
         bias: a bias in the maps in front of and behind the blocks; gates have theirs in any case, they set how long is
             remembered.
         dropout: between layers, in training.
@@ -99,15 +102,17 @@ class xLSTM(nn.Module):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, proj_size
-        self.config = _config(hidden_size, num_layers, blocks, n_heads, options)
+        inside = NARROWEST if hidden_size == 1 else hidden_size
+        leave = 1 if hidden_size == 1 else proj_size
+        self.config = _config(inside, num_layers, blocks, n_heads, options)
         self.n_directions = 2 if bidirectional else 1
         joined = self.n_directions if DIRECTIONS[bidirectional] == "concat" else 1
-        between = (proj_size or hidden_size) * joined
+        between = (leave or hidden_size) * joined
         layers = []
         for i, kind in enumerate(self.config.layers()):
-            d_in = input_size if i == 0 else between if between != hidden_size else 0
+            d_in = input_size if i == 0 else between if between != inside else 0
             last = {"is_last": i == num_layers - 1, "device": device, "dtype": dtype}
-            layers += [Layer(kind, self.config, d_in, bias, proj_size, **last) for _ in range(self.n_directions)]
+            layers += [Layer(kind, self.config, d_in, bias, leave, **last) for _ in range(self.n_directions)]
         # In nn.LSTM's order: layer by layer, forward before reverse.
         self.layers = nn.ModuleList(layers)
         scale_outputs([layer.block for layer in self.layers], num_layers)
@@ -290,8 +295,6 @@ def _check_numbers(input_size, hidden_size, num_layers, proj_size):
     for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
         if value <= 0:
             raise ValueError(f"{name} must be greater than zero")
-    if hidden_size == 1:
-        raise ValueError("hidden_size is 1, wanted at least 2: a norm over one feature leaves nothing of it")
     if proj_size < 0:
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:
