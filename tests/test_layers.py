@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from exlstm import layers
 from exlstm.models.config import OPTIONS, StackConfig
 from exlstm.models.stack import BLOCKS, Stack
-from exlstm.ops.mlstm import mlstm
+from exlstm.ops.mlstm import MLSTMState, mlstm
 
 D = 32
 VARIANTS = {
@@ -387,12 +387,16 @@ def test_a_long_stack_keeps_its_scale(name):
     assert all(p.grad.isfinite().all() for p in stack.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+def test_heads_whose_norm_leaves_nothing_are_told(kind):
+    with pytest.warns(UserWarning, match="4 heads of 1 unit: a norm over one number is always 0"):
+        Stack(StackConfig(d_model=4, n_layers=1, blocks=kind, mlstm=OPTIONS["mlstm"](qk_ratio=1.0)))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda: StackConfig(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4"),
-        (lambda: layers.slstm.sLSTM(4, n_heads=4), "4 heads of 1 unit, wanted at least 2"),
-        (lambda: Stack(StackConfig(d_model=4, mlstm=OPTIONS["mlstm"](qk_ratio=1.0))), "4 heads of 1 unit"),
         (lambda: StackConfig(blocks=["mlsmt"]), "unknown block 'mlsmt', did you mean 'mlstm'"),
         (lambda: StackConfig(blocks=[]), "blocks is empty"),
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),
@@ -401,6 +405,25 @@ def test_a_long_stack_keeps_its_scale(name):
         (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
         (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
         (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),
+        (lambda: build("mlstm")([[1.0]]), "x is list, wanted a tensor"),
+        (lambda: build("mlstm")(sample(2, 5), mask=[[True] * 5] * 2), "mask is list, wanted a tensor"),
+        (lambda: build("slstm")(sample(2, 5), reset=[[True] * 5] * 2), "reset is list, wanted a tensor"),
+        (
+            lambda: build("slstm")(sample(2, 5), lengths="ab"),
+            "lengths is str, wanted a tensor or list of whole numbers",
+        ),
+        *(
+            (lambda kind=kind, state=state: build(kind).blocks[0].mixer(sample(2, 5), state), "state is|state.h is")
+            for kind in BLOCKS
+            for state in (
+                torch.zeros(2, 3),
+                MLSTMState(*[torch.zeros(2, 2)] * 3)[:1],
+                "ab",
+                {"h": 1},
+                (1.0, 2, 3, 4, 5),
+            )
+        ),
+        (lambda: build("lstm")(sample(2, 5), ((None, None),)), "state.h is NoneType, wanted a tensor"),
         (lambda: build("mlstm")(sample(2, 5), ()), "state has 0 entries, wanted one entry for each of the 1 blocks"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([6, 1])), "lengths go from 1 to 6"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([1])), "lengths is torch.int64 of shape"),
@@ -419,7 +442,6 @@ def test_a_long_stack_keeps_its_scale(name):
                 "x is torch.float32 and the layer's weights are torch.float64, wanted one dtype, or autocast",
             )
             for kind in BLOCKS
-            if kind != "lstm"
         ),
     ],
 )

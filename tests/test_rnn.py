@@ -181,8 +181,6 @@ def test_what_is_no_state_of_ours_is_refused():
         c.index_select(0, torch.tensor([0]))
     with pytest.raises(IndexError, match="more than rows"):
         c[0, :]
-    with pytest.raises(ValueError, match="2 heads of 1 unit, wanted at least 2"):
-        xLSTM(IN, 2, n_heads=2)
     with pytest.raises(ValueError, match="did you mean 'slstm'"):
         xLSTM(IN, D, blocks="sltsm")
     with pytest.raises(ValueError, match="did you mean 'conv'"):

@@ -10,22 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import (
-    CausalConv,
-    HeadNorm,
-    array,
-    check_input,
-    init_linear,
-    is_token,
-    parameter,
-    project,
-    silu,
-    token_errors,
-    valid_mask,
-    wide_map,
-    width,
-)
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, parts, valid_mask, wide_map, width
 from exlstm.layers.mlstm import INPUT_GATES, check_gate
+from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
 from exlstm.ops.backend import autocasts, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
@@ -223,7 +210,7 @@ class mLSTMUp(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.up)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
-        conv, memory = state or (None, None)
+        conv, memory = parts(state, "conv", "memory")
         weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None
         if is_token(x, weight, mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from exlstm.layers.attention import Heads
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, soft_cap, valid_mask, wide_map
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, parts, soft_cap, valid_mask, wide_map
 from exlstm.ops.backend import check_companions, exact
 from exlstm.ops.mlstm import mlstm
 
@@ -102,7 +102,7 @@ class mLSTMWindow(nn.Module):
         check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         check_companions(x, reset, None, {})
-        conv, memory, seen = state or (None, None, None)
+        conv, memory, seen = parts(state, "conv", "memory", "window")
         mixed = x
         if self.conv is not None:
             mixed, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")
