@@ -189,6 +189,19 @@ def test_what_is_no_state_of_ours_is_refused():
         xLSTM(IN, D, options={"lstms": {}})
     with pytest.raises(ValueError, match='"concat" or "sum"'):
         xLSTM(IN, D, bidirectional="both")
+    for settings, told in {
+        ("num_layers", 2.0): "num_layers should be of type int, got: float",
+        ("proj_size", 3.5): "proj_size should be of type int, got: float",
+        ("options", "conv"): "options are str, wanted settings by kind of block",
+    }.items():
+        with pytest.raises(TypeError, match=told):
+            xLSTM(IN, D, **dict([settings]))
+    for told, wrong in {"^slstm is list": ["conv"], "forget_bias is 3, wanted two numbers": {"forget_bias": 3}}.items():
+        with pytest.raises(ValueError, match=told):
+            xLSTM(IN, D, options={"slstm": wrong})
+    for call in (lambda: net(None), lambda: net([x]), lambda: net(x, mask=[True]), lambda: net(x, reset=[True])):
+        with pytest.raises(TypeError, match="wanted a tensor"):
+            call()
     with pytest.raises(ValueError, match="says itself"):
         net(pack_sequence([sample(3, IN)]), lengths=[3])
 

@@ -42,6 +42,10 @@ class sLSTM(nn.Module):
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
+        if not isinstance(forget_bias, tuple | list) or len(forget_bias) != 2:
+            raise ValueError(
+                f"forget_bias is {forget_bias!r}, wanted two numbers: of the first unit of a head and of its last"
+            )
         head = d_model // n_heads
         self.d_model, self.n_heads, self.dense, self.forget_bias = d_model, n_heads, dense, tuple(forget_bias)
         new = {"device": device, "dtype": dtype}

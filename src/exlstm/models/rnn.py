@@ -18,7 +18,7 @@ from exlstm.layers.basic import RMSNorm, valid_mask
 from exlstm.models.config import OPTIONS, StackConfig, from_dict, nearest
 from exlstm.models.memory import xLSTMMemory, xLSTMState
 from exlstm.models.stack import Block, scale_outputs
-from exlstm.ops.backend import autocasts, traced
+from exlstm.ops.backend import autocasts, check_tensors, traced
 
 # A norm over one unit leaves nothing of it, so a layer of one unit works in this width inside and is mapped to one.
 NARROWEST = 8
@@ -150,6 +150,8 @@ class xLSTM(nn.Module):
         return input._replace(data=pack_padded_sequence(y, lengths, batch_first=True).data), state
 
     def _padded(self, x, hx, lengths, mask, reset):
+        given = {"input": x, "mask": mask, "reset": reset}
+        check_tensors(**{name: t for name, t in given.items() if name == "input" or t is not None})
         if x.dim() not in (2, 3):
             raise ValueError(f"xLSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
         is_batched, swap = x.dim() == 3, x.dim() == 3 and not self.batch_first
@@ -275,6 +277,10 @@ def _last(y, mask, is_reverse: bool, before):
 
 
 def _config(hidden_size, num_layers, blocks, n_heads, options) -> StackConfig:
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            f"options are {type(options).__name__}, wanted settings by kind of block, as {{'slstm': {{'conv': 4}}}}"
+        )
     options = dict(options or {})
     for kind in options:
         if kind not in OPTIONS:
@@ -289,10 +295,11 @@ def _config(hidden_size, num_layers, blocks, n_heads, options) -> StackConfig:
 
 
 def _check_numbers(input_size, hidden_size, num_layers, proj_size):
-    for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+    for name, value in {**sizes, "proj_size": proj_size}.items():
         if not isinstance(value, int):
             raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-    for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+    for name, value in sizes.items():
         if value <= 0:
             raise ValueError(f"{name} must be greater than zero")
     if proj_size < 0:
