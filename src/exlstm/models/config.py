@@ -351,7 +351,7 @@ def from_dict(kind, values: dict, where: str = ""):
     known = {f.name: f for f in fields(kind)}
     if not isinstance(values, dict):
         raise ValueError(
-            f"{where.removesuffix('.') or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}"
+            f"{where.strip('.') or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}"
         )
     for key in values:
         if key not in known:
