@@ -438,6 +438,8 @@ def test_what_is_no_state_is_not_saved(tmp_path):
     model = build()
     with pytest.raises(ValueError, match=r"state\.1 is Linear"):
         model.save_state((None, torch.nn.Linear(1, 1)), tmp_path / "state")
+    with pytest.raises(ValueError, match="state is int, wanted tensors in tuples"):
+        model.save_state(3, tmp_path / "state")
     with pytest.raises(OSError, match="could not write"):
         model.save_state((None,), tmp_path / "nowhere" / "state")
     assert not list(tmp_path.iterdir())

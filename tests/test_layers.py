@@ -405,6 +405,7 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
         (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
         (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
         (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),
+        (lambda: Stack({"d_model": 32}), "config is dict, wanted a StackConfig"),
         (lambda: build("mlstm")([[1.0]]), "x is list, wanted a tensor"),
         (lambda: build("mlstm")(sample(2, 5), mask=[[True] * 5] * 2), "mask is list, wanted a tensor"),
         (lambda: build("slstm")(sample(2, 5), reset=[[True] * 5] * 2), "reset is list, wanted a tensor"),

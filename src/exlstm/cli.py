@@ -128,7 +128,7 @@ class Export:
     format: Literal["onnx", "pt2"] = "onnx"
     """onnx: the step; pt2 (torch.export): also the forward at any length"""
     out: str = ""
-    """folder to write; left out: RUN/export"""
+    """folder to write; left out: RUN/export/FORMAT. An export that stands there is replaced"""
 
 
 @dataclass(frozen=True)

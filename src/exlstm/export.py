@@ -169,8 +169,8 @@ def _write_onnx(traced, path: Path, state: list[str]):
 
 
 def export_run(run: Path, out: str, format: str):
-    """`export` of a run's model, in float32 on the CPU, into `out` or RUN/export."""
+    """`export` of a run's model, in float32 on the CPU, into `out` or RUN/export/FORMAT."""
     model = runs.load(run, "cpu").float()
-    written = export(model, Path(out) if out else run / "export", format)
+    written = export(model, Path(out) if out else run / "export" / format, format)
     for path in written:
         print(f"{format}  {path}  {path.stat().st_size:,} bytes")

@@ -15,7 +15,6 @@ from dataclasses import replace
 from os import PathLike
 
 import torch
-from torch import Tensor
 
 from exlstm.models import checkpoint
 from exlstm.models.chooser import Chooser
@@ -48,6 +47,8 @@ class Engine:
     def __init__(self, model, slots: int = 8):
         if not is_token(slots) or slots < 1:
             raise ValueError(f"slots is {slots!r}, wanted a whole number of at least 1")
+        if not hasattr(model, "generate"):
+            raise TypeError(f"model is {type(model).__name__}, wanted a LanguageModel")
         self.model, self.slots = model, int(slots)
         self.sequences: list[Sequence | None] = [None] * self.slots
         self._reader = evaluating(model)
@@ -88,6 +89,8 @@ class Engine:
 
     def remove(self, sequence: Sequence):
         """Frees the slot; what the sequence has written stays with it."""
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"sequence is {type(sequence).__name__}, wanted a Sequence of admit")
         if sequence.slot is None:
             return
         slot, sequence.slot = self._own(sequence), None
@@ -138,9 +141,7 @@ class Engine:
     def load(self, path: str | PathLike, prompt=(), **settings) -> Sequence:
         """A sequence that goes on from a file of `save`, behind a prompt or none; settings as in Request."""
         state = checkpoint.load_state(self.model, path)
-        (sequence,) = self.admit(
-            Request(prompt if isinstance(prompt, str | Tensor) else list(prompt), state=state, **settings)
-        )
+        (sequence,) = self.admit(Request(prompt, state=state, **settings))
         return sequence
 
     # Writing
