@@ -260,6 +260,14 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @every
+def test_training_leaves_the_memory_of_weights_free_to_go(name):
+    """Sharded training (FSDP) gives a block's whole weights back after every use, which storage seen by NumPy refuses."""
+    stack = build(name, dtype=torch.float32)
+    stack(sample(2, 9, dtype=torch.float32))[0].square().sum().backward()
+    assert all(p.untyped_storage().resizable() for p in stack.parameters())
+
+
+@every
 def test_meta_device_then_reset_parameters(name):
     config = build(name).config
     stack = Stack(config, device="meta")
