@@ -282,7 +282,7 @@ REFUSED = {
     "blocks a number": (config(blocks=5), "config.json: blocks"),
     "blocks of numbers": (config(blocks=[5]), "config.json: .*5"),
     "an unknown block": (config(blocks=["mlsmt"]), "did you mean 'mlstm'"),
-    "options of text": (config(mlstm="big"), "mlstm. is str"),
+    "options of text": (config(mlstm="big"), "mlstm is str, wanted an object"),
     "heads that do not fit": (config(n_heads=5), "not divisible"),
     "a convolution of -1": (config(mlstm={"conv": -1}), "config.json"),
     "tokenizer a text": (write("tokenizer.json", b"hello"), "tokenizer.json is no"),

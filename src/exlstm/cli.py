@@ -366,8 +366,8 @@ def _squeezed(box: str) -> str:
     told = " ".join(line.strip(" │╭╮╰╯─") if "─" in line or "│" in line else line for line in lines)
     told = re.split(r"Argument helptext:|For full helptext", re.sub(r"-{4,}", " ", told))[0]
     told = " ".join(told.split()).removesuffix(".")
-    if missing := re.match(r"Missing value for argument '(\S+)'", told):
-        return f"{missing[1]} wants a value"
+    if missing := re.match(r"Missing value for argument '(\S+)'(?:. Expected (\d+) values)?", told):
+        return f"{missing[1]} wants {'a value' if missing[2] in (None, '1') else f'{missing[2]} values'}"
     number = r"Error parsing (--\S+): (?:invalid literal|could not convert|no type matching).*(?:: |from \[)('.*?')"
     if wrong := re.match(number, told):
         return f"{wrong[1]} is {wrong[2]}, wanted a number"

@@ -91,6 +91,8 @@ class mLSTMUp(nn.Module):
     ):
         super().__init__()
         inner = width(up_ratio, d_model, multiple)
+        if inner < 1:
+            raise ValueError(f"up_ratio {up_ratio} leaves no inner width, wanted more than 0")
         if inner % n_heads or inner % qkv_block:
             raise ValueError(f"the inner width {inner} is not divisible by n_heads {n_heads} and qkv_block {qkv_block}")
         check_gate(i_gate)
