@@ -413,6 +413,14 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
         (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
         (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
         (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),
+        *(
+            (
+                lambda kind=kind: Stack(StackConfig(blocks=kind, **{kind: OPTIONS[kind](forget_bias=3.0)})),
+                "wanted two numbers",
+            )
+            for kind in BLOCKS
+            if hasattr(OPTIONS[kind], "forget_bias")
+        ),
         (lambda: Stack({"d_model": 32}), "config is dict, wanted a StackConfig"),
         (lambda: build("mlstm")([[1.0]]), "x is list, wanted a tensor"),
         (lambda: build("mlstm")(sample(2, 5), mask=[[True] * 5] * 2), "mask is list, wanted a tensor"),

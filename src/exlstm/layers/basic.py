@@ -193,6 +193,13 @@ def init_linear(weight: Tensor):
     nn.init.normal_(weight, std=(2 / (5 * weight.shape[-1])) ** 0.5)
 
 
+def ends(forget_bias) -> tuple:
+    """A bias at the first and at the last of several places. ValueError: these are not two."""
+    if not isinstance(forget_bias, tuple | list) or len(forget_bias) != 2:
+        raise ValueError(f"forget_bias is {forget_bias!r}, wanted two numbers: at the first place and at the last")
+    return tuple(forget_bias)
+
+
 def width(ratio: float, d_model: int, multiple: int = 64) -> int:
     """ratio · d_model, rounded up to a multiple (of what matrix units like)."""
     # Rounded first, so that 8/3 · 96 = 256.00000000000006 does not become 320.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, parts, valid_mask, wide_map, width
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask, wide_map, width
 from exlstm.layers.mlstm import INPUT_GATES, check_gate
 from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
 from exlstm.ops.backend import autocasts, cast, exact, traced
@@ -99,7 +99,7 @@ class mLSTMUp(nn.Module):
         if conv < 1:
             raise ValueError(f"conv is {conv}, wanted a width of at least 1")
         self.d_model, self.n_heads, self.eps, self.m_start = d_model, n_heads, eps, m_start
-        self.forget_bias, self.i_gate, self.normalize = tuple(forget_bias), i_gate, normalize
+        self.forget_bias, self.i_gate, self.normalize = ends(forget_bias), i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, parts, valid_mask
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask
 from exlstm.layers.token import array, is_token, parameter, token_errors
 from exlstm.ops.slstm import SLSTMState, slstm
 from exlstm.ops.slstm.cpu import decode, recurrent
@@ -42,12 +42,8 @@ class sLSTM(nn.Module):
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
-        if not isinstance(forget_bias, tuple | list) or len(forget_bias) != 2:
-            raise ValueError(
-                f"forget_bias is {forget_bias!r}, wanted two numbers: of the first unit of a head and of its last"
-            )
         head = d_model // n_heads
-        self.d_model, self.n_heads, self.dense, self.forget_bias = d_model, n_heads, dense, tuple(forget_bias)
+        self.d_model, self.n_heads, self.dense, self.forget_bias = d_model, n_heads, dense, ends(forget_bias)
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         # Rows: the gates i, f, z, o of a head, then the next head.
