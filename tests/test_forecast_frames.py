@@ -276,19 +276,19 @@ def test_points_between_thousands_are_no_fractions(written, wanted, tmp_path):
     assert read_table(path).y.tolist() == [1050, 2999]
 
 
-@pytest.mark.parametrize("column", ["store", "Kunde"])
-def test_ids_keep_their_zeros(column, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shops", [["007", "010"], ["1.100", "1.200"], ["1.1", "1.10"]], ids=str)
+@pytest.mark.parametrize(("column", "sep", "decimal"), [("store", ",", "."), ("Kunde", ";", ",")])
+def test_ids_stay_what_they_are(shops, column, sep, decimal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shops = ["007", "010"]
     data = pd.concat([series().assign(**{column: shop}) for shop in shops])
-    data.to_csv("table.csv", index=False)
+    data.to_csv("table.csv", index=False, sep=sep, decimal=decimal)
     fit = "--fit.members naive linear --fit.max-lookback 14 --horizon 7 --model kept --out fc.csv"
     assert main(f"forecast table.csv --target y --id {column} {fit}".split()) == 0
     for _ in range(2):
         # The second time the saved model says which column holds ids.
         assert read_table(tmp_path / "fc.csv", column)[column].unique().tolist() == shops
         assert main(["forecast", "table.csv", "--model", "kept", "--out", "fc.csv"]) == 0
-    data[data[column] == "007"].replace("007", "117").to_csv("whole.csv", index=False)
+    data[data[column] == shops[0]].replace(shops[0], "117").to_csv("whole.csv", index=False)
     # Nothing says there that an id is a text, but the table that it belongs to.
     assert read_table(tmp_path / "whole.csv", column)[column].unique().tolist() == [117]
     assert read_table(tmp_path / "whole.csv", column, data)[column].unique().tolist() == ["117"]

@@ -35,8 +35,9 @@ DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}(
 def read_table(path: Path, id: str = "", like=None):
     """The frame in a file; what cannot be read is a ValueError or an OSError of one sentence.
 
-    Ids keep their zeros: `id` and columns with the name of one stay text where whole numbers begin with 0, as 007 does, and
-    where they are text in the frame `like`. A text that is no UTF-8 is read as Windows-1252, with a UserWarning.
+    Ids stay what they are: column `id`, without it those with the name of one, is text where whole numbers begin with 0, as
+    007 does, where they have a point, and where it is text in the frame `like`. A file that is no UTF-8 is read as
+    Windows-1252, with a UserWarning.
     """
     pd = require_pandas()
     if path.is_dir():
@@ -84,13 +85,12 @@ def _read_csv(path: Path, id: str, like):
     def as_text(names):
         return pd.read_csv(path, sep=sep, usecols=names, dtype=str, **how) if names else {}
 
-    wanted = {id, *ID_NAMES}
-    whole = [c for c in frame.columns if frame[c].dtype.kind in "iu" and {c.strip(), c.strip().lower()} & wanted]
-    for name, text in as_text(whole).items():
+    ids = [c for c in frame.columns if (c.strip() == id if id else c.strip().lower() in ID_NAMES)]
+    for name, text in as_text([c for c in ids if frame[c].dtype.kind in "iuf"]).items():
         held = like is not None and name in like.columns and like[name].dtype.kind not in "iufb"
-        if held or text.str.match(r"\s*0\d").any():
+        if held or frame[name].dtype.kind == "f" or text.str.match(r"\s*0\d").any():
             frame[name] = text.str.strip()
-    return _with_points(frame, as_text) if sep == ";" else frame
+    return _with_points(frame, ids, as_text) if sep == ";" else frame
 
 
 def _dialect(path: Path) -> tuple[str, dict]:
@@ -116,19 +116,19 @@ def _opened(path: Path):
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(kind, open)(path, "rb")
 
 
-def _with_points(frame, as_text):
+def _with_points(frame, ids, as_text):
     """Numbers with a comma for the point and perhaps a point between thousands, as tables have them whose columns a semicolon
     parts. That 1.050 is a thousand and not one, other numbers have to say: a comma in any column, or, beside it, whole ones
     below a thousand and a last 0 that no fraction would keep."""
     commas = False
     for name in frame.columns:
-        if frame[name].dtype.kind in "iufb":
+        if name in ids or frame[name].dtype.kind in "iufb":
             continue
         known = frame[name].dropna().astype(str).str.strip()
         if len(known) and known.str.fullmatch(r"[+-]?(?:\d+|[1-9]\d{0,2}(?:\.\d{3})+)(?:,\d+)?(?:[eE][+-]?\d+)?").all():
             commas |= bool(known.str.contains(",").any())
             frame[name] = _number(frame[name])
-    for name, text in as_text([c for c in frame.columns if frame[c].dtype.kind == "f"]).items():
+    for name, text in as_text([c for c in frame.columns if frame[c].dtype.kind == "f" and c not in ids]).items():
         known = text.dropna().str.strip()
         pointed = known.str.contains(".", regex=False)
         thousands = known[pointed].str.fullmatch(r"[+-]?[1-9]\d{0,2}\.\d{3}").all()
