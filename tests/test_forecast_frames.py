@@ -294,6 +294,13 @@ def test_ids_stay_what_they_are(shops, column, sep, decimal, tmp_path, monkeypat
     assert read_table(tmp_path / "whole.csv", column, data)[column].unique().tolist() == ["117"]
 
 
+def test_a_zero_has_no_sign():
+    """Sales now and then: what is nothing is shown as 0, not as -0."""
+    found = forecaster().fit(series().assign(y=[3.0 * (i % 10 == 0) for i in range(N)])).predict()
+    values = found.select_dtypes("number").to_numpy()
+    assert (values == 0).any() and not np.signbit(values[values == 0]).any()
+
+
 def test_what_the_future_holds_is_known_and_the_rest_is_past(tmp_path, monkeypatch, capsys):
     """Of the columns that help, each on its own."""
     monkeypatch.chdir(tmp_path)
