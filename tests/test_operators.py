@@ -449,6 +449,7 @@ BAD = [
     ("mlstm", {"q": [1.0]}, "q is list, wanted a tensor"),
     ("mlstm", {"log_f": None}, "log_f is NoneType, wanted a tensor"),
     ("mlstm", {"chunk": 0}, "chunk is 0, wanted a whole number of at least 1"),
+    ("mlstm", {"scale": torch.ones(1, requires_grad=True)}, "scale is a tensor that wants a gradient"),
     ("mlstm", {"chunk": 2.5}, "chunk is 2.5, wanted a whole number of at least 1"),
     ("mlstm", {"state": (None, None, None)}, "state.c is NoneType, wanted a tensor"),
     ("mlstm", {"reset": [[True] * 5] * 2}, "reset is list, wanted a tensor"),

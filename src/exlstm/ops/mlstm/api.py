@@ -81,6 +81,8 @@ def mlstm(
     if mask is not None:
         log_i = log_i.masked_fill(~mask[..., None], float("-inf"))
         log_f = log_f.masked_fill(~mask[..., None], 0.0)
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scale is a tensor that wants a gradient, and a number has none; multiply q by it")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     h, *memory = implementation(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, float(eps), chunk)
     if mask is not None:
