@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -654,3 +655,4 @@ def test_bad_settings_are_refused_in_a_sentence(values, sentence):
 
 def test_settings_take_one_file_and_lists():
     assert DataConfig(files="a").files == ("a",) and DataConfig(files=["a", "b"]).files == ("a", "b")
+    assert DataConfig(files=Path("a")).files == ("a",) and DataConfig(files=[Path("a"), "b"]).files == ("a", "b")

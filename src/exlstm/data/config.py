@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from exlstm.data.tokenizer import check_kind
@@ -28,7 +29,8 @@ class DataConfig:
     """seed of the order of the batches and of the choice of held-out documents"""
 
     def __post_init__(self):
-        files = (self.files,) if isinstance(self.files, str) else tuple(self.files)
+        files = (self.files,) if isinstance(self.files, str | os.PathLike) else tuple(self.files)
+        files = tuple(os.fspath(file) if isinstance(file, os.PathLike) else file for file in files)
         object.__setattr__(self, "files", files)
         for file in files:
             if not isinstance(file, str) or not file:
