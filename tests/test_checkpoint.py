@@ -282,7 +282,7 @@ REFUSED = {
     "blocks a number": (config(blocks=5), "config.json: blocks"),
     "blocks of numbers": (config(blocks=[5]), "config.json: .*5"),
     "an unknown block": (config(blocks=["mlsmt"]), "did you mean 'mlstm'"),
-    "options of text": (config(mlstm="big"), "mlstm. is str"),
+    "options of text": (config(mlstm="big"), "mlstm is str, wanted an object"),
     "heads that do not fit": (config(n_heads=5), "not divisible"),
     "a convolution of -1": (config(mlstm={"conv": -1}), "config.json"),
     "tokenizer a text": (write("tokenizer.json", b"hello"), "tokenizer.json is no"),
@@ -438,6 +438,8 @@ def test_what_is_no_state_is_not_saved(tmp_path):
     model = build()
     with pytest.raises(ValueError, match=r"state\.1 is Linear"):
         model.save_state((None, torch.nn.Linear(1, 1)), tmp_path / "state")
+    with pytest.raises(ValueError, match="state is int, wanted tensors in tuples"):
+        model.save_state(3, tmp_path / "state")
     with pytest.raises(OSError, match="could not write"):
         model.save_state((None,), tmp_path / "nowhere" / "state")
     assert not list(tmp_path.iterdir())

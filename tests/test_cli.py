@@ -291,6 +291,12 @@ def test_every_command_explains_itself(command, capsys):
     assert f"exlstm {command}" in capsys.readouterr().out
 
 
+def test_help_names_no_flag_that_is_refused(capsys):
+    main(["train", "--help"])
+    flags = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    assert "--model.d-model" in flags and "--data.vocab-size" in flags and "--model.vocab-size" not in flags
+
+
 def test_a_benchmark_gets_its_settings(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(kernels, "run", seen.append)

@@ -310,7 +310,8 @@ def test_unknown_kernels_give_one_warning():
 
 
 def test_a_head_of_one_number_is_finite():
-    layer = ours.sLSTMLayer(ours.sLSTMLayerConfig(embedding_dim=4, num_heads=4))
+    with pytest.warns(UserWarning, match="4 heads of 1 unit"):
+        layer = ours.sLSTMLayer(ours.sLSTMLayerConfig(embedding_dim=4, num_heads=4))
     assert all(p.isfinite().all() for p in layer.parameters()) and layer(torch.randn(2, 5, 4)).isfinite().all()
 
 

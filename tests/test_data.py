@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,9 +136,9 @@ BAD_TOKENS = [
     (lambda: Bytes().decode([97, 256]), "token 256 does not exist, this tokenizer has 256"),
     (lambda: Characters("ab").decode([-1]), "token -1 does not exist"),
     (lambda: Bytes().decoder().push(999), "token 999"),
-    (lambda: tokenizer_from_dict({"kind": "words"}), "kind 'words' is not known; known: bytes, characters, bpe"),
-    (lambda: tokenizer_from_dict({"kind": ["bytes"]}), "is not known"),
-    (lambda: tokenizer_from_dict([]), "kind None is not known"),
+    (lambda: tokenizer_from_dict({"kind": "words"}), "unknown tokenizer 'words'; known: bytes, characters, bpe"),
+    (lambda: tokenizer_from_dict({"kind": ["bytes"]}), "did you mean 'bytes'"),
+    (lambda: tokenizer_from_dict([]), "unknown tokenizer None; known: bytes"),
     (lambda: tokenizer_from_dict({"kind": "bytes", "more": 1}), "not a description of a bytes tokenizer"),
     (lambda: tokenizer_from_dict({"kind": "characters"}), "has the keys characters, kind"),
     (lambda: tokenizer_from_dict({"kind": "characters", "characters": 5}), "characters is 5"),
@@ -627,7 +628,8 @@ def test_rows_of_documents_stay_inside_one():
 # Settings
 
 BAD_SETTINGS = [
-    ({"tokenizer": "byte"}, "unknown tokenizer 'byte'; known: bytes, characters, bpe"),
+    ({"tokenizer": "byte"}, "unknown tokenizer 'byte', did you mean 'bytes'"),
+    ({"tokenizer": "words"}, "unknown tokenizer 'words'; known: bytes, characters, bpe"),
     ({"tokenizer": ["bytes"]}, "unknown tokenizer"),
     ({"vocab_size": 512}, "vocab_size is 512; only a bpe takes one"),
     ({"tokenizer": "bpe", "vocab_size": 100}, "wanted at least 257"),
@@ -653,3 +655,4 @@ def test_bad_settings_are_refused_in_a_sentence(values, sentence):
 
 def test_settings_take_one_file_and_lists():
     assert DataConfig(files="a").files == ("a",) and DataConfig(files=["a", "b"]).files == ("a", "b")
+    assert DataConfig(files=Path("a")).files == ("a",) and DataConfig(files=[Path("a"), "b"]).files == ("a", "b")

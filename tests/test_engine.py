@@ -221,6 +221,8 @@ BAD = {
     "no request": (lambda e, m: e.admit([1, 2]), "the request is list, wanted a Request"),
     "one twice": (lambda e, m: e.enter([Sequence(m, Request([1], 2))] * 2), "a sequence came twice"),
     "one again": (lambda e, m: e.enter([removed(e)]), "a sequence came twice"),
+    "no model": (lambda e, m: Engine(m.stack, 1), "model is Stack, wanted a LanguageModel"),
+    "no sequence": (lambda e, m: e.remove("a"), "sequence is str, wanted a Sequence"),
     "no slots": (lambda e, m: Engine(m, 0), "slots is 0, wanted a whole number of at least 1"),
 }
 

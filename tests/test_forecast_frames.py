@@ -217,17 +217,88 @@ def test_levels_and_sizes_may_be_numbers_of_any_kind(level):
     assert len(model.cross_validation(n_windows=np.int64(2))) == 10
 
 
-@pytest.mark.parametrize("name", ["table.csv", "table.tsv", "table.csv.gz", "semicolon.csv"])
+def excel(data, path):
+    """As a spreadsheet of central Europe writes it."""
+    text = data.to_csv(index=False, sep=";", decimal=",")
+    path.write_text("sep=;\n" + text, encoding="utf-8-sig")
+
+
+MAKES = {
+    "table.csv": lambda data, path: write_table(data, path),
+    "table.tsv": lambda data, path: write_table(data, path),
+    "table.csv.gz": lambda data, path: data.to_csv(path, index=False),
+    "table.zip": lambda data, path: data.to_csv(path, index=False, sep=";"),
+    "semicolon.csv": lambda data, path: data.to_csv(path, index=False, sep=";", decimal=","),
+    "utf16.csv": lambda data, path: data.to_csv(path, index=False, sep="\t", encoding="utf-16"),
+    "excel.csv": excel,
+    "indexed.csv": lambda data, path: data.to_csv(path),
+    "empty column.csv": lambda data, path: data.assign(**{"": np.nan}).to_csv(path, index=False),
+}
+
+
+@pytest.mark.parametrize("name", MAKES)
 def test_tables_of_many_makes_are_read(name, tmp_path):
-    data, path = series(), tmp_path / name
-    if name == "semicolon.csv":
-        data.to_csv(path, index=False, sep=";", decimal=",")
-    elif name.endswith(".gz"):
-        data.to_csv(path, index=False)
-    else:
-        write_table(data, path)
+    path = tmp_path / name
+    MAKES[name](series(), path)
     found = panel_of(read_table(path))
+    found = Forecaster(H, config=LINEAR).fit(found).panel if name == "empty column.csv" else found
     assert np.allclose(found.y, Y) and found.freq == "D"
+
+
+def test_a_text_that_is_no_utf8_is_read_and_told(tmp_path):
+    path = tmp_path / "table.csv"
+    series().rename(columns={"y": "Größe"}).to_csv(path, index=False, encoding="cp1252")
+    with pytest.warns(UserWarning, match="is no UTF-8 and is read as Windows-1252"):
+        assert "Größe" in read_table(path).columns
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="cannot be read as a table: it is no text"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        (["1.050,5", "999,25", "1.234.567"], [1050.5, 999.25, 1234567]),
+        (["1.050", "999", "12.300"], [1050, 999, 12300]),
+        # Nothing says that these are not fractions.
+        (["1.050", "0.999", "12.300"], [1.05, 0.999, 12.3]),
+        (["1.125", "999", "12.375"], [1.125, 999, 12.375]),
+        (["1.050", "2.999", "12.300"], [1.05, 2.999, 12.3]),
+    ],
+    ids=str,
+)
+def test_points_between_thousands_are_no_fractions(written, wanted, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("ds;y\n" + "".join(f"0{i + 1}.02.2024;{y}\n" for i, y in enumerate(written)))
+    assert read_table(path).y.tolist() == wanted
+    # A comma in another column says it for all.
+    path.write_text("ds;x;y\n" + "".join(f"0{i + 1}.02.2024;1,5;{y}\n" for i, y in enumerate(["1.050", "2.999"])))
+    assert read_table(path).y.tolist() == [1050, 2999]
+
+
+@pytest.mark.parametrize("shops", [["007", "010"], ["1.100", "1.200"], ["1.1", "1.10"]], ids=str)
+@pytest.mark.parametrize(("column", "sep", "decimal"), [("store", ",", "."), ("Kunde", ";", ",")])
+def test_ids_stay_what_they_are(shops, column, sep, decimal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = pd.concat([series().assign(**{column: shop}) for shop in shops])
+    data.to_csv("table.csv", index=False, sep=sep, decimal=decimal)
+    fit = "--fit.members naive linear --fit.max-lookback 14 --horizon 7 --model kept --out fc.csv"
+    assert main(f"forecast table.csv --target y --id {column} {fit}".split()) == 0
+    for _ in range(2):
+        # The second time the saved model says which column holds ids.
+        assert read_table(tmp_path / "fc.csv", column)[column].unique().tolist() == shops
+        assert main(["forecast", "table.csv", "--model", "kept", "--out", "fc.csv"]) == 0
+    data[data[column] == shops[0]].replace(shops[0], "117").to_csv("whole.csv", index=False)
+    # Nothing says there that an id is a text, but the table that it belongs to.
+    assert read_table(tmp_path / "whole.csv", column)[column].unique().tolist() == [117]
+    assert read_table(tmp_path / "whole.csv", column, data)[column].unique().tolist() == ["117"]
+
+
+def test_a_zero_has_no_sign():
+    """Sales now and then: what is nothing is shown as 0, not as -0."""
+    found = forecaster().fit(series().assign(y=[3.0 * (i % 10 == 0) for i in range(N)])).predict()
+    values = found.select_dtypes("number").to_numpy()
+    assert (values == 0).any() and not np.signbit(values[values == 0]).any()
 
 
 def test_what_the_future_holds_is_known_and_the_rest_is_past(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The language model: logits, losses and writing on from a prompt, over every kind of block."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exlstm.data.tokenizer import Bytes, Characters
+from exlstm.export import export
 from exlstm.models.config import LanguageConfig
+from exlstm.models.engine import Engine
 from exlstm.models.language import LanguageModel
 from exlstm.models.reading import PIECE, GenerationState
 from exlstm.models.sampling import Sampling, Uniform
+from exlstm.models.sequence import Request
 from exlstm.models.stack import BLOCKS
 
 VOCABULARY = 61
@@ -503,6 +507,39 @@ def test_training_and_gradients_are_left_as_they_were():
     assert [first[0], *stream] == first == model.eval().generate([1, 2, 3], 8, temperature=0)
     with torch.inference_mode():
         assert model.generate([1, 2, 3], 8, temperature=0) == first
+
+
+@torch.no_grad()
+def test_nobody_sees_the_modes_change_while_a_model_writes(tmp_path):
+    """Modes are the model's own all the while: others may train it, or write with it, in other threads."""
+    model = build(dropout=0.5).train()
+    seen = []
+    model.stack.register_forward_hook(lambda *_: seen.extend(module.training for module in model.modules()))
+    wanted = model.generate([1, 2, 3], 8, temperature=0)
+    assert list(model.generate([1, 2, 3], 8, temperature=0, stream=True)) == wanted
+    engine = Engine(model, slots=2)
+    (one,) = engine.admit(Request([1, 2, 3], 8, temperature=0))
+    for _ in engine.run():
+        pass
+    assert one.tokens == wanted
+    export(model, tmp_path / "out", "pt2")
+    assert all(seen) and len(seen) > 10 and all(module.training for module in model.modules())
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: model.generate([1, 2, 3], 8, temperature=0), range(12)))
+    assert found == [wanted] * 12
+    stream = model.eval().generate([1, 2, 3], 8, temperature=0, stream=True)
+    begun = next(stream)
+    model.train()
+    assert [begun, *stream] == wanted
+
+
+def test_a_compiled_part_writes_in_eval_mode_too():
+    model = build(dropout=0.5).train()
+    wanted = model.generate([1, 2, 3], 5, temperature=0)
+    model.stack.blocks[0].compile(backend="aot_eager")
+    assert model.generate([1, 2, 3], 5, temperature=0) == wanted
+    model.stack = torch.compile(model.stack, backend="aot_eager")
+    assert model.generate([1, 2, 3], 5, temperature=0) == wanted
 
 
 # Stops and streams

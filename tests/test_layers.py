@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from exlstm import layers
 from exlstm.models.config import OPTIONS, StackConfig
 from exlstm.models.stack import BLOCKS, Stack
-from exlstm.ops.mlstm import mlstm
+from exlstm.ops.mlstm import MLSTMState, mlstm
 
 D = 32
 VARIANTS = {
@@ -260,6 +260,14 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @every
+def test_training_leaves_the_memory_of_weights_free_to_go(name):
+    """Sharded training (FSDP) gives a block's whole weights back after every use, which storage seen by NumPy refuses."""
+    stack = build(name, dtype=torch.float32)
+    stack(sample(2, 9, dtype=torch.float32))[0].square().sum().backward()
+    assert all(p.untyped_storage().resizable() for p in stack.parameters())
+
+
+@every
 def test_meta_device_then_reset_parameters(name):
     config = build(name).config
     stack = Stack(config, device="meta")
@@ -387,6 +395,12 @@ def test_a_long_stack_keeps_its_scale(name):
     assert all(p.grad.isfinite().all() for p in stack.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+def test_heads_whose_norm_leaves_nothing_are_told(kind):
+    with pytest.warns(UserWarning, match="4 heads of 1 unit: a norm over one number is always 0"):
+        Stack(StackConfig(d_model=4, n_layers=1, blocks=kind, mlstm=OPTIONS["mlstm"](qk_ratio=1.0)))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -399,6 +413,34 @@ def test_a_long_stack_keeps_its_scale(name):
         (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
         (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
         (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),
+        *(
+            (
+                lambda kind=kind: Stack(StackConfig(blocks=kind, **{kind: OPTIONS[kind](forget_bias=3.0)})),
+                "wanted two numbers",
+            )
+            for kind in BLOCKS
+            if hasattr(OPTIONS[kind], "forget_bias")
+        ),
+        (lambda: Stack({"d_model": 32}), "config is dict, wanted a StackConfig"),
+        (lambda: build("mlstm")([[1.0]]), "x is list, wanted a tensor"),
+        (lambda: build("mlstm")(sample(2, 5), mask=[[True] * 5] * 2), "mask is list, wanted a tensor"),
+        (lambda: build("slstm")(sample(2, 5), reset=[[True] * 5] * 2), "reset is list, wanted a tensor"),
+        (
+            lambda: build("slstm")(sample(2, 5), lengths="ab"),
+            "lengths is str, wanted a tensor or list of whole numbers",
+        ),
+        *(
+            (lambda kind=kind, state=state: build(kind).blocks[0].mixer(sample(2, 5), state), "state is|state.h is")
+            for kind in BLOCKS
+            for state in (
+                torch.zeros(2, 3),
+                MLSTMState(*[torch.zeros(2, 2)] * 3)[:1],
+                "ab",
+                {"h": 1},
+                (1.0, 2, 3, 4, 5),
+            )
+        ),
+        (lambda: build("lstm")(sample(2, 5), ((None, None),)), "state.h is NoneType, wanted a tensor"),
         (lambda: build("mlstm")(sample(2, 5), ()), "state has 0 entries, wanted one entry for each of the 1 blocks"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([6, 1])), "lengths go from 1 to 6"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([1])), "lengths is torch.int64 of shape"),
@@ -417,7 +459,6 @@ def test_a_long_stack_keeps_its_scale(name):
                 "x is torch.float32 and the layer's weights are torch.float64, wanted one dtype, or autocast",
             )
             for kind in BLOCKS
-            if kind != "lstm"
         ),
     ],
 )

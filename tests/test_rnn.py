@@ -181,8 +181,6 @@ def test_what_is_no_state_of_ours_is_refused():
         c.index_select(0, torch.tensor([0]))
     with pytest.raises(IndexError, match="more than rows"):
         c[0, :]
-    with pytest.raises(ValueError, match="hidden_size is 1"):
-        xLSTM(IN, 1)
     with pytest.raises(ValueError, match="did you mean 'slstm'"):
         xLSTM(IN, D, blocks="sltsm")
     with pytest.raises(ValueError, match="did you mean 'conv'"):
@@ -191,8 +189,38 @@ def test_what_is_no_state_of_ours_is_refused():
         xLSTM(IN, D, options={"lstms": {}})
     with pytest.raises(ValueError, match='"concat" or "sum"'):
         xLSTM(IN, D, bidirectional="both")
+    for settings, told in {
+        ("num_layers", 2.0): "num_layers should be of type int, got: float",
+        ("proj_size", 3.5): "proj_size should be of type int, got: float",
+        ("options", "conv"): "options are str, wanted settings by kind of block",
+    }.items():
+        with pytest.raises(TypeError, match=told):
+            xLSTM(IN, D, **dict([settings]))
+    for told, wrong in {"^slstm is list": ["conv"], "forget_bias is 3, wanted two numbers": {"forget_bias": 3}}.items():
+        with pytest.raises(ValueError, match=told):
+            xLSTM(IN, D, options={"slstm": wrong})
+    for call in (lambda: net(None), lambda: net([x]), lambda: net(x, mask=[True]), lambda: net(x, reset=[True])):
+        with pytest.raises(TypeError, match="wanted a tensor"):
+            call()
     with pytest.raises(ValueError, match="says itself"):
         net(pack_sequence([sample(3, IN)]), lengths=[3])
+
+
+@each_kind
+@pytest.mark.parametrize("bidirectional", [False, True, "sum"])
+def test_one_unit_tells_more_than_a_sign(blocks, bidirectional):
+    """Where nn.LSTM takes a hidden_size of 1, ours gives numbers that depend on the whole input, and learns."""
+    torch.manual_seed(0)
+    net = xLSTM(IN, 1, 2, bidirectional=bidirectional, blocks=blocks, dtype=torch.float64)
+    width = 2 if bidirectional is True else 1
+    zeros = torch.zeros(2 * net.n_directions, 3, 1, dtype=torch.float64)
+    y, (h, c) = net(sample(40, 3, IN), (zeros, zeros))
+    assert y.shape == (40, 3, width) and h.shape == (2 * net.n_directions, 3, 1)
+    assert len(y.round(decimals=6).unique()) > 0.9 * y.numel()
+    assert net(sample(4, 3, IN), (h, c))[0].shape == (4, 3, width)
+    y.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in net.parameters())
 
 
 # The laws, over every kind of block

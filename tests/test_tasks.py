@@ -309,7 +309,8 @@ def test_scores_are_scaled():
 
 
 BAD_TASKS = [
-    (("parrity", 4, 3, 40), {}, "unknown task 'parrity'; known: bucket_sort"),
+    (("parrity", 4, 3, 40), {}, "unknown task 'parrity', did you mean 'parity'"),
+    (("xor", 4, 3, 40), {}, "unknown task 'xor'; known: bucket_sort"),
     (("parity", 0, 3, 40), {}, "batch_size is 0"),
     (("parity", 4, 0, 40), {}, "lengths are 0 to 40"),
     (("parity", 4, 41, 40), {}, "lengths are 41 to 40"),

@@ -339,8 +339,18 @@ def test_a_loss_that_is_no_scalar_and_a_model_without_parameters(tmp_path):
     wrong.loss = lambda batch: torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"Toy.loss gave a tensor of shape \(3,\), wanted a scalar"):
         run(tmp_path, wrong, steps=1)
+    for loss, told in ((1.0, "gave float"), (torch.ones(()), "gave Tensor without gradient")):
+        wrong.loss = lambda batch, loss=loss: loss
+        with pytest.raises(ValueError, match=f"Toy.loss {told}, wanted a scalar that has a gradient"):
+            run(tmp_path, wrong, steps=1)
+    empty = nn.Identity()
+    empty.loss = wrong.loss
     with pytest.raises(ValueError, match="Identity has parameters on 0 devices"):
-        run(tmp_path / "empty", nn.Identity(), steps=1)
+        run(tmp_path / "empty", empty, steps=1)
+    with pytest.raises(TypeError, match=r"model is Linear, which has no \.loss"):
+        run(tmp_path / "empty", nn.Linear(1, 1), steps=1)
+    with pytest.raises(TypeError, match=r"batches is list, which has no \.batch"):
+        run(tmp_path / "empty", batches=[1], steps=1)
     assert not (tmp_path / "empty").exists()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from exlstm import __version__
 from exlstm.bench import BENCHES
@@ -34,6 +34,13 @@ from exlstm.train.config import TrainConfig
 
 Files = Annotated[Positional[tuple[str, ...]], arg(metavar="FILES")]
 Run = Annotated[Positional[str], arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class Model(LanguageConfig):
+    """A language model: a stack between an embedding and a head over the tokens of the tokenizer."""
+
+    vocab_size: Suppress[int] = 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Train:
     """JSON file with settings: a run's run.json, or any part of one"""
     device: str = "auto"
     """cpu, cuda, ...; auto: the accelerator if there is one"""
-    model: LanguageConfig = field(default_factory=LanguageConfig)
+    model: Model = field(default_factory=Model)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -121,7 +128,7 @@ class Export:
     format: Literal["onnx", "pt2"] = "onnx"
     """onnx: the step; pt2 (torch.export): also the forward at any length"""
     out: str = ""
-    """folder to write; left out: RUN/export"""
+    """folder to write; left out: RUN/export/FORMAT. An export that stands there is replaced"""
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ class Doctor:
 def train(command: Train):
     data = replace(command.data, files=command.files or command.data.files)
     schedule = command.train if command.minutes is None else replace(command.train, minutes=command.minutes)
-    result = train_language(RunConfig(command.out, command.model, data, schedule, command.device))
+    model = LanguageConfig(**vars(command.model))
+    result = train_language(RunConfig(command.out, model, data, schedule, command.device))
     return 0 if result.interrupted is None else 128 + result.interrupted
 
 
@@ -146,7 +154,7 @@ def _train_default(argv: list[str]) -> Train:
     schedule = default.train
     if {"--minutes", "--train.minutes", "--train.steps"} & set(given):
         schedule = replace(schedule, steps=None, minutes=None)
-    return Train(out=default.out, model=default.model, data=default.data, train=schedule)
+    return Train(out=default.out, model=Model(**vars(default.model)), data=default.data, train=schedule)
 
 
 def generate(command: Generate):
@@ -157,9 +165,8 @@ def generate(command: Generate):
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")
     for piece in write(_run(command), command.prompt, command.tokens, device=command.device, **settings):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print(piece, end="", flush=True)
+    print()
 
 
 def evaluate(command: Evaluate):
@@ -194,7 +201,7 @@ def bench(argv: list[str]):
     if not argv or argv[0] in ("-h", "--help"):
         rows = [f"  {name:10} {told}" for name, (_, _, told) in BENCHES.items()]
         lines = ["usage: exlstm bench NAME ...", "", *rows, "", "exlstm bench NAME --help explains its settings."]
-        print("\n".join(lines))
+        print(*lines, sep="\n")
         return 0
     if argv[0] not in BENCHES:
         raise ValueError(f"unknown benchmark {argv[0]!r}{nearest(argv[0], BENCHES)}")
@@ -300,21 +307,16 @@ def _dispatch(argv: list[str]):
 
 
 def _overview() -> str:
+    told = {name: (kind or run).__doc__.split("\n\n")[0] for name, (kind, run, _) in COMMANDS.items()}
     lines = ["usage: exlstm COMMAND ...", "", "xLSTM: train it, read what it writes, look inside.", ""]
-    for name, (kind, run, _) in COMMANDS.items():
-        lines.append(f"  {name:10} {_first_sentence(kind or run)}")
+    lines += [f"  {name:10} {_sentence(text)}" for name, text in told.items()]
     lines += ["", "exlstm COMMAND --help explains a command, exlstm --version says which one this is.", ""]
     return "\n".join([*lines, "To begin: exlstm train --minutes 2"])
 
 
-def _first_sentence(thing) -> str:
-    return " ".join(thing.__doc__.split("\n\n")[0].split())
-
-
 def _parse(kind, prog: str, argv: list[str], default=None):
     """The settings `kind` out of the arguments; None when they asked for help. ValueError: they do not fit."""
-    asks_help = any(word in ("-h", "--help") for word in argv)
-    start = default([] if asks_help else argv) if default else None
+    start = default([] if {"-h", "--help"} & set(argv) else argv) if default else None
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -364,8 +366,8 @@ def _squeezed(box: str) -> str:
     told = " ".join(line.strip(" │╭╮╰╯─") if "─" in line or "│" in line else line for line in lines)
     told = re.split(r"Argument helptext:|For full helptext", re.sub(r"-{4,}", " ", told))[0]
     told = " ".join(told.split()).removesuffix(".")
-    if missing := re.match(r"Missing value for argument '(\S+)'", told):
-        return f"{missing[1]} wants a value"
+    if missing := re.match(r"Missing value for argument '(\S+)'(?:. Expected (\d+) values)?", told):
+        return f"{missing[1]} wants {'a value' if missing[2] in (None, '1') else f'{missing[2]} values'}"
     number = r"Error parsing (--\S+): (?:invalid literal|could not convert|no type matching).*(?:: |from \[)('.*?')"
     if wrong := re.match(number, told):
         return f"{wrong[1]} is {wrong[2]}, wanted a number"
@@ -375,10 +377,8 @@ def _squeezed(box: str) -> str:
 def _told(error: Exception) -> str | None:
     """The sentence of an error that the user can mend; None for a bug of ours."""
     if isinstance(error, OSError) and error.errno is not None:
-        if error.strerror is None:
-            return _sentence(str(error))
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        return _sentence(str(error)) if error.strerror is None else f"{where}{error.strerror}"
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from exlstm import __version__, runs
 from exlstm.models.config import nearest
 from exlstm.models.language import LanguageModel
+from exlstm.models.reading import evaluating
 from exlstm.ops.backend import backend
 from exlstm.train.checkpoint import write_folder
 
@@ -88,13 +89,10 @@ def export(model: LanguageModel, folder: str | Path, format: str) -> list[Path]:
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}{nearest(format, FORMATS)}")
     wanted = _wanted(model, format)
-    folder, mode = Path(folder), model.training
+    folder = Path(folder)
     if folder.exists() and not (folder / "export.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds other things than an export; choose another folder")
-    try:
-        write_folder(folder, lambda aside: _write(model.eval(), aside, format, wanted))
-    finally:
-        model.train(mode)
+    write_folder(folder, lambda aside: _write(evaluating(model), aside, format, wanted))
     return [folder / f"{name}.{format}" for name in wanted]
 
 
@@ -171,8 +169,8 @@ def _write_onnx(traced, path: Path, state: list[str]):
 
 
 def export_run(run: Path, out: str, format: str):
-    """`export` of a run's model, in float32 on the CPU, into `out` or RUN/export."""
+    """`export` of a run's model, in float32 on the CPU, into `out` or RUN/export/FORMAT."""
     model = runs.load(run, "cpu").float()
-    written = export(model, Path(out) if out else run / "export", format)
+    written = export(model, Path(out) if out else run / "export" / format, format)
     for path in written:
         print(f"{format}  {path}  {path.stat().st_size:,} bytes")

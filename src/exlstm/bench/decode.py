@@ -13,7 +13,7 @@ import torch
 from exlstm.bench import peers, timing
 from exlstm.bench.config import DecodeConfig
 from exlstm.models.engine import Engine
-from exlstm.models.reading import leaves, mapped, quiet, read
+from exlstm.models.reading import leaves, mapped, read
 from exlstm.models.sequence import Request, Sequence
 from exlstm.models.step import Step
 
@@ -37,7 +37,7 @@ class Ours:
         for sequence in self.engine.sequences:
             if sequence is not None:
                 self.engine.remove(sequence)
-        with quiet(self.model):
+        with torch.inference_mode():
             state = read(self.model, [tokens], None)
             state = mapped(lambda x: x.expand(batch, *x.shape[1:]), state)
         request = Request([], ENDLESS, temperature=0, state=state)
@@ -61,7 +61,7 @@ class Ours:
         weights = sum(
             p.numel() * p.element_size() for p in self.model.parameters() if p is not self.model.embedding.weight
         )
-        with quiet(self.model):
+        with torch.inference_mode():
             state = self.model.hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.model.embedding.weight.device))[
                 1
             ]
@@ -71,7 +71,7 @@ class Ours:
         """How far the steps' logits are off, three sequences, from a state on."""
         model, device = self.model, self.model.embedding.weight.device
         tokens = torch.randint(model.config.vocab_size, (3, 24), device=device)
-        with quiet(model):
+        with torch.inference_mode():
             wanted, _ = model(tokens)
             first, state = model(tokens[:, :16])
             step, found = Step(model, 3), [first]

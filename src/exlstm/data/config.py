@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
-from exlstm.data.tokenizer import TOKENIZERS
+from exlstm.data.tokenizer import check_kind
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class DataConfig:
     """seed of the order of the batches and of the choice of held-out documents"""
 
     def __post_init__(self):
-        files = (self.files,) if isinstance(self.files, str) else tuple(self.files)
+        files = (self.files,) if isinstance(self.files, str | os.PathLike) else tuple(self.files)
+        files = tuple(os.fspath(file) if isinstance(file, os.PathLike) else file for file in files)
         object.__setattr__(self, "files", files)
         for file in files:
             if not isinstance(file, str) or not file:
                 raise ValueError(f"files has {file!r}, wanted the name of a file or folder, or a glob")
-        if not isinstance(self.tokenizer, str) or self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; known: {', '.join(TOKENIZERS)}")
+        check_kind(self.tokenizer)
         for name, least in (("vocab_size", 0), ("context", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

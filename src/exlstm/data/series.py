@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from numbers import Integral
 
@@ -46,8 +47,8 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
     told = []
     columns, wide = _guess_columns(frame, replace(columns, time=time), told, known)
     if wide:
-        frame, columns = _melt(frame, columns), replace(columns, id=ID, target=TARGET)
-    panel = _of_long(frame, columns, freq, known)
+        frame, columns = _melt(frame, columns, wide), replace(columns, id=ID, target=TARGET)
+    panel = _of_long(frame, columns, freq, known, bool(wide))
     panel.told[:0], panel.wide = told, bool(wide)
     return panel
 
@@ -190,9 +191,7 @@ def _guess_columns(frame, columns: Columns, told: list, known):
         _present(names, columns.target, "target")
         return columns, []
     named = [c for n in TARGET_NAMES for c in values if c.lower() == n]
-    numeric = [
-        c for c in values if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
-    ]
+    numeric = _of_numbers(frame, values, told)
     if not named and not numeric and len(values) == 1:
         named = values
     if not named and not numeric:
@@ -214,13 +213,27 @@ def _repeats(frame, column: str, time: str) -> bool:
     return bool(frame[time].duplicated().any()) and not frame.duplicated([column, time]).any()
 
 
-def _melt(frame, columns: Columns):
+def _melt(frame, columns: Columns, values: list):
     keep = [columns.time, *columns.futr, *columns.hist]
-    numeric = [c for c in frame.columns if c not in (*keep, *columns.static) and frame[c].dtype.kind in "iuf"]
-    return frame.melt(id_vars=keep, value_vars=numeric, var_name=ID, value_name=TARGET)
+    return frame.melt(id_vars=keep, value_vars=values, var_name=ID, value_name=TARGET)
 
 
-def _of_long(frame, columns: Columns, freq, known) -> Panel:
+def _of_numbers(frame, names: list, told: list) -> list:
+    """Of the columns with these names those that hold numbers, a counter of the rows apart."""
+    types = require_pandas().api.types
+    numeric = [c for c in names if types.is_numeric_dtype(frame[c]) and not types.is_bool_dtype(frame[c])]
+    if counters := [c for c in numeric if len(numeric) > 1 and _counts_rows(frame[c])]:
+        told.append(f"column {counters[0]!r} counts the rows and is left out")
+    return [c for c in numeric if c not in counters]
+
+
+def _counts_rows(column) -> bool:
+    """Whether a column without a name holds 0, 1, 2, ...: the index of the frame that was written."""
+    unnamed = re.fullmatch(r"(?:Unnamed: \d+)?", column.name)
+    return bool(unnamed) and column.dtype.kind in "iu" and bool((column == np.arange(len(column))).all())
+
+
+def _of_long(frame, columns: Columns, freq, known, wide: bool = False) -> Panel:
     pd = require_pandas()
     times, zone = frequency.parse_times(frame[columns.time], columns.time)
     ids = frame[columns.id] if columns.id else pd.Series([TARGET] * len(frame))
@@ -233,7 +246,7 @@ def _of_long(frame, columns: Columns, freq, known) -> Panel:
     codes, times, y = codes[order], times[order], y[order]
     starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
     rows = np.diff(np.r_[starts, len(codes)])
-    _refuse_twice(codes, times, names, columns.time, zone)
+    _refuse_twice(codes, times, names, columns.time, zone, wide)
     told = [] if sorted_already else ["rows were not sorted by series and time, and were sorted"]
     was, (times, zone, wall) = zone, _clock(frame[columns.time], times, zone, order, starts, known)
     if freq is None:
@@ -294,12 +307,16 @@ def _refuse_infinite(values, column: str):
         raise ValueError(f"column {column!r} holds {values[bad[0]]:g} in row {bad[0] + 1}, more than 1e30")
 
 
-def _refuse_twice(codes, times, names, column: str, zone):
+def _refuse_twice(codes, times, names, column: str, zone, wide: bool):
     twice = np.flatnonzero((codes[1:] == codes[:-1]) & np.asarray(times[1:] == times[:-1]))
     if len(twice):
-        series = "" if len(names) == 1 and names[0] == TARGET else f" of series {names[codes[twice[0]]]!r}"
-        hint = "; if clocks went back then, give times with their zone" if _autumn(times, twice[0]) and not zone else ""
-        raise ValueError(f"{times[twice[0]]} stands {len(twice) and 'twice'} in column {column!r}{series}{hint}")
+        alone = len(names) == 1 and names[0] == TARGET
+        series = "" if alone else f" of series {names[codes[twice[0]]]!r}"
+        hint = "; if a column tells series apart, name it with id" if alone or wide else ""
+        hint = (
+            "; if clocks went back then, give times with their zone" if _autumn(times, twice[0]) and not zone else hint
+        )
+        raise ValueError(f"{times[twice[0]]} stands twice in column {column!r}{series}{hint}")
 
 
 def _autumn(times, row) -> bool:

@@ -7,6 +7,7 @@ lengths, in the paper 3 to 40 and 40 to 256. Scores are scaled: (accuracy − ch
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -91,7 +92,9 @@ class TaskBatches:
         device=None,
     ):
         if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+            close = difflib.get_close_matches(str(task), TASKS, n=1, cutoff=0.5)
+            hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(TASKS)}"
+            raise ValueError(f"unknown task {task!r}{hint}")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, wanted at least 1")
         if not 1 <= min_length <= max_length:

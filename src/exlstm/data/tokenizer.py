@@ -8,6 +8,7 @@ used, so that a config can look its tokenizer up for nothing.
 from __future__ import annotations
 
 import codecs
+import difflib
 import itertools
 import json
 import re
@@ -231,9 +232,17 @@ TOKENIZERS = {"bytes": Bytes, "characters": Characters, "bpe": BPE}
 def tokenizer_from_dict(values: dict) -> Bytes | Characters | BPE:
     """The tokenizer that `to_dict` described. ValueError: these values describe none."""
     kind = values.get("kind") if isinstance(values, dict) else None
-    if not isinstance(kind, str) or kind not in TOKENIZERS:
-        raise ValueError(f"a tokenizer of kind {kind!r} is not known; known: {', '.join(TOKENIZERS)}")
+    check_kind(kind)
     return TOKENIZERS[kind].from_dict(values)
+
+
+def check_kind(kind):
+    """ValueError, with the nearest of the known names or all of them, where `kind` names no tokenizer."""
+    if isinstance(kind, str) and kind in TOKENIZERS:
+        return
+    close = difflib.get_close_matches(str(kind), TOKENIZERS, n=1, cutoff=0.5)
+    hint = f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(TOKENIZERS)}"
+    raise ValueError(f"unknown tokenizer {kind!r}{hint}")
 
 
 def _check(values: dict, kind: str, field: str = ""):

@@ -91,10 +91,11 @@ def run(command: Forecast) -> int:
     if saved and not (saved / "forecaster.json").is_file():
         told.append(f"model to {saved}")
     print(f"reads {source}{'; writes ' + ', '.join(told) if told else ''}", flush=True)
-    frame = read_table(source)
+    held = command.id or _held_id(saved)
+    frame = read_table(source, held)
     if command.workers:
         return _in_parts(command, frame, saved)
-    future = read_table(Path(command.future)) if command.future else None
+    future = read_table(Path(command.future), held, frame) if command.future else None
     model, fresh = _model(command, frame, future, saved)
     if command.cv:
         tested = model.cross_validation(n_windows=command.cv)
@@ -158,20 +159,26 @@ def _check(command: Forecast):
 
 def _in_parts(command: Forecast, frame, saved: Path) -> int:
     """Forecasts with the saved model, part by part."""
-    import json
-
     from exlstm.forecast.batch import BatchForecaster, in_parts
 
-    columns = json.loads((saved / "forecaster.json").read_text(encoding="utf-8"))["columns"]
-    if columns["id"] not in frame.columns:
-        raise ValueError(f"{command.file} has no column {columns['id']!r} that tells series apart, so it has no parts")
+    id = _held_id(saved)
+    if id not in frame.columns:
+        raise ValueError(f"{command.file} has no column {id!r} that tells series apart, so it has no parts")
     kind = "parquet" if Path(command.file).suffix.lower() in (".parquet", ".pq") else "csv"
     model = BatchForecaster(saved, list(command.level), command.device, threads=1)
-    in_parts(
-        frame, columns["id"], model, Path(command.out), command.workers, kind, lambda text: print(text, flush=True)
-    )
+    in_parts(frame, id, model, Path(command.out), command.workers, kind, lambda text: print(text, flush=True))
     print(f"forecasts: {command.out}")
     return 0
+
+
+def _held_id(saved: Path | None) -> str:
+    """The id column of a saved model, "" without one; what is damaged there, loading it tells."""
+    import json
+
+    try:
+        return json.loads((saved / "forecaster.json").read_text(encoding="utf-8"))["columns"]["id"] if saved else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _demo() -> Path:

@@ -244,7 +244,8 @@ class Forecaster:
         # What float32 does not hold is not shown: six digits of the series' deviation.
         digits = 10.0 ** (5 - np.floor(np.log10(scale)))
         values = {name: torch.cat(parts)[:, :h].double().cpu().numpy() * scale + mean for name, parts in found.items()}
-        return {name: np.rint(value * digits) / digits for name, value in values.items()}
+        # And a zero without a sign.
+        return {name: np.rint(value * digits) / digits + 0.0 for name, value in values.items()}
 
     def _like(self, frame, panel: Panel, df):
         """The frame in the library of `df`, or of the data fitted."""

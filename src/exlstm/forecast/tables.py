@@ -7,12 +7,16 @@ import gzip
 import lzma
 import os
 import re
+import warnings
+import zipfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from exlstm.data.panel import ID, TARGET, TIME, require_pandas
+from exlstm.data.series import ID_NAMES
 
 # The frequencies of the Monash archive as pandas writes them.
 TSF_FREQUENCIES = {
@@ -22,31 +26,38 @@ TSF_FREQUENCIES = {
 
 
 PARQUET = (".parquet", ".pq")
+SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
+UNPACKING = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 # What a column is hardly named.
 DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}(?:[ T].*)?"
 
 
-def read_table(path: Path):
-    """The frame in a file; what cannot be read is a ValueError or an OSError of one sentence."""
+def read_table(path: Path, id: str = "", like=None):
+    """The frame in a file; what cannot be read is a ValueError or an OSError of one sentence.
+
+    Ids stay what they are: column `id`, without it those with the name of one, is text where whole numbers begin with 0, as
+    007 does, where they have a point, and where it is text in the frame `like`. A file that is no UTF-8 is read as
+    Windows-1252, with a UserWarning.
+    """
     pd = require_pandas()
     if path.is_dir():
         raise ValueError(f"{path} is a folder, wanted a table (CSV, Parquet or .tsf)")
     kind = path.suffix.lower()
     if kind == ".tsf":
         return read_tsf(path)[0]
+    if path.exists() and kind in SHEETS:
+        raise ValueError(f"{path} is a spreadsheet, wanted CSV or Parquet: save it as one of those")
     if path.exists() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
-        if kind in PARQUET:
-            return pd.read_parquet(path)
-        sep = _sep(path)
-        frame = pd.read_csv(path, sep=sep)
-        frame = _with_points(frame) if sep == ";" else frame
+        frame = pd.read_parquet(path) if kind in PARQUET else _read_csv(path, id, like)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except ImportError:
         raise ValueError(f"{path} is a Parquet file; reading it needs pyarrow: pip install pyarrow") from None
-    except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (ValueError, EOFError, OSError, *UNPACKING) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         first = (str(error).strip().splitlines() or ["no table"])[0]
         raise ValueError(f"{path} cannot be read as a table: {first}") from None
     if len(frame) == 0:
@@ -58,26 +69,79 @@ def read_table(path: Path):
     return frame
 
 
-def _sep(path: Path) -> str:
-    """The separator of the first line."""
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
-        line = file.readline()
+def _read_csv(path: Path, id: str, like):
+    pd = require_pandas()
+    sep, how = _dialect(path)
+    try:
+        frame = pd.read_csv(path, sep=sep, **how)
+    except UnicodeDecodeError:
+        how["encoding"] = "cp1252"
+        try:
+            frame = pd.read_csv(path, sep=sep, **how)
+        except UnicodeDecodeError:
+            raise ValueError("it is no text") from None
+        warnings.warn(f"{path} is no UTF-8 and is read as Windows-1252", stacklevel=3)
+
+    def as_text(names):
+        return pd.read_csv(path, sep=sep, usecols=names, dtype=str, **how) if names else {}
+
+    ids = [c for c in frame.columns if (c.strip() == id if id else c.strip().lower() in ID_NAMES)]
+    for name, text in as_text([c for c in ids if frame[c].dtype.kind in "iuf"]).items():
+        held = like is not None and name in like.columns and like[name].dtype.kind not in "iufb"
+        if held or frame[name].dtype.kind == "f" or text.str.match(r"\s*0\d").any():
+            frame[name] = text.str.strip()
+    return _with_points(frame, ids, as_text) if sep == ";" else frame
+
+
+def _dialect(path: Path) -> tuple[str, dict]:
+    """The separator, and what else reading a text needs: its encoding, and to skip a first line that names the separator."""
+    with _opened(path) as file:
+        head = file.read(1 << 16)
+    encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    line = (head.decode(encoding, "replace").removeprefix("\ufeff").splitlines() or [""])[0]
+    # Excel's way to say it.
+    if named := re.fullmatch(r'"?sep=(.)"?', line, re.IGNORECASE):
+        return named[1], {"encoding": encoding, "skiprows": 1}
     counts = {sep: line.count(sep) for sep in (",", ";", "\t", "|")}
     best = max(counts, key=counts.get)
-    return best if counts[best] else ","
+    return best if counts[best] else ",", {"encoding": encoding}
 
 
-def _with_points(frame):
-    """Numbers with a comma for the point, as tables have them whose columns a semicolon parts."""
+def _opened(path: Path):
+    """The bytes of a file that may be packed."""
+    kind = path.suffix.lower()
+    if kind == ".zip":
+        archive = zipfile.ZipFile(path)
+        return archive.open((archive.namelist() or [""])[0])
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(kind, open)(path, "rb")
+
+
+def _with_points(frame, ids, as_text):
+    """Numbers with a comma for the point and perhaps a point between thousands, as tables have them whose columns a semicolon
+    parts. That 1.050 is a thousand and not one, other numbers have to say: a comma in any column, or, beside it, whole ones
+    below a thousand and a last 0 that no fraction would keep."""
+    commas = False
     for name in frame.columns:
-        text = frame[name]
-        if text.dtype.kind in "iufb":
+        if name in ids or frame[name].dtype.kind in "iufb":
             continue
-        known = text.dropna().astype(str).str.strip()
-        if len(known) and known.str.fullmatch(r"[+-]?\d+(?:,\d+)?(?:[eE][+-]?\d+)?").all():
-            frame[name] = text.astype(object).str.replace(",", ".").astype(float)
+        known = frame[name].dropna().astype(str).str.strip()
+        if len(known) and known.str.fullmatch(r"[+-]?(?:\d+|[1-9]\d{0,2}(?:\.\d{3})+)(?:,\d+)?(?:[eE][+-]?\d+)?").all():
+            commas |= bool(known.str.contains(",").any())
+            frame[name] = _number(frame[name])
+    for name, text in as_text([c for c in frame.columns if frame[c].dtype.kind == "f" and c not in ids]).items():
+        known = text.dropna().str.strip()
+        pointed = known.str.contains(".", regex=False)
+        thousands = known[pointed].str.fullmatch(r"[+-]?[1-9]\d{0,2}\.\d{3}").all()
+        below = known[~pointed]
+        told = len(below) and below.str.fullmatch(r"[+-]?\d{1,3}").all() and known[pointed].str.endswith("0").any()
+        if pointed.any() and thousands and (told or commas):
+            frame[name] = _number(text)
     return frame
+
+
+def _number(text):
+    plain = text.astype(object).str.replace(".", "", regex=False)
+    return plain.str.replace(",", ".", regex=False).astype(float)
 
 
 def check_target(path: Path):

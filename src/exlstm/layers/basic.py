@@ -1,14 +1,16 @@
 """What every block is made of: norms, feed-forwards, the short convolution, and the mask of lengths."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exlstm.layers.token import array, parameter, silu
 from exlstm.ops import maps as joint
-from exlstm.ops.backend import autocasts, cast, chosen, exact, kernels, traced
+from exlstm.ops.backend import autocasts, cast, check_tensors, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -147,6 +149,10 @@ class HeadNorm(nn.Module):
 
     def __init__(self, n_heads: int, d_head: int, eps: float = 1e-6, *, device=None, dtype=None):
         super().__init__()
+        if d_head == 1:
+            warnings.warn(
+                f"{n_heads} heads of 1 unit: a norm over one number is always 0, so they say nothing", stacklevel=3
+            )
         self.n_heads, self.d_head, self.eps = n_heads, d_head, eps
         self.weight = nn.Parameter(torch.empty(n_heads * d_head, device=device, dtype=dtype))
         self.reset_parameters()
@@ -185,6 +191,13 @@ def init_linear(weight: Tensor):
     Inputs come from a norm with unit variance, so outputs start with std 0.63: no gate and no softmax saturates.
     """
     nn.init.normal_(weight, std=(2 / (5 * weight.shape[-1])) ** 0.5)
+
+
+def ends(forget_bias) -> tuple:
+    """A bias at the first and at the last of several places. ValueError: these are not two."""
+    if not isinstance(forget_bias, tuple | list) or len(forget_bias) != 2:
+        raise ValueError(f"forget_bias is {forget_bias!r}, wanted two numbers: at the first place and at the last")
+    return tuple(forget_bias)
 
 
 def width(ratio: float, d_model: int, multiple: int = 64) -> int:
@@ -309,6 +322,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 def check_input(x: Tensor, d_model: int, reader: nn.Module | None = None, name: str = "weight"):
     """ValueError where a layer's input is not (B, T, d_model) with at least one row and token; TypeError where it is not of
     the dtype in which `reader`, the first map of the layer, holds its parameter `name`, and no autocast brings them together."""
+    check_tensors(x=x)
     if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, {d_model}) with no axis empty")
     if not x.is_floating_point():
@@ -328,6 +342,8 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
         ValueError: lengths that are not B whole numbers from 0 to T (their range is read on a CPU only: an accelerator
             would have to wait for it), or a mask that is not bool of (B, T) on `device`.
     """
+    if mask is not None:
+        check_tensors(mask=mask)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, time) or mask.device != device):
         raise ValueError(
             f"mask is {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}, "
@@ -335,6 +351,8 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
         )
     if lengths is None:
         return mask
+    if not isinstance(lengths, Tensor | list | tuple | np.ndarray):
+        raise TypeError(f"lengths is {type(lengths).__name__}, wanted a tensor or list of whole numbers (B,)")
     lengths = torch.as_tensor(lengths)
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise ValueError(
@@ -348,50 +366,12 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
     return valid if mask is None else valid & mask
 
 
-def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bool:
-    """Whether the call is one token on a CPU that nobody differentiates, with a state of tensors of those `shapes` a row, all
-    in the dtype of x and of the layer's `weight`: then NumPy may do what stands between the layer's projections, since a call
-    of torch costs more than the arithmetic of a token. Whatever else comes takes the way that checks and casts."""
-    batch, steps, _ = x.shape
-    if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
-        return False
-    if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled("cpu"):
-        return False
-    dtype, state = x.dtype, memory if conv is None else (conv, *memory)
-    if len(state) != len(shapes) or type(x) is not Tensor or type(weight) is not nn.Parameter:
-        return False
-    for tensor, shape in zip(state, shapes):
-        if type(tensor) is not Tensor or tensor.shape != (batch, *shape) or tensor.dtype != dtype or not tensor.is_cpu:
-            return False
-    fits = x.is_cpu and weight.dtype == dtype and (dtype == torch.float32 or dtype == torch.float64)
-    return fits and chosen(None) in ("auto", "cpu")
-
-
-# Parts of a layer for one token: functions of arrays, called inside `token_errors`.
-token_errors = np.errstate(over="ignore", under="ignore")
-
-
-def array(x: Tensor):
-    """The NumPy array over the memory of a tensor, without its gradient."""
-    return x.detach().numpy()
-
-
-def parameter(module: nn.Module, name: str):
-    """The array of a module's parameter; a module's own look-up would take as long as the arithmetic."""
-    held = module._parameters.get(name)
-    return array(getattr(module, name) if held is None else held)
-
-
-def project(linear: nn.Module, x):
-    """linear(x) for x (B, D): by torch, whose threads NumPy's would fight; a plain one without the detour of a module's call."""
-    x, held = torch.from_numpy(x), linear._parameters
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or len(held) != 2:
-        return array(linear(x))
-    return array(F.linear(x, held["weight"], held["bias"]))
-
-
-def silu(x):
-    """x · sigmoid(x)."""
-    y = np.exp(-x)
-    y += 1
-    return np.divide(x, y, out=y)
+def parts(state, *names: str) -> tuple | list:
+    """The parts of a layer's state by their number, Nones where it is None. ValueError: it is no state of this layer."""
+    if state is None:
+        return (None,) * len(names)
+    if not isinstance(state, tuple | list) or len(state) != len(names):
+        raise ValueError(
+            f"state is {type(state).__name__}, wanted the {len(names)} parts {', '.join(names)} of an earlier call"
+        )
+    return state

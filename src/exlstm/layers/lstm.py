@@ -63,7 +63,7 @@ class LSTM(nn.Module):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, LSTMState]:
-        check_input(x, self.d_model)
+        check_input(x, self.d_model, self, "w")
         batch, time = x.shape[:2]
         mask = valid_mask(lengths, mask, batch, time, x.device)
         backends.check_companions(x, reset, None, {})

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, valid_mask, wide_map
+from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, parts, valid_mask, wide_map
 from exlstm.ops.backend import exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
@@ -101,7 +101,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor | None, MLSTMState]]:
         check_input(x, self.d_model, self.xbc)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
-        conv, memory = state or (None, None)
+        conv, memory = parts(state, "conv", "memory")
         z, mixed = maps(x, self.z, self.xbc)
         if self.conv is None:
             mixed = F.silu(mixed)

@@ -10,20 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import (
-    CausalConv,
-    HeadNorm,
-    array,
-    check_input,
-    init_linear,
-    is_token,
-    maps,
-    parameter,
-    project,
-    soft_cap,
-    token_errors,
-    valid_mask,
-)
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, maps, parts, soft_cap, valid_mask
+from exlstm.layers.token import array, is_token, parameter, project, token_errors
 from exlstm.ops.backend import exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
@@ -81,7 +69,7 @@ class mLSTM(nn.Module):
                 f"qk_ratio {qk_ratio} leaves no features to the keys of {n_heads} heads in d_model {d_model}"
             )
         self.d_model, self.n_heads, self.gate_cap, self.i_bias, self.eps = d_model, n_heads, gate_cap, i_bias, eps
-        self.forget_bias, self.i_gate, self.normalize = tuple(forget_bias), i_gate, normalize
+        self.forget_bias, self.i_gate, self.normalize = ends(forget_bias), i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -135,7 +123,7 @@ class mLSTM(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
-        conv, memory = state or (None, None)
+        conv, memory = parts(state, "conv", "memory")
         if is_token(x, self.gate._parameters.get("weight"), mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)
         mixed = x

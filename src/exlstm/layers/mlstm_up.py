@@ -10,22 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import (
-    CausalConv,
-    HeadNorm,
-    array,
-    check_input,
-    init_linear,
-    is_token,
-    parameter,
-    project,
-    silu,
-    token_errors,
-    valid_mask,
-    wide_map,
-    width,
-)
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask, wide_map, width
 from exlstm.layers.mlstm import INPUT_GATES, check_gate
+from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
 from exlstm.ops.backend import autocasts, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
@@ -104,13 +91,15 @@ class mLSTMUp(nn.Module):
     ):
         super().__init__()
         inner = width(up_ratio, d_model, multiple)
+        if inner < 1:
+            raise ValueError(f"up_ratio {up_ratio} leaves no inner width, wanted more than 0")
         if inner % n_heads or inner % qkv_block:
             raise ValueError(f"the inner width {inner} is not divisible by n_heads {n_heads} and qkv_block {qkv_block}")
         check_gate(i_gate)
         if conv < 1:
             raise ValueError(f"conv is {conv}, wanted a width of at least 1")
         self.d_model, self.n_heads, self.eps, self.m_start = d_model, n_heads, eps, m_start
-        self.forget_bias, self.i_gate, self.normalize = tuple(forget_bias), i_gate, normalize
+        self.forget_bias, self.i_gate, self.normalize = ends(forget_bias), i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.up = nn.Linear(d_model, 2 * inner, bias=False, **new)
         self.conv = CausalConv(inner, conv, **new)
@@ -223,7 +212,7 @@ class mLSTMUp(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.up)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
-        conv, memory = state or (None, None)
+        conv, memory = parts(state, "conv", "memory")
         weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None
         if is_token(x, weight, mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)

@@ -14,7 +14,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from exlstm.layers.attention import Heads
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, init_linear, soft_cap, valid_mask, wide_map
+from exlstm.layers.basic import (
+    CausalConv,
+    HeadNorm,
+    check_input,
+    ends,
+    init_linear,
+    parts,
+    soft_cap,
+    valid_mask,
+    wide_map,
+)
 from exlstm.ops.backend import check_companions, exact
 from exlstm.ops.mlstm import mlstm
 
@@ -62,7 +72,7 @@ class mLSTMWindow(nn.Module):
         if window < 1:
             raise ValueError(f"window is {window}, wanted at least 1 token")
         self.d_model, self.n_heads, self.gate_cap = d_model, n_heads, gate_cap
-        self.i_bias, self.forget_bias = i_bias, tuple(forget_bias)
+        self.i_bias, self.forget_bias = i_bias, ends(forget_bias)
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -102,7 +112,7 @@ class mLSTMWindow(nn.Module):
         check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         check_companions(x, reset, None, {})
-        conv, memory, seen = state or (None, None, None)
+        conv, memory, seen = parts(state, "conv", "memory", "window")
         mixed = x
         if self.conv is not None:
             mixed, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")

@@ -8,17 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import (
-    CausalConv,
-    HeadNorm,
-    array,
-    check_input,
-    init_linear,
-    is_token,
-    parameter,
-    token_errors,
-    valid_mask,
-)
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask
+from exlstm.layers.token import array, is_token, parameter, token_errors
 from exlstm.ops.slstm import SLSTMState, slstm
 from exlstm.ops.slstm.cpu import decode, recurrent
 
@@ -52,7 +43,7 @@ class sLSTM(nn.Module):
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         head = d_model // n_heads
-        self.d_model, self.n_heads, self.dense, self.forget_bias = d_model, n_heads, dense, tuple(forget_bias)
+        self.d_model, self.n_heads, self.dense, self.forget_bias = d_model, n_heads, dense, ends(forget_bias)
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         # Rows: the gates i, f, z, o of a head, then the next head.
@@ -115,7 +106,7 @@ class sLSTM(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self, "w")
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
-        conv, memory = state or (None, None)
+        conv, memory = parts(state, "conv", "memory")
         if is_token(x, self._parameters.get("w"), mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)
         g, conv = self.pre_activations(x, conv, mask=mask, reset=reset)

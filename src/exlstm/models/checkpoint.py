@@ -235,6 +235,8 @@ def save_checkpoint(model, folder: str | os.PathLike, format: str = "transformer
 
 def save_state(model, state, path: str | os.PathLike):
     """One file with every tensor of the state, its structure and the model's config; an existing one is replaced."""
+    if not isinstance(state, tuple | list):
+        raise ValueError(f"state is {type(state).__name__}, wanted tensors in tuples: a state of forward or generate")
     path, tensors = Path(path), {}
     told = {"structure": _flatten(state, "state", tensors), "model": asdict(model.config)}
     told = {key: json.dumps(value) for key, value in told.items()}

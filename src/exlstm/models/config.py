@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from dataclasses import dataclass, field, fields
 
 
@@ -162,6 +163,20 @@ NORMS = ("none", "rms", "layer")
 NO_MEMORY = -1e4
 
 
+# What may be negative.
+SIGNED = ("i_bias", "m_start", "forget_bias")
+
+
+def _check_numbers(config, names, where: str = ""):
+    """ValueError for a setting that is no finite number, or below 0 where nothing negative is meant."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not (math.isfinite(number) and (number >= 0 or name in SIGNED)):
+                wanted = "a finite number" if name in SIGNED else "a finite number of at least 0"
+                raise ValueError(f"{where}{name} is {value}, wanted {wanted}")
+
+
 def _check_norm(name: str, value):
     if value not in NORMS:
         raise ValueError(f"{name} is {value!r}{nearest(value, NORMS)}")
@@ -207,6 +222,11 @@ class StackConfig:
                 raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
+        for kind, options in OPTIONS.items():
+            given = getattr(self, kind)
+            if not isinstance(given, options):
+                raise TypeError(f"{kind} is {type(given).__name__}, wanted {options.__name__}")
+            _check_numbers(given, [f.name for f in fields(options)], f"{kind}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, wanted 0 ≤ dropout < 1")
         if not self.norm_eps >= 0:
@@ -234,6 +254,7 @@ class LanguageConfig(StackConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_norm("norm", self.norm)
+        _check_numbers(self, ["logit_cap"])
         if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size!r}, wanted a whole number of at least 1")
 
@@ -351,7 +372,7 @@ def from_dict(kind, values: dict, where: str = ""):
     known = {f.name: f for f in fields(kind)}
     if not isinstance(values, dict):
         raise ValueError(
-            f"{where or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}"
+            f"{where.strip('.') or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}"
         )
     for key in values:
         if key not in known:

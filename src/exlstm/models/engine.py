@@ -15,11 +15,10 @@ from dataclasses import replace
 from os import PathLike
 
 import torch
-from torch import Tensor
 
 from exlstm.models import checkpoint
 from exlstm.models.chooser import Chooser
-from exlstm.models.reading import GenerationState, mapped, quiet, read, released
+from exlstm.models.reading import GenerationState, evaluating, mapped, read, released
 from exlstm.models.sampling import is_token
 from exlstm.models.sequence import Request, Sequence
 from exlstm.models.step import Step, hooked
@@ -48,10 +47,13 @@ class Engine:
     def __init__(self, model, slots: int = 8):
         if not is_token(slots) or slots < 1:
             raise ValueError(f"slots is {slots!r}, wanted a whole number of at least 1")
+        if not hasattr(model, "generate"):
+            raise TypeError(f"model is {type(model).__name__}, wanted a LanguageModel")
         self.model, self.slots = model, int(slots)
         self.sequences: list[Sequence | None] = [None] * self.slots
-        with quiet(model):
-            self._step = Step(model, self.slots)
+        self._reader = evaluating(model)
+        with torch.inference_mode():
+            self._step = Step(self._reader, self.slots)
             self._chooser = Chooser(self.slots, model.config.vocab_size, self._step.x.device)
         self._graphs, self._pool = {}, None
         self._ahead: deque = deque()
@@ -77,7 +79,7 @@ class Engine:
         self._check_room(len(sequences))
         if any(sequence.entered for sequence in sequences) or len({*map(id, sequences)}) < len(sequences):
             raise ValueError("a sequence came twice; build another one of its request, or fork it")
-        with quiet(self.model):
+        with torch.inference_mode():
             states = self._read(sequences)
             for state in states:
                 check_finite(state)
@@ -87,11 +89,13 @@ class Engine:
 
     def remove(self, sequence: Sequence):
         """Frees the slot; what the sequence has written stays with it."""
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"sequence is {type(sequence).__name__}, wanted a Sequence of admit")
         if sequence.slot is None:
             return
         slot, sequence.slot = self._own(sequence), None
         self.sequences[slot] = None
-        with quiet(self.model):
+        with torch.inference_mode():
             self._step.alive[slot] = False
             self._chooser.leave(slot)
             self._step.clear(slot)
@@ -116,7 +120,7 @@ class Engine:
         slot = self._own(sequence)
         self.settle()
         kept = sequence.tokens
-        with quiet(self.model):
+        with torch.inference_mode():
             if len(kept) == sequence.consumed:
                 step, chooser = self._step, self._chooser
                 whole = GenerationState(tuple(step.state), step.logits, chooser.seen, chooser.drawn)
@@ -125,7 +129,7 @@ class Engine:
                 # It ended where only the host could see it, and the row has read on: the result is read again.
                 before = sequence.request.state
                 # Or a step failed under it, and nobody knows what the row holds.
-                state = read(self.model, [sequence.prompt + kept], before)
+                state = read(self._reader, [sequence.prompt + kept], before)
                 drawn = before.drawn if isinstance(before, GenerationState) else torch.zeros_like(state.drawn)
                 state = state._replace(drawn=drawn + len(kept))
         return released(state)
@@ -137,9 +141,7 @@ class Engine:
     def load(self, path: str | PathLike, prompt=(), **settings) -> Sequence:
         """A sequence that goes on from a file of `save`, behind a prompt or none; settings as in Request."""
         state = checkpoint.load_state(self.model, path)
-        (sequence,) = self.admit(
-            Request(prompt if isinstance(prompt, str | Tensor) else list(prompt), state=state, **settings)
-        )
+        (sequence,) = self.admit(Request(prompt, state=state, **settings))
         return sequence
 
     # Writing
@@ -150,7 +152,7 @@ class Engine:
         Where a step fails or is interrupted, the sequences that were writing end with "error"; the engine goes on with others.
         """
         device = self._step.x.device
-        with quiet(self.model), backends.on(device):
+        with torch.inference_mode(), backends.on(device):
             writing = [s for s in self.sequences if s and not s.done and s.launched < s.request.max_tokens]
             if writing:
                 try:
@@ -217,7 +219,7 @@ class Engine:
             sequence.consumed += not seen
             if row.done:
                 sequence.done = "stop"
-                with quiet(self.model):
+                with torch.inference_mode():
                     self._step.alive[sequence.slot] = False
             elif len(row.tokens) >= sequence.request.max_tokens:
                 sequence.done = "length"
@@ -276,12 +278,12 @@ class Engine:
             longest = len(sequences[fresh[0]].prompt)
             alike = [i for i in fresh if len(sequences[i].prompt) >= ALIKE * longest]
             fresh = fresh[len(alike) :]
-            read_state = read(self.model, [sequences[i].prompt for i in alike], None)
+            read_state = read(self._reader, [sequences[i].prompt for i in alike], None)
             for at, i in enumerate(alike):
                 states[i] = mapped(lambda x, at=at: x[at : at + 1], read_state)
         for i, sequence in enumerate(sequences):
             if states[i] is None:
-                states[i] = read(self.model, [sequence.prompt], sequence.request.state)
+                states[i] = read(self._reader, [sequence.prompt], sequence.request.state)
         return states
 
     def seat(self, sequences: list[Sequence], state: GenerationState):
@@ -289,7 +291,7 @@ class Engine:
         self._check_room(len(sequences))
         slots = [i for i, s in enumerate(self.sequences) if s is None][: len(sequences)]
         index = torch.tensor(slots, device=state.logits.device)
-        with quiet(self.model):
+        with torch.inference_mode():
             self._step.seat(index, state.layers, state.logits)
             self._chooser.seen[index], self._chooser.drawn[index] = state.seen, state.drawn
             for sequence, slot, drawn in zip(sequences, slots, state.drawn.tolist(), strict=True):
@@ -320,7 +322,7 @@ class Held:
     """The engine that a model keeps between calls of generate: with its graphs, and neither copied nor saved with the model."""
 
     def __init__(self):
-        self._kept, self._refused = None, None
+        self._kept, self._refused = [], None
 
     def __reduce__(self):
         return Held, ()
@@ -332,7 +334,10 @@ class Held:
         key = _fingerprint(model, rows)
         if key == self._refused:
             return None
-        kept, self._kept = self._kept, None
+        # Whoever pops it has it alone, whatever other threads do.
+        kept = None
+        with suppress(IndexError):
+            kept = self._kept.pop()
         if kept is None or kept[1] != key:
             # The old buffers go before the new ones come.
             kept = None
@@ -349,7 +354,7 @@ class Held:
         for sequence in engine.sequences:
             if sequence is not None:
                 engine.remove(sequence)
-        self._kept = kept
+        self._kept[:] = [kept]
 
 
 def _fingerprint(model, rows: int):

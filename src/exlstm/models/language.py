@@ -40,6 +40,8 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LanguageConfig, device=None, dtype=None):
         super().__init__()
+        if not isinstance(config, LanguageConfig):
+            raise TypeError(f"config is {type(config).__name__}, wanted a LanguageConfig")
         self.config = config
         self.tokenizer = None
         self.held = Held()

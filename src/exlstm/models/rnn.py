@@ -18,8 +18,10 @@ from exlstm.layers.basic import RMSNorm, valid_mask
 from exlstm.models.config import OPTIONS, StackConfig, from_dict, nearest
 from exlstm.models.memory import xLSTMMemory, xLSTMState
 from exlstm.models.stack import Block, scale_outputs
-from exlstm.ops.backend import autocasts, traced
+from exlstm.ops.backend import autocasts, check_tensors, traced
 
+# A norm over one unit leaves nothing of it, so a layer of one unit works in this width inside and is mapped to one.
+NARROWEST = 8
 DIRECTIONS = {False: "", True: "concat", "concat": "concat", "sum": "sum"}
 
 
@@ -61,7 +63,8 @@ class xLSTM(nn.Module):
     """Extended LSTM in the place of nn.LSTM: the same arguments, shapes and results, with a state of its own inside.
 
     Args:
-        input_size, hidden_size, num_layers, batch_first: as in nn.LSTM.
+        input_size, hidden_size, num_layers, batch_first: as in nn.LSTM. A hidden_size of 1 is 8 units inside and a map to one:
+            blocks have norms, and a norm over one unit leaves nothing of it.
         bias: a bias in the maps in front of and behind the blocks; gates have theirs in any case, they set how long is
             remembered.
         dropout: between layers, in training.
@@ -99,15 +102,17 @@ class xLSTM(nn.Module):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, proj_size
-        self.config = _config(hidden_size, num_layers, blocks, n_heads, options)
+        inside = NARROWEST if hidden_size == 1 else hidden_size
+        leave = 1 if hidden_size == 1 else proj_size
+        self.config = _config(inside, num_layers, blocks, n_heads, options)
         self.n_directions = 2 if bidirectional else 1
         joined = self.n_directions if DIRECTIONS[bidirectional] == "concat" else 1
-        between = (proj_size or hidden_size) * joined
+        between = (leave or hidden_size) * joined
         layers = []
         for i, kind in enumerate(self.config.layers()):
-            d_in = input_size if i == 0 else between if between != hidden_size else 0
+            d_in = input_size if i == 0 else between if between != inside else 0
             last = {"is_last": i == num_layers - 1, "device": device, "dtype": dtype}
-            layers += [Layer(kind, self.config, d_in, bias, proj_size, **last) for _ in range(self.n_directions)]
+            layers += [Layer(kind, self.config, d_in, bias, leave, **last) for _ in range(self.n_directions)]
         # In nn.LSTM's order: layer by layer, forward before reverse.
         self.layers = nn.ModuleList(layers)
         scale_outputs([layer.block for layer in self.layers], num_layers)
@@ -145,6 +150,8 @@ class xLSTM(nn.Module):
         return input._replace(data=pack_padded_sequence(y, lengths, batch_first=True).data), state
 
     def _padded(self, x, hx, lengths, mask, reset):
+        given = {"input": x, "mask": mask, "reset": reset}
+        check_tensors(**{name: t for name, t in given.items() if name == "input" or t is not None})
         if x.dim() not in (2, 3):
             raise ValueError(f"xLSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
         is_batched, swap = x.dim() == 3, x.dim() == 3 and not self.batch_first
@@ -270,6 +277,10 @@ def _last(y, mask, is_reverse: bool, before):
 
 
 def _config(hidden_size, num_layers, blocks, n_heads, options) -> StackConfig:
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            f"options are {type(options).__name__}, wanted settings by kind of block, as {{'slstm': {{'conv': 4}}}}"
+        )
     options = dict(options or {})
     for kind in options:
         if kind not in OPTIONS:
@@ -284,14 +295,13 @@ def _config(hidden_size, num_layers, blocks, n_heads, options) -> StackConfig:
 
 
 def _check_numbers(input_size, hidden_size, num_layers, proj_size):
-    for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+    for name, value in {**sizes, "proj_size": proj_size}.items():
         if not isinstance(value, int):
             raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-    for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+    for name, value in sizes.items():
         if value <= 0:
             raise ValueError(f"{name} must be greater than zero")
-    if hidden_size == 1:
-        raise ValueError("hidden_size is 1, wanted at least 2: a norm over one feature leaves nothing of it")
     if proj_size < 0:
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:

@@ -93,6 +93,8 @@ class Stack(nn.Module):
 
     def __init__(self, config: StackConfig, device=None, dtype=None):
         super().__init__()
+        if not isinstance(config, StackConfig):
+            raise TypeError(f"config is {type(config).__name__}, wanted a StackConfig")
         self.config = config
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(kind, config, device, dtype) for kind in config.layers())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from exlstm.models.engine import check_finite
-from exlstm.models.reading import GenerationState, mapped, mark, quiet, read, read_prompt, released
+from exlstm.models.reading import GenerationState, evaluating, mapped, mark, read, read_prompt, released
 from exlstm.models.sampling import Ends, Row, Sampling, Uniform, check_range, check_whole, is_token
 from exlstm.models.sequence import Request, Sequence
 
@@ -19,7 +19,7 @@ class Writing:
         check_whole("max_tokens", max_tokens)
         if seed is not None and not is_token(seed):
             raise ValueError(f"seed is {seed!r}, wanted a whole number or None")
-        self.model, self.rules, self.ends = model, rules, ends
+        self.model, self.rules, self.ends = evaluating(model), rules, ends
         self.max_tokens = int(max_tokens)
         if seed is None and not rules.greedy:
             # Without a seed the draws still follow torch.manual_seed.
@@ -34,8 +34,8 @@ class Writing:
                 raise ValueError(f"{where} is empty, wanted at least one token, or a state of generate to go on from")
         self.limit = model.tokenizer.vocab_size if self.is_text else model.config.vocab_size
         self.rows = [Row(ends, None) for _ in rows]
-        with quiet(model):
-            self.start = read(model, rows, state)
+        with torch.inference_mode():
+            self.start = read(self.model, rows, state)
         check_finite(self.start)
         self.after = None
 
@@ -43,7 +43,7 @@ class Writing:
         """The whole result, shaped like the prompt; with `return_state` and the state."""
         if self.ends.strings:
             self._decode_along()
-        with quiet(self.model):
+        with torch.inference_mode():
             for _ in self._steps(bool(self.ends), return_state):
                 pass
             return (self.result(), self.state()) if return_state else self.result()
@@ -156,7 +156,6 @@ class Stream:
 
     def __init__(self, writing: Writing, return_state: bool):
         self.state = None
-        self._model = writing.model
         self._pieces = self._run(writing, return_state)
 
     def __iter__(self):
@@ -164,7 +163,7 @@ class Stream:
 
     def __next__(self):
         # Around every piece, not around the loop: nothing of it may reach the code that takes the pieces.
-        with quiet(self._model):
+        with torch.inference_mode():
             return next(self._pieces)
 
     def _run(self, writing, return_state):

@@ -87,10 +87,18 @@ def pick(implementations: dict, argument: str | None, auto: str):
     return implementations[name]
 
 
+def check_tensors(**named):
+    """TypeError where one of these is no tensor."""
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor")
+
+
 def check_companions(first, reset, mask, others: dict):
     """Devices of all tensors, and shape and dtype of `reset` and `mask`, against the operator's first tensor (B, T, ...)."""
     for name, flags in (("reset", reset), ("mask", mask)):
         if flags is not None:
+            check_tensors(**{name: flags})
             if flags.dtype != torch.bool or flags.shape != first.shape[:2]:
                 raise ValueError(
                     f"{name} is {flags.dtype} of shape {tuple(flags.shape)}, wanted bool of (B, T) = {tuple(first.shape[:2])}"
@@ -106,6 +114,7 @@ def check_state(state, shapes: dict, device):
     if not isinstance(state, tuple | list) or len(state) != len(shapes):
         raise ValueError(f"state is {type(state).__name__}, wanted the {len(shapes)} tensors {', '.join(shapes)}")
     for tensor, (name, shape) in zip(state, shapes.items(), strict=True):
+        check_tensors(**{f"state.{name}": tensor})
         if tuple(tensor.shape) != shape:
             raise ValueError(f"state.{name} has shape {tuple(tensor.shape)}, wanted {shape}")
         if not tensor.dtype.is_floating_point:

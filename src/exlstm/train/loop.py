@@ -104,6 +104,9 @@ class _Run:
     progress: Progress
 
     def __post_init__(self):
+        for what, name, method in ((self.model, "model", "loss"), (self.batches, "batches", "batch")):
+            if not callable(getattr(what, method, None)):
+                raise TypeError(f"{name} is {type(what).__name__}, which has no .{method}(...) to train with")
         self.device = _device(self.model)
         self.randomness, self.signals = Randomness(self.device), Signals()
         self.folder = self.out / "checkpoints"
@@ -200,10 +203,11 @@ class _Run:
         with self._autocast():
             loss = self.loss(batch)
         if not self.config.graph:
-            if loss.ndim:
-                raise ValueError(
-                    f"{type(self.model).__name__}.loss gave a tensor of shape {tuple(loss.shape)}, wanted a scalar"
-                )
+            is_tensor = isinstance(loss, torch.Tensor)
+            if not is_tensor or loss.ndim or not loss.requires_grad:
+                came = f"a tensor of shape {tuple(loss.shape)}" if is_tensor and loss.ndim else type(loss).__name__
+                came += " without gradient" if is_tensor and not loss.requires_grad else ""
+                raise ValueError(f"{type(self.model).__name__}.loss gave {came}, wanted a scalar that has a gradient")
             (loss / self.config.accumulate).backward()
         return loss.detach()
 

@@ -50,8 +50,8 @@ def mlstm(
     Args:
         q, k: queries and keys (B, T, H, K), any strides with a contiguous last axis.
         v: values (B, T, H, V), of q's dtype.
-        log_i, log_f: input and forget gates (B, T, H) in log space, in nats: an exponential gate is the pre-activation itself,
-            a sigmoid gate the logsigmoid of it. Computed in float32, or in float64 with float64 inputs.
+        log_i, log_f: input and forget gates (B, T, H) in log space, in nats, finite: an exponential gate is the pre-activation
+            itself, a sigmoid gate the logsigmoid of it. Computed in float32, or in float64 with float64 inputs.
         state: the memory before the first token; None is an empty one.
         reset: (B, T) bool, the memory is emptied before token t.
         mask: (B, T) bool, False is padding: the memory passes by, and the output there is 0.
@@ -81,6 +81,8 @@ def mlstm(
     if mask is not None:
         log_i = log_i.masked_fill(~mask[..., None], float("-inf"))
         log_f = log_f.masked_fill(~mask[..., None], 0.0)
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scale is a tensor that wants a gradient, and a number has none; multiply q by it")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     h, *memory = implementation(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, float(eps), chunk)
     if mask is not None:
@@ -98,6 +100,7 @@ def _memory(state, q, v, dtype):
 
 
 def _check(q, k, v, log_i, log_f, reset, mask, chunk):
+    backends.check_tensors(q=q, k=k, v=v, log_i=log_i, log_f=log_f)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4 or 0 in tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted (B, T, H, features) with no axis empty")
@@ -114,6 +117,6 @@ def _check(q, k, v, log_i, log_f, reset, mask, chunk):
             raise ValueError(f"{name} has shape {tuple(gate.shape)}, wanted (B, T, H) = {tuple(q.shape[:3])}")
         if not gate.dtype.is_floating_point:
             raise TypeError(f"{name} is {gate.dtype}, wanted a floating dtype")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}, wanted at least 1 token")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk is {chunk!r}, wanted a whole number of at least 1 token")
     backends.check_companions(q, reset, mask, {"k": k, "v": v, "log_i": log_i, "log_f": log_f})

@@ -39,7 +39,8 @@ def slstm(
     """The scalar memory of xLSTM with memory mixing over a sequence (arXiv 2405.04517, equations 8 to 18), any T ≥ 1.
 
     Args:
-        x: pre-activations of the gates without their recurrent part (B, T, H, 4, D), in the order i, f, z, o: biases included.
+        x: pre-activations of the gates without their recurrent part (B, T, H, 4, D), in the order i, f, z, o: biases included,
+            all finite.
         r: recurrent weights (H, 4, D out, D in), one block a head and gate.
         state: the memory before the first token; None, or n = 0, is an empty one.
         reset: (B, T) bool, the memory is emptied before token t.
@@ -72,6 +73,7 @@ def slstm(
 
 
 def _check(x, r, reset, mask):
+    backends.check_tensors(x=x, r=r)
     if x.ndim != 5 or x.shape[3] != 4 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, H, 4, D) with no axis empty")
     heads, width = x.shape[2], x.shape[4]

@@ -204,7 +204,8 @@ def _backward_loop(dhs, dh, dq, dp, r, saved, first, resets, paddings):
     """dg̃ (B, T, H, 4, D); leaves the gradients of the initial h, q and p in dh, dq and dp."""
     steps, _, heads, batch, width = saved.shape
     block, outer = _block(first, steps), dhs.permute(1, 2, 0, 3)  # (T, H, B, D), a view
-    weights = r.flatten(1, 2).contiguous().numpy()  # (H, 4 D out, D in)
+    # A copy: storage that NumPy has seen cannot be given back, and sharded weights are given back after every use.
+    weights = r.flatten(1, 2).clone().numpy()  # (H, 4 D out, D in)
     dx = room((batch, steps, heads, 4, width), saved.dtype)
     by_time = dx.permute(1, 2, 0, 3, 4)  # (T, H, B, 4, D), a view
     # The gradients that reach the outputs of a block, and in front of them the one that the block hands on.
