@@ -1,10 +1,11 @@
-"""The backward of the mLSTM for heads of 64 on Hopper, its products in one kernel a chunk or a sequence, written in Gluon.
+"""The mLSTM on Hopper in Gluon: a forward in one kernel, and a backward for heads of 64 in one kernel a chunk or a sequence.
 
-What two_pass.py works out in several kernels, which read q, k, v and dh again and again, is here one. `mlstm_backward_kernel`,
-for many sequences and heads, walks from the last chunk of each to the first with dC and dn on chip; `mlstm_gradients_kernel`, for
-few, takes the chunks one by one, with dC out of `states`. Gluon, because Triton's own pipeline neither overlaps loads with the
-products nor keeps so much in registers: each tile has one place in shared memory, and the next one comes as soon as nobody
-reads it any more. The equations stand in docs/math.md, what was measured in docs/log.md.
+`mlstm_walk_kernel` walks from the first chunk of a sequence to the last with n and columns of C on chip, and works scores and
+denominators out on the way. What two_pass.py works out for the backward in several kernels, which read q, k, v and dh again and
+again, is here one: `mlstm_backward_kernel`, for many sequences and heads, walks from the last chunk of each to the first with dC
+and dn on chip; `mlstm_gradients_kernel`, for few, takes the chunks one by one, with dC out of `states`. Gluon, because Triton's
+own pipeline neither overlaps loads with the products nor keeps so much in registers: each tile has one place in shared memory,
+and the next one comes as soon as nobody reads it any more. The equations stand in docs/math.md, what was measured in docs/log.md.
 """
 
 from triton.experimental import gluon
@@ -464,82 +465,6 @@ def _wide(width):
 
 
 @gluon.jit
-def _fetch_tokens(d_q, d_k, d_v, d_p, i_b, i_h, i_bh, i_n, i_v, N, at, tiles, bars, L: gl.constexpr):
-    """q, k, v and P of chunk i_n, if there is one, on their way to place `at`."""
-    all_q, all_k, all_v, all_p = tiles
-    bar, there = bars.index(at), i_n < N
-    size: gl.constexpr = d_q.block_type.nbytes + d_k.block_type.nbytes + d_v.block_type.nbytes + d_p.block_type.nbytes
-    mbarrier.expect(bar, size, pred=there)
-    tma.async_copy_global_to_shared(d_p, [i_bh.to(gl.int32), i_n * L, 0], bar, all_p.index(at), pred=there)
-    tma.async_copy_global_to_shared(d_v, [i_b, i_h, i_n * L, i_v], bar, all_v.index(at), pred=there)
-    tma.async_copy_global_to_shared(d_q, [i_b, i_h, i_n * L, 0], bar, all_q.index(at), pred=there)
-    tma.async_copy_global_to_shared(d_k, [i_b, i_h, i_n * L, 0], bar, all_k.index(at), pred=there)
-
-
-@gluon.jit
-def _weights(p_alpha, p_beta, p_den, p_gamma, i_bh, N, i_n, scale, L: gl.constexpr, BV: gl.constexpr):
-    """α, a β and 1 / den of the tokens of chunk i_n, and its γ; of the last chunk where i_n is behind it."""
-    i_c = i_bh * N + gl.minimum(i_n, N - 1)
-    o_t = i_c * L + gl.arange(0, L, gl.SliceLayout(1, _wide(BV)))
-    return gl.load(p_alpha + o_t), scale * gl.load(p_beta + o_t), 1.0 / gl.load(p_den + o_t), gl.load(p_gamma + i_c)
-
-
-@gluon.jit(do_not_specialize=["N"])
-def mlstm_walk_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_c_last, p_alpha, p_beta, p_gamma, p_den, H, N, K, V, scale,
-                      L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """h of BV columns and the last memory, from P and den, with BV columns of the memory on chip; eight warps."""
-    tiles = (V + BV - 1) // BV
-    i_bh, i_v = (gl.program_id(0) // tiles).to(gl.int64), (gl.program_id(0) % tiles) * BV
-    i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    SUMS: gl.constexpr = _wide(BV)
-    places = (
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, BK], WIDE),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, BK], WIDE),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, BV], WIDE),
-        gl.allocate_shared_memory(gl.bfloat16, [STAGES, L, L], WIDE),
-    )
-    s_c = gl.allocate_shared_memory(gl.bfloat16, [BK, BV], WIDE)
-    s_w = gl.allocate_shared_memory(gl.bfloat16, [L, BV], WIDE)
-    s_h = gl.allocate_shared_memory(gl.bfloat16, [L, BV], WIDE)
-    bars = _barriers(STAGES)
-    for i in gl.static_range(STAGES):
-        _fetch_tokens(d_q, d_k, d_v, d_p, i_b, i_h, i_bh, i, i_v, N, i, places, bars, L)
-    o_k, o_v = gl.arange(0, BK, gl.SliceLayout(1, SUMS)), i_v + gl.arange(0, BV, gl.SliceLayout(0, SUMS))
-    o_c, inside = i_bh * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
-    b_c = gl.load(p_c0 + o_c, mask=inside, other=0.0)
-    b_alpha, b_beta, b_part, b_gamma = _weights(p_alpha, p_beta, p_den, p_gamma, i_bh, N, 0, scale, L, BV)
-    for i in range(N):
-        at, phase = i % STAGES, i // STAGES & 1
-        s_q, s_k, s_v, s_p = places[0].index(at), places[1].index(at), places[2].index(at), places[3].index(at)
-        # The next chunk's weights come while this one is worked on.
-        coming = _weights(p_alpha, p_beta, p_den, p_gamma, i_bh, N, i + 1, scale, L, BV)
-        mbarrier.wait(bars.index(at), phase)
-        b_inner = _product(s_p, s_v, gl.zeros([L, BV], gl.float32, SUMS))
-        s_w.store((s_v.load(SUMS).to(gl.float32) * b_alpha[:, None]).to(gl.bfloat16))
-        s_c.store(b_c.to(gl.bfloat16))
-        fence_async_shared()
-        b_outer = _product(s_q, s_c, gl.zeros([L, BV], gl.float32, SUMS))
-        b_c = _product(s_k.permute([1, 0]), s_w, b_c * b_gamma)
-        b_inner, b_outer = warpgroup_mma_wait(1, deps=[b_inner, b_outer])
-        # The chunk before is through with the place of h.
-        tma.store_wait(0)
-        gl.thread_barrier()
-        s_h.store(((b_inner + b_outer * b_beta[:, None]) * b_part[:, None]).to(gl.bfloat16))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(d_h, [i_b, i_h, i * L, i_v], s_h)
-        b_c = warpgroup_mma_wait(0, deps=[b_c])
-        gl.thread_barrier()
-        _fetch_tokens(d_q, d_k, d_v, d_p, i_b, i_h, i_bh, i + STAGES, i_v, N, at, places, bars, L)
-        b_alpha, b_beta, b_part, b_gamma = coming
-    tma.store_wait(0)
-    for i in gl.static_range(STAGES):
-        mbarrier.invalidate(bars.index(i))
-    gl.store(p_c_last + o_c, b_c, mask=inside)
-
-
-@gluon.jit
 def _gates_of(p_alpha, p_beta, p_gamma, p_u, p_top, p_floor, i_bh, N, i_n, scale, L: gl.constexpr):
     """α, a β, γ, u, M and the floor of chunk i_n, and where its tokens stand; of the last chunk where i_n is behind it."""
     i_c = i_bh * N + gl.minimum(i_n, N - 1)
@@ -594,8 +519,7 @@ def _forward_places(L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
 
 
 @gluon.jit
-def _memory_products(b_c, b_n, weights, tiles, outs, d_c, i_bh, N, i, i_v, L: gl.constexpr, BK: gl.constexpr,
-                     BV: gl.constexpr, EVERY: gl.constexpr):  # fmt: skip
+def _memory_products(b_c, b_n, weights, tiles, outs, L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
     """q kᵀ, q C⁻ and C⁺ of a chunk whose tiles are there, all begun; q·n⁻ and n⁺."""
     s_q, s_k, s_v = tiles
     s_c, s_w = outs[0], outs[1]
@@ -605,15 +529,8 @@ def _memory_products(b_c, b_n, weights, tiles, outs, d_c, i_bh, N, i, i_v, L: gl
     b_p = _product(s_q, s_k.permute([1, 0]), gl.zeros([L, L], gl.float32, _wide(L)))
     b_w = gl.convert_layout(b_alpha, gl.SliceLayout(1, SUMS))
     s_w.store((s_v.load(SUMS).to(gl.float32) * b_w[:, None]).to(gl.bfloat16))
-    if EVERY:
-        # The chunk before is through with the places of C and h.
-        tma.store_wait(0)
-        gl.thread_barrier()
     s_c.store(b_c.to(gl.bfloat16))
     fence_async_shared()
-    if EVERY:
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(d_c, [(i_bh * N + i).to(gl.int32), 0, i_v], s_c)
     b_outer = _product(s_q, s_c, gl.zeros([L, BV], gl.float32, SUMS))
     b_c = _product(s_k.permute([1, 0]), s_w, b_c * b_gamma)
     b_qn = gl.sum(s_q.load(KEYS).to(gl.float32) * b_n[None, :], 1)
@@ -621,26 +538,34 @@ def _memory_products(b_c, b_n, weights, tiles, outs, d_c, i_bh, N, i, i_v, L: gl
     return b_p, b_outer, b_c, b_qn, b_n * b_gamma + gl.sum(s_k.load(KEYS).to(gl.float32) * b_w[:, None], 0)
 
 
-@gluon.jit(do_not_specialize=["N"])
-def mlstm_whole_kernel(d_q, d_k, d_v, d_h, d_c, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
-                       p_document, p_den, p_s, H, N, K, V, scale, eps,
-                       L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, EVERY: gl.constexpr, NORM: gl.constexpr,
-                       RESET: gl.constexpr):  # fmt: skip
-    """h of BV columns, the last memory, denominators, and n of every chunk, with n and BV columns of C on chip; eight warps.
+@gluon.jit
+def _memory_columns(i_bh, i_v, K, V, BK: gl.constexpr, BV: gl.constexpr):
+    """Offsets of the numbers in BV columns of a memory, and which of them are there."""
+    o_k, o_v = gl.arange(0, BK, gl.SliceLayout(1, _wide(BV))), i_v + gl.arange(0, BV, gl.SliceLayout(0, _wide(BV)))
+    return i_bh * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
 
-    With EVERY the memory before every chunk too, for a backward that walks back.
-    """
+
+@gluon.jit
+def _read(b_inner, b_outer, b_beta, b_den, BV: gl.constexpr):
+    """h of what a chunk reads in itself and in the memory before it."""
+    b_part = gl.convert_layout(1.0 / b_den, gl.SliceLayout(1, _wide(BV)))
+    b_beta = gl.convert_layout(b_beta, gl.SliceLayout(1, _wide(BV)))
+    return ((b_inner + b_outer * b_beta[:, None]) * b_part[:, None]).to(gl.bfloat16)
+
+
+@gluon.jit(do_not_specialize=["N"])
+def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
+                      p_document, p_den, p_s, H, N, K, V, scale, eps,
+                      L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
+    """h of BV columns, the last memory, denominators, and n of every chunk, with n and BV columns of C on chip; eight warps."""
     tiles_v = (V + BV - 1) // BV
     i_bh, i_v = (gl.program_id(0) // tiles_v).to(gl.int64), (gl.program_id(0) % tiles_v) * BV
     i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
-    SUMS: gl.constexpr = _wide(BV)
-    ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
     places, single = _forward_places(L, BK, BV)
     bars = _barriers(2)
     for i in gl.static_range(2):
         _fetch_inputs(d_q, d_k, d_v, i_b, i_h, i, i_v, N, i, places, bars, L)
-    o_k, o_v = gl.arange(0, BK, ROWS), i_v + gl.arange(0, BV, gl.SliceLayout(0, SUMS))
-    o_c, inside = i_bh * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_c, inside = _memory_columns(i_bh, i_v, K, V, BK, BV)
     b_c = gl.load(p_c0 + o_c, mask=inside, other=0.0)
     o_n = gl.arange(0, BK, gl.SliceLayout(0, _wide(BK)))
     b_n = gl.load(p_n0 + i_bh * K + o_n, mask=o_n < K, other=0.0)
@@ -655,22 +580,19 @@ def mlstm_whole_kernel(d_q, d_k, d_v, d_h, d_c, p_c0, p_n0, p_c_last, p_n, p_alp
         coming = _gates_of(p_alpha, p_beta, p_gamma, p_u, p_top, p_floor, i_bh, N, i + 1, scale, L)
         gl.store(p_n + (i_bh * (N + 1) + i) * K + o_n, b_n, mask=(o_n < K) & (i_v == 0))
         mbarrier.wait(bars.index(at), i // 2 & 1)
-        b_p, b_outer, b_c, b_qn, b_n = _memory_products(
-            b_c, b_n, weights, tiles, outs, d_c, i_bh, N, i, i_v, L, BK, BV, EVERY
-        )
+        b_p, b_outer, b_c, b_qn, b_n = _memory_products(b_c, b_n, weights, tiles, outs, L, BK, BV)
         b_p = warpgroup_mma_wait(2, deps=[b_p])
         b_p, b_den, b_s = _denominators(b_p, b_qn, weights, p_document, scale, eps, L, NORM, RESET)
         outs[3].store(b_p.to(gl.bfloat16))
         fence_async_shared()
-        b_inner = _product(outs[3], tiles[2], gl.zeros([L, BV], gl.float32, SUMS))
+        b_inner = _product(outs[3], tiles[2], gl.zeros([L, BV], gl.float32, _wide(BV)))
         gl.store(p_den + weights[6], b_den, mask=i_v == 0)
         gl.store(p_s + weights[6], b_s, mask=i_v == 0)
         b_outer, b_c, b_inner = warpgroup_mma_wait(0, deps=[b_outer, b_c, b_inner])
-        if not EVERY:
-            tma.store_wait(0)
+        # The chunk before is through with the place of h.
+        tma.store_wait(0)
         gl.thread_barrier()
-        b_part, b_beta = gl.convert_layout(1.0 / b_den, ROWS), gl.convert_layout(weights[1], ROWS)
-        outs[2].store(((b_inner + b_outer * b_beta[:, None]) * b_part[:, None]).to(gl.bfloat16))
+        outs[2].store(_read(b_inner, b_outer, weights[1], b_den, BV))
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(d_h, [i_b, i_h, i * L, i_v], outs[2])
@@ -683,26 +605,18 @@ def mlstm_whole_kernel(d_q, d_k, d_v, d_h, d_c, p_c0, p_n0, p_c_last, p_n, p_alp
     gl.store(p_n + (i_bh * (N + 1) + N) * K + o_n, b_n, mask=(o_n < K) & (i_v == 0))
 
 
-def whole(plan, call, q, k, v, gates, c, n, eps, h, c_last, ns, den, s, cs):
-    """Fills h, the last C, n of every chunk, den and s, and cs if there is one; as `mlstm_forward_kernel`."""
-    L, (K, BV, warps, _) = plan.L, plan.forward
-    h_tiles = heads(h, L, BV)
-    mlstm_whole_kernel[(call.rows * cdiv(call.V, BV),)](
-        heads(q, L, K), heads(k, L, K), heads(v, L, BV), h_tiles, h_tiles if cs is None else matrices(cs, K, BV),
-        c.contiguous(), n.contiguous(), c_last, ns,
-        gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
-        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, BV=BV, EVERY=cs is not None, num_warps=warps, **call.flags,
-    )  # fmt: skip
-
-
-def walk(plan, call, q, k, v, p, gates, c, den, h, c_last):
-    """Fills h and the last C; as `mlstm_forward_kernel`, for P and den that are known."""
-    L, (K, BV, warps, stages) = plan.L, plan.forward
+def forward(plan, call, q, k, v, gates, c, n, eps, every):
+    """h, the last C, n of every chunk, den and s; C of none, for whoever wants it works it out again."""
+    L, K, BV = plan.L, power(call.K), plan.BV
+    ns = call.vector(n, call.rows, call.N + 1, call.K)
+    den, s, c_last = call.vector(ns), call.vector(ns), call.vector(ns, call.rows, call.K, call.V)
+    h = padded(v, v.shape)
     mlstm_walk_kernel[(call.rows * cdiv(call.V, BV),)](
-        heads(q, L, K), heads(k, L, K), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(), c_last,
-        gates.alpha, gates.beta, gates.gamma, den, call.H, call.N, call.K, call.V, call.scale,
-        L=L, BK=K, BV=BV, STAGES=stages, num_warps=warps,
+        heads(q, L, K), heads(k, L, K), heads(v, L, BV), heads(h, L, BV), c.contiguous(), n.contiguous(), c_last, ns,
+        gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
+        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, BV=BV, num_warps=8, **call.flags,
     )  # fmt: skip
+    return h.contiguous(), c_last, ns, den, s, None
 
 
 def backward(plan, call, grads, q, k, v, gates, c, saved):

@@ -99,14 +99,6 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
         else None
     )
     h, c_last = padded(v, v.shape), call.vector(den, call.rows, call.K, call.V)
-    if plan.HOPPER:
-        from exlstm.ops.mlstm import hopper  # Written in Gluon, which not every Triton has.
-
-        if plan.SCORES:
-            hopper.whole(plan, call, q, k, v, gates, c, n, eps, h, c_last, ns, den, s, cs)
-        else:
-            hopper.walk(plan, call, q, k, v, p, gates, c, den, h, c_last)
-        return h.contiguous(), c_last, ns, den, s, cs
     mlstm_forward_kernel[(call.rows * cdiv(call.V, BV),)](
         heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(),
         n.contiguous(), c_last, ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,

@@ -2,7 +2,7 @@
 
 Nothing here depends on the length of a sequence, so a kernel is compiled once for a width of heads and serves every T; the number
 of sequences and heads only decides between a few variants, where there are too few of them to fill the card.
-Tiles were chosen on one H200, the backwards of hopper.py on one H100 (docs/log.md).
+Tiles were chosen on one H200, what hopper.py is for on one H100 (docs/log.md).
 """
 
 from functools import cache
@@ -44,8 +44,7 @@ class TwoPass(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """Chunk length L (rows a program too), whether `forward` works the scores out itself, tiles, and whether that is the kernel
-    of hopper.py; see one_pass.py."""
+    """Chunk length L (rows a program too), whether `forward` works the scores out itself, and tiles; see one_pass.py."""
 
     L: int
     BT: int
@@ -53,7 +52,13 @@ class OnePass(NamedTuple):
     SCORES: bool
     intra: Tiles
     forward: Tiles
-    HOPPER: bool = False
+
+
+class Walk(NamedTuple):
+    """Chunk length L of a forward in one kernel, and the columns of a memory that a program keeps; see hopper.py."""
+
+    L: int
+    BV: int
 
 
 class Chain(NamedTuple):
@@ -74,7 +79,7 @@ class Fused(NamedTuple):
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
-    forward: OnePass | TwoPass
+    forward: Walk | OnePass | TwoPass
     backward: Chain | Fused | TwoPass
 
 
@@ -89,7 +94,9 @@ def choose(q, v, chunk: int) -> Plan:
         two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
-        return Plan(_one_pass(K, V, rows, q.device), Chain(64) if _on_hopper(q, v) else two)
+        backward = Chain(64) if _on_hopper(q, v) else two
+        walks = K == 128 and V >= 128 and rows * V // 128 >= FEW and gluon(q.device)
+        return Plan(Walk(64, 128) if walks else _one_pass(K, V, rows), backward)
     elif large and _on_hopper(q, v):
         return Plan(two, Fused(two.L, two.BJ, 64, two.states))
     return Plan(two, two)
@@ -122,10 +129,7 @@ def memories(count: int, keys: int, values: int, dtype) -> tuple[int, int, int]:
     return count, keys, cdiv(values, whole) * whole
 
 
-def _one_pass(K, V, rows, device):
-    if K in (64, 128) and V >= 128 and rows * V // 128 >= FEW and gluon(device):
-        # What q and k weigh on the way from the L2 halves with tiles twice as wide.
-        return OnePass(64, 64, 64, True, Tiles(64, 64, 4, 2), Tiles(K, 128, 8, 2), HOPPER=True)
+def _one_pass(K, V, rows):
     # Columns of a memory that a program keeps in registers: fewer where there are few sequences and heads.
     BV = min(V, 8192 // K)
     while BV > 32 and rows * V // BV < FEW:

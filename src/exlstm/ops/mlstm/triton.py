@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, TwoPass, Walk, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -48,14 +48,14 @@ def _step(q, v, save):
 
 def keeps(plan) -> bool:
     """Whether the forward hands its memories to the backward: two passes have them anyway, a walk back cannot find them."""
-    return not isinstance(plan.forward, OnePass) or isinstance(plan.backward, Chain)
+    return isinstance(plan.forward, TwoPass) or isinstance(plan.backward, Chain)
 
 
 def _kernels(plan):
     # Imported here, so that a machine without Triton or without a GPU never pays for them.
     if isinstance(plan, OnePass):
         from exlstm.ops.mlstm import one_pass as kernels
-    elif isinstance(plan, Chain | Fused):
+    elif isinstance(plan, Walk | Chain | Fused):
         from exlstm.ops.mlstm import hopper as kernels
     else:
         from exlstm.ops.mlstm import two_pass as kernels
