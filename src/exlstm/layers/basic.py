@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.token import array, is_light, parameter, project, silu
+from exlstm.layers.token import SMALL, array, is_light, parameter, project, silu
 from exlstm.ops import maps as joint
 from exlstm.ops.backend import autocasts, cast, check_tensors, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
-
-# Numbers in a tensor up to which NumPy is the faster one.
-SMALL = 1 << 13
 
 
 class RMSNorm(nn.Module):
