@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.token import array, parameter, silu
+from exlstm.layers.token import SMALL, array, is_light, parameter, project, silu
 from exlstm.ops import maps as joint
 from exlstm.ops.backend import autocasts, cast, check_tensors, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
-
-# Numbers in a tensor up to which NumPy is the faster one.
-SMALL = 1 << 13
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +33,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = row_norm(x, self.weight, eps=self.eps, centre=False)
+        found = row_norm(x, self.weight, eps=self.eps, centre=False) if kernels(x) else None
         return self._plain(x) if found is None else found[0]
 
     def after(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,7 +117,7 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = row_norm(x, self.weight, self.bias, eps=self.eps, centre=True)
+        found = row_norm(x, self.weight, self.bias, eps=self.eps, centre=True) if kernels(x) else None
         return self._plain(x) if found is None else found[0]
 
     def after(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,9 +129,9 @@ class LayerNorm(nn.Module):
         return self._plain(x), x
 
     def _plain(self, x):
-        wide = _wide(x)
-        bias = None if self.bias is None else cast(self.bias, wide.dtype)
-        y = F.layer_norm(wide, self.weight.shape, cast(self.weight, wide.dtype), bias, self.eps)
+        wide, weight, bias = _wide(x), self.weight, self.bias
+        bias = None if bias is None else cast(bias, wide.dtype)
+        y = torch.layer_norm(wide, weight.shape, cast(weight, wide.dtype), bias, self.eps)
         return cast(y, x.dtype)
 
     def extra_repr(self):
@@ -174,7 +171,7 @@ class HeadNorm(nn.Module):
 
     def decode(self, x):
         """The same for an array of one token, (B, H, D) -> (B, H·D)."""
-        y = F.layer_norm(torch.from_numpy(x), (self.d_head,), None, None, self.eps).numpy().reshape(len(x), -1)
+        y = torch.layer_norm(torch.from_numpy(x), (self.d_head,), None, None, self.eps).numpy().reshape(len(x), -1)
         return np.multiply(y, parameter(self, "weight"), out=y)
 
     def extra_repr(self):
@@ -254,6 +251,8 @@ class SwiGLU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_light(x, self.gate._parameters.get("weight")):
+            return _light_gated(self, x, F.silu)
         return self.out(gated(*maps(x, self.gate, self.up)))
 
 
@@ -273,7 +272,17 @@ class GatedGELU(nn.Module):
             init_linear(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_light(x, self.gate._parameters.get("weight")):
+            return _light_gated(self, x, F.gelu)
         return self.out(gated(*maps(x, self.gate, self.up), "gelu"))
+
+
+def _light_gated(ffn, x, activation):
+    """A feed-forward of few tokens, see `is_light`."""
+    rows = array(x).reshape(-1, x.shape[-1])
+    y = array(activation(torch.from_numpy(project(ffn.gate, rows))))
+    y *= project(ffn.up, rows)
+    return torch.from_numpy(project(ffn.out, y).reshape(x.shape))
 
 
 class CausalConv(nn.Module):

@@ -16,14 +16,24 @@ from exlstm.ops.backend import exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
-# log_i of its pre-activation, of a tensor and of an array: the operator takes gates in log space.
-INPUT_GATES = {"exp": (lambda i: i, lambda i: i), "sigmoid": (F.logsigmoid, lambda i: -np.logaddexp(0, -i))}
+# log_i of its pre-activation: the operator takes gates in log space.
+INPUT_GATES = {"exp": lambda i: i, "sigmoid": F.logsigmoid}
 
 
 def check_gate(kind: str):
     """ValueError for an input gate that there is not."""
     if kind not in INPUT_GATES:
         raise ValueError(f"i_gate is {kind!r}, wanted {' or '.join(INPUT_GATES)}")
+
+
+def token_gates(pre, kind: str):
+    """log_i, log_f (B, 2, H) of one token's pre-activations, an array (B, 2 H), in its memory."""
+    gates = pre.reshape(len(pre), 2, -1)
+    x = gates[:, 1:] if kind == "exp" else gates
+    np.negative(x, out=x)
+    np.logaddexp(0, x, out=x)
+    np.negative(x, out=x)
+    return gates
 
 
 class mLSTM(nn.Module):
@@ -100,7 +110,7 @@ class mLSTM(nn.Module):
         10 nats is 6 %."""
         with exact(pre.device):
             i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
-            return INPUT_GATES[self.i_gate][0](i), F.logsigmoid(f)
+            return INPUT_GATES[self.i_gate](i), F.logsigmoid(f)
 
     @token_errors
     def _token(self, x, conv, memory):
@@ -114,11 +124,11 @@ class mLSTM(nn.Module):
         pre += parameter(self.gate, "bias")
         if self.gate_cap:
             pre = self.gate_cap * np.tanh(pre / self.gate_cap)
-        log_i, log_f = INPUT_GATES[self.i_gate][1](pre[:, :heads]), -np.logaddexp(0, -pre[:, heads:])
-        h, *memory = decode(q, k, v, log_i, log_f, *memory, q.shape[-1] ** -0.5, self.normalize, self.eps)
+        gates = token_gates(pre, self.i_gate)
+        h, *memory = decode(q, k, v, gates, *memory, q.shape[-1] ** -0.5, self.normalize, self.eps)
         y = self.norm.decode(h)
         y /= 1 + np.exp(-project(self.o, x))
-        return torch.from_numpy(project(self.out, y)).unsqueeze(1), (conv, MLSTMState(*memory))
+        return torch.from_numpy(project(self.out, y)[:, None]), (conv, MLSTMState(*memory))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.v)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask, wide_map, width
-from exlstm.layers.mlstm import INPUT_GATES, check_gate
+from exlstm.layers.mlstm import INPUT_GATES, check_gate, token_gates
 from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
 from exlstm.ops.backend import autocasts, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
@@ -156,7 +156,7 @@ class mLSTMUp(nn.Module):
     def _gates(self, pre):
         """log_i, log_f (B, T, H) of their pre-activations (B, T, 2 H)."""
         i, f = pre.chunk(2, -1)
-        return INPUT_GATES[self.i_gate][0](i), F.logsigmoid(f)
+        return INPUT_GATES[self.i_gate](i), F.logsigmoid(f)
 
     def _joined(self, weights):
         """The small blocks of every map on the diagonal of larger ones (map, B', in, out)."""
@@ -196,12 +196,12 @@ class mLSTMUp(nn.Module):
         pre = np.matmul(qkv, parameter(self.gate, "weight").T)  # (B, 2 H)
         pre += parameter(self.gate, "bias")
         q, k, v = qkv.reshape(batch, 3, heads, -1).swapaxes(0, 1)  # (B, H, inner / H)
-        log_i, log_f = INPUT_GATES[self.i_gate][1](pre[:, :heads]), -np.logaddexp(0, -pre[:, heads:])
-        h, *memory = decode(q, k, v, log_i, log_f, *memory, q.shape[-1] ** -0.5, self.normalize, self.eps)
+        gates = token_gates(pre, self.i_gate)
+        h, *memory = decode(q, k, v, gates, *memory, q.shape[-1] ** -0.5, self.normalize, self.eps)
         c *= parameter(self, "skip")
         c += self.norm.decode(h)
         c *= silu(z)
-        return torch.from_numpy(project(self.out, c)).unsqueeze(1), (conv, MLSTMState(*memory))
+        return torch.from_numpy(project(self.out, c)[:, None]), (conv, MLSTMState(*memory))
 
     def _empty(self, x):
         """The memory before the first token, where its stabiliser does not start at 0."""

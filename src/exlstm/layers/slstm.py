@@ -101,7 +101,7 @@ class sLSTM(nn.Module):
         g += parameter(self, "b")[:, None]
         g += recurrent(h, parameter(self, "r"))
         memory = decode(g, *memory[1:])
-        return torch.from_numpy(self.norm.decode(memory[0].numpy())).unsqueeze(1), (conv, SLSTMState(*memory))
+        return torch.from_numpy(self.norm.decode(memory[0].numpy())[:, None]), (conv, SLSTMState(*memory))
 
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self, "w")

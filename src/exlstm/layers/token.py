@@ -1,11 +1,15 @@
-"""One token on a CPU, in NumPy: what the layers' `_token` is made of, since a call of torch costs more than its arithmetic."""
+"""A layer for one token, or few, without gradients: NumPy arrays, since a call of torch costs more than their arithmetic."""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from exlstm.ops.backend import chosen, traced
+
+# Numbers in a tensor up to which NumPy is the faster one, and multiplications in a product: beyond these it would call threads
+# of its own, which torch's would fight.
+SMALL, SMALL_PRODUCT = 1 << 13, 1 << 18
 
 
 def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bool:
@@ -15,16 +19,26 @@ def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bo
     batch, steps, _ = x.shape
     if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
         return False
-    if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled("cpu"):
-        return False
     dtype, state = x.dtype, memory if conv is None else (conv, *memory)
-    if len(state) != len(shapes) or type(x) is not Tensor or type(weight) is not nn.Parameter:
+    if len(state) != len(shapes) or not _bare_arrays(x, weight):
         return False
     for tensor, shape in zip(state, shapes):
         if type(tensor) is not Tensor or tensor.shape != (batch, *shape) or tensor.dtype != dtype or not tensor.is_cpu:
             return False
-    fits = x.is_cpu and weight.dtype == dtype and (dtype == torch.float32 or dtype == torch.float64)
-    return fits and chosen(None) in ("auto", "cpu")
+    return chosen(None) in ("auto", "cpu")
+
+
+def is_light(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is so small that NumPy is the faster one, on a CPU where nobody differentiates, in the dtype of `weight`."""
+    return _bare_arrays(x, weight) and x.numel() <= SMALL
+
+
+def _bare_arrays(x, weight):
+    """Whether x and a layer's weight may be worked on as arrays."""
+    if torch.is_grad_enabled() or traced() or torch.is_autocast_enabled("cpu"):
+        return False
+    plain = type(x) is Tensor and type(weight) is nn.Parameter and x.is_cpu and weight.is_cpu
+    return plain and weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
 
 
 # Parts of a layer for one token: functions of arrays, called inside `token_errors`.
@@ -33,7 +47,7 @@ token_errors = np.errstate(over="ignore", under="ignore")
 
 def array(x: Tensor):
     """The NumPy array over the memory of a tensor, without its gradient."""
-    return x.detach().numpy()
+    return x.numpy(force=True)
 
 
 def parameter(module: nn.Module, name: str):
@@ -43,11 +57,17 @@ def parameter(module: nn.Module, name: str):
 
 
 def project(linear: nn.Module, x):
-    """linear(x) for x (B, D): by torch, whose threads NumPy's would fight; a plain one without the detour of a module's call."""
-    x, held = torch.from_numpy(x), linear._parameters
+    """linear(x) for x (B, D); a plain one without the detour of a module's call, and a small one by NumPy, on one core."""
+    held = linear._parameters
     if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or len(held) != 2:
-        return array(linear(x))
-    return array(F.linear(x, held["weight"], held["bias"]))
+        return array(linear(torch.from_numpy(x)))
+    weight, bias = held["weight"], held["bias"]
+    if len(x) * weight.numel() > SMALL_PRODUCT:
+        return array(F.linear(torch.from_numpy(x), weight, bias))
+    y = np.matmul(x, array(weight).T)
+    if bias is not None:
+        y += array(bias)
+    return y
 
 
 def silu(x):

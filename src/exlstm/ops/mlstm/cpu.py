@@ -43,35 +43,37 @@ def _step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
 
 def _decode(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps):
     """`_step` without gradients and resets."""
-    inputs = (cast(x.detach(), c.dtype).numpy()[:, 0] for x in (q, k, v, log_i, log_f))
+    q, k, v, *gates = (cast(x, c.dtype).numpy(force=True)[:, 0] for x in (q, k, v, log_i, log_f))
     with np.errstate(over="ignore", under="ignore"):
-        h, *memory = decode(*inputs, c, n, m, scale, normalize, eps)
+        h, *memory = decode(q, k, v, np.stack(gates, 1), c, n, m, scale, normalize, eps)
     return torch.from_numpy(h).unsqueeze(1), *memory
 
 
-def decode(q, k, v, log_i, log_f, c, n, m, scale, normalize=True, eps=0.0):
-    """One token of arrays q, k, v (B, H, K or V), log_i, log_f (B, H) and a memory of tensors: h (B, H, V) and the next memory.
+def decode(q, k, v, gates, c, n, m, scale, normalize=True, eps=0.0):
+    """One token of arrays q, k, v (B, H, K or V) and a memory of tensors: h (B, H, V) and the next memory.
 
+    gates: log_i and log_f (B, 2, H), overwritten.
     A call of torch costs more than the arithmetic of a token: NumPy does everything but the two passes over c.
     """
-    n, m = n.detach().numpy(), m.detach().numpy()
-    kept = log_f + m
-    m = np.maximum(kept, log_i)
+    gates[:, 1] += m.numpy(force=True)
+    m = np.maximum(gates[:, 0], gates[:, 1])
+    gates -= m[:, None]
     # NumPy's exp in float32 is up to 1.5 units off, three times torch's: a decay multiplies what is kept at every step.
-    f = np.exp(kept - m, dtype=np.float64).astype(m.dtype)[..., None]  # (B, H, 1)
-    k = k * np.exp(log_i - m)[..., None]
-    n = n * f
+    gates = np.exp(gates, dtype=np.float64).astype(m.dtype)
+    i, f = gates[:, 0, :, None], gates[:, 1, :, None]  # (B, H, 1)
+    k = k * i
+    n = n.numpy(force=True) * f
     n += k
     denominator = np.exp(-np.minimum(m, M_MAX))
-    c = torch.mul(c.detach(), torch.from_numpy(f[..., None]))
+    c = torch.mul(c, torch.from_numpy(f[..., None]))
     c.addcmul_(torch.from_numpy(k[..., None]), torch.from_numpy(v[..., None, :]))
+    q = (q * scale)[..., None, :]
     if normalize:
-        inner = np.matmul(q[..., None, :], n[..., None])[..., 0, 0]  # (B, H)
-        np.maximum(np.abs(scale * inner), denominator, out=denominator)
-        denominator += eps
-    if c.numel() <= SMALL:
-        h = np.matmul(q[..., None, :], c.numpy())[..., 0, :]
-    else:
-        h = torch.matmul(torch.from_numpy(q[..., None, :]), c).numpy()[..., 0, :]
-    h *= (scale / denominator)[..., None]
+        inner = np.matmul(q, n[..., None])[..., 0, 0]  # (B, H)
+        np.maximum(np.abs(inner), denominator, out=denominator)
+        if eps:
+            denominator += eps
+    h = np.matmul(q, c.numpy()) if c.numel() <= SMALL else torch.matmul(torch.from_numpy(q), c).numpy()
+    h = h[..., 0, :]
+    h /= denominator[..., None]
     return h, c, torch.from_numpy(n), torch.from_numpy(m)
