@@ -152,6 +152,15 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     return engine
 
 
+def _spans(found: fitting.Split, series: Tensor, at: Tensor, horizon: int) -> Tensor:
+    """(B,): windows with one number lie within a horizon of each other, and in one series where the series' clocks differ."""
+    span = (at - found.begins[series]) // horizon
+    panel = found.windows.panel
+    if len(set(panel.first)) == len(set(panel.lengths.tolist())) == 1:
+        return span
+    return span + series * (1 + int(found.windows.lengths.max()))
+
+
 def _told(recipe: ridges.Recipe, tried: int) -> str:
     c, parts = recipe.settings, recipe.parts
     looks = f"look-backs {parts[0].lookback} to {c.lookback}" if len(parts) > 1 else f"look-back {c.lookback}"
@@ -177,12 +186,13 @@ def _combine(engine: Engine, found: fitting.Split):
     mixed_in = [m for m in config.members if m != "network" or engine.network is not None] or ["linear"]
     # The simplest are measured even where they may not enter the blend.
     names = list(dict.fromkeys((*mixed_in, "naive", "ridge", "linear")))
-    gathered, targets, units, scales, moved = {m: [] for m in names}, [], [], [], []
+    gathered, targets, units, scales, moved, groups = {m: [] for m in names}, [], [], [], [], []
     for part in numbers.split(max(n, 512 // n * n) if n else 512):
         series, at = val.at(part)
         batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
         for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
             gathered[name].append(q)
+        groups.append(_spans(found, series, at, config.horizon))
         targets.append(batch.target)
         units.append(found.unit[series])
         scales.append(engine.linear.units(batch)[1])
@@ -204,7 +214,13 @@ def _combine(engine: Engine, found: fitting.Split):
             )
             stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
     whole = torch.stack([stacked[m] for m in mixed_in])
-    weights = combine.cautious(whole, target, unit, levels, config.metric, mixed_in)
+    judged = target, unit, levels, config.metric
+    weights = combine.cautious(whole, *judged, mixed_in)
+    if "linear" in mixed_in:
+        mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
+        alone, count = combine.losses(stacked["linear"], *judged)
+        share = combine.backed(alone - combine.losses(mixed, *judged)[0], count, torch.cat(groups))
+        weights = [share * x + (1 - share) * (name == "linear") for x, name in zip(weights, mixed_in)]
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)

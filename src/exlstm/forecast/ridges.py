@@ -17,7 +17,7 @@ from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, error_sum, lookba
 from exlstm.models.config import LinearConfig
 from exlstm.models.linear import Gram, LinearPath
 
-ALPHAS = tuple(10 ** (k / 2) for k in range(-12, 2))
+ALPHAS = tuple(10.0**k for k in range(-6, 2))
 # Windows that a choice learns from, and numbers of targets that it is judged by.
 CHOOSE_FROM, JUDGED = 24576, 2**20
 # What a choice has to gain on validation; less may well be chance.
@@ -27,7 +27,7 @@ SOFT = 0.1
 # Numbers that the linear path sees at most.
 WIDEST = 1500
 # Weights of their own: windows a series at least for every number seen, and numbers in all at most.
-ENOUGH, MOST = 4, 2**24
+ENOUGH, MOST = 16, 2**24
 # Shares of them that are tried. Validation, which chose them too, speaks too well of them: half of its share is taken.
 SHARES, HALF = (0.25, 0.5, 0.75, 1.0), 0.5
 
@@ -190,7 +190,7 @@ def _attempt(found: Split, settings: LinearConfig, looks: list[int], config: Fit
 
 
 def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig) -> Recipe:
-    """The recipe with a share of every series' own weights, where all are long, few, and the share gains SCALE_GAIN."""
+    """The recipe with a share of every series' own weights, where all are long, few, and the share gains GAIN."""
     w, settings = found.windows, recipe.settings
     n, features = len(w.panel), settings.features
     counts = found.train(max(settings.lookback, settings.past), config.horizon).counts
@@ -210,7 +210,7 @@ def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig)
         away[at] = held.x[at] @ (weight - pooled)
     before = held.error(base)
     error, share = min((held.error(base + share * away), share) for share in SHARES)
-    if error > before * (1 - SCALE_GAIN):
+    if error > before * (1 - GAIN):
         return recipe
     settings = replace(settings, own=n)
     return replace(recipe, settings=settings, own=tuple(parts for parts, _, _ in own), share=HALF * share)
