@@ -18,6 +18,8 @@ from exlstm.models.forecaster import pinball
 STRETCH = (0.25, 6.0)
 # Share of the weights that validation gives with the network; the rest is what it gives without.
 TRUST = 0.75
+# Standard errors to the bound that a gain lies above in 19 of 20 cases.
+SURE = 1.645
 # Logarithm of the factor that a window's moves may make of the spread.
 WIDEST = 3.0
 # Variance of the logarithm of a window's moves, and windows of such, that the spread's dependence on them is held against.
@@ -130,8 +132,8 @@ def cautious(
 def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
     """The share, 0 to 1, of a step that gains `gain` (W,) over `count` (W,) known numbers in windows of some group (W,).
 
-    1 - (standard error / mean)² over the groups' means, as James and Stein shrink; windows of one group say one thing. A
-    single group, which knows no error, backs half.
+    What the gain is at least, SURE standard errors below its mean over the groups, for windows of one group say one thing, over
+    the mean. A single group, which knows no error, backs half.
     """
     ids, place = group.unique(return_inverse=True)
     sums = torch.zeros(2, len(ids), dtype=torch.float64, device=gain.device)
@@ -143,7 +145,7 @@ def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
     if len(ids) == 1:
         return 0.5
     error = float(((gains - mean) * weights).square().sum()) * len(ids) / (len(ids) - 1)
-    return max(0.0, 1 - error / mean**2)
+    return max(0.0, 1 - SURE * error**0.5 / mean)
 
 
 def _moved(weights, giver: int, taker: int, step: float) -> tuple[float, ...]:

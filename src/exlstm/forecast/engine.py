@@ -146,7 +146,7 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
             engine.network = None
             engine.notes.append("the network found nothing that the linear path misses, and is left out")
             say(engine.notes[-1])
-    _combine(engine, found)
+    _combine(engine, found, recipe)
     if config.refit:
         _refit(engine, found, recipe, story)
     return engine
@@ -172,8 +172,8 @@ def _told(recipe: ridges.Recipe, tried: int) -> str:
 
 
 @torch.no_grad()
-def _combine(engine: Engine, found: fitting.Split):
-    """Spreads, weights, calibration and scores from the validation windows."""
+def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None = None):
+    """Spreads, weights, calibration and scores from the validation windows; `recipe`: other times have a say in the spread."""
     w, config = found.windows, engine.config
     val = found.val(config.horizon)
     most = max(64, HELD // (config.horizon * len(LEVELS) * len(config.members)))
@@ -224,8 +224,24 @@ def _combine(engine: Engine, found: fitting.Split):
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
+    if recipe is not None:
+        engine.factors = engine.factors * _other_times(engine, found, recipe, stacked["linear"], target)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
+
+
+def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, held: Tensor, target: Tensor) -> Tensor:
+    """(Q,): what the spread of validation is stretched by so that it holds before validation too, by the linear path's
+    quantiles `held` (W, H, Q) for `target` (W, H) and by forecasts of windows that they did not learn from."""
+    quantiles, targets, levels = [held], [target], engine.levels
+    for batch, point in ridges.out_of_fold(found, recipe, engine.config, len(held), engine.longest):
+        _, scale = engine.linear.units(batch)
+        wide = scale * combine.width(engine.moves(batch, scale), engine.spreads["linear.width"])
+        quantiles.append(point[..., None] + wide[..., None] * engine.spreads["linear"])
+        targets.append(batch.target)
+    whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels)
+    # Of late counts as much as ever.
+    return (whole / combine.stretch(held, target, levels)).sqrt()
 
 
 def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> dict:

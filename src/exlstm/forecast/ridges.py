@@ -26,8 +26,10 @@ GAIN, SCALE_GAIN = 0.01, 0.03
 SOFT = 0.1
 # Numbers that the linear path sees at most.
 WIDEST = 1500
-# Weights of their own: windows a series at least for every number seen, and numbers in all at most.
+# Windows at least for every number seen, where less than all are to teach something; numbers of own weights at most.
 ENOUGH, MOST = 16, 2**24
+# Blocks in time that are left out in turn, for forecasts of what was not learnt from.
+BLOCKS = 5
 # Shares of them that are tried. Validation, which chose them too, speaks too well of them: half of its share is taken.
 SHARES, HALF = (0.25, 0.5, 0.75, 1.0), 0.5
 
@@ -117,10 +119,14 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
     return *fit(found, recipe, config, whole=False), recipe, 2 + len(changes)
 
 
-def fit(found: Split, recipe: Recipe, config: FitConfig, whole: bool) -> tuple[LinearPath, LinearPath]:
-    """The linear path of a recipe and its single ridge, from all windows to learn from."""
+def fit(
+    found: Split, recipe: Recipe, config: FitConfig, whole: bool, without: tuple[int, int] | None = None
+) -> tuple[LinearPath, LinearPath]:
+    """The linear path of a recipe and its single ridge, from all windows to learn from, or from some of them
+    `without` the block k of n in time."""
     path, ridge = LinearPath(recipe.settings, found.windows.device), LinearPath(recipe.settings, found.windows.device)
-    grams = _grams(found, path, config, 10**7, whole, apart=bool(recipe.own))
+    most = CHOOSE_FROM if without else 10**7
+    grams = _grams(found, path, config, most, whole, bool(recipe.own), without)
     gram = grams[0].plus(grams[1:])
     path.weight.copy_(_mean(gram, recipe.parts))
     ridge.weight.copy_(_mean(gram, (recipe.single,)))
@@ -141,11 +147,41 @@ def _mean(gram: Gram, parts: tuple[Part, ...]) -> Tensor:
     return sum(part.share * gram.solve([part.alpha], part.lookback)[0] for part in parts)
 
 
-def _grams(found: Split, path: LinearPath, config: FitConfig, most: int, whole=False, apart=False) -> list[Gram]:
-    """The sums of at most `most` windows to learn from, of every series or of all."""
+def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int, longest: int):
+    """Yields (batch, forecast (B, H)) of windows to learn from, forecast by a path that learnt without their block in time,
+    as many for their time as validation has, twice as many at most: as honest as those of validation, of other times.
+
+    Nothing where windows are few: a block less would make a worse path.
+    """
+    h = config.horizon
+    cuts = found.train(max(recipe.settings.lookback, recipe.settings.past), h)
+    if cuts.total < ENOUGH * recipe.settings.features:
+        return
+    span = (found.windows.lengths - found.begins).sum().clamp_min(1)
+    numbers = cuts.some(max(1, int(min(2 * most, most * (found.begins.sum() / span)))))
+    # Own weights stand only where half of the windows is plenty.
+    blocks = 2 if recipe.own else BLOCKS
+    for k in range(blocks):
+        path, _ = fit(found, recipe, config, whole=False, without=(k, blocks))
+        for batch, _ in batches(found.windows, cuts, numbers[_block(cuts, numbers, blocks) == k], longest, h):
+            yield batch, path.predict(batch)
+
+
+def _block(cuts, numbers: Tensor, blocks: int) -> Tensor:
+    """(W,): which of as many blocks in time of their series the windows lie in."""
+    series, at = cuts.at(numbers)
+    return (at - cuts.first[series]) * blocks // (cuts.stride[series] * cuts.counts[series])
+
+
+def _grams(
+    found: Split, path: LinearPath, config: FitConfig, most: int, whole=False, apart=False, without=None
+) -> list[Gram]:
+    """The sums of at most `most` windows to learn from, without block k of n if it says so, of every series or of all."""
     w, longest = found.windows, max(path.config.lookback, path.config.past)
     cuts = found.train(longest, config.horizon, whole)
     numbers = cuts.some(most)
+    if without:
+        numbers = numbers[_block(cuts, numbers, without[1]) != without[0]]
     parts = [numbers[cuts.at(numbers)[0] == n] for n in range(len(w.panel))] if apart else [numbers]
     grams = [Gram(path) for _ in parts]
     for gram, part in zip(grams, parts):
