@@ -13,8 +13,6 @@ import itertools
 import torch
 from torch import Tensor
 
-from exlstm.models.forecaster import pinball
-
 STRETCH = (0.25, 6.0)
 # Share of the weights that validation gives with the network; the rest is what it gives without.
 TRUST = 0.75
