@@ -21,7 +21,7 @@ ALPHAS = tuple(10.0**k for k in range(-6, 2))
 # Windows that a choice learns from, and numbers of targets that it is judged by.
 CHOOSE_FROM, JUDGED = 24576, 2**20
 # What a choice has to gain on validation; less may well be chance.
-GAIN, SCALE_GAIN = 0.01, 0.03
+GAIN, UNITS_GAIN = 0.01, 0.03
 # Excess of the error over the least one at which a look-back counts a third of what it would.
 SOFT = 0.1
 # Numbers that the linear path sees at most.
@@ -92,8 +92,8 @@ class Trial:
 def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Recipe, int]:
     """(linear path, single ridge, recipe, settings tried), chosen by validation error and fitted to what is learnt from.
 
-    A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN: choices that gain less do not carry
-    over to later data.
+    A window's own scale and its last value as the level have to gain UNITS_GAIN, other additions GAIN: choices that gain
+    less do not carry over to later data.
     """
     w, h = found.windows, config.horizon
     n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
@@ -105,8 +105,8 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
     past = min(longest, 2 * max(h, w.season), room)
     plain = LinearConfig(h, longest, past, n_past, ahead, 0, "mean", "series")
     best, other = (_attempt(found, replace(plain, scale=s), looks, config) for s in ("series", "window"))
-    best = other if other.error < best.error * (1 - SCALE_GAIN) else best
-    changes = [({"center": "last"}, GAIN)]
+    best = other if other.error < best.error * (1 - UNITS_GAIN) else best
+    changes = [({"center": "last"}, UNITS_GAIN)]
     if w.n_dates:
         changes.append(({"n_dates": w.n_dates}, GAIN))
     if n_past:
