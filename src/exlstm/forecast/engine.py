@@ -152,15 +152,6 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     return engine
 
 
-def _spans(found: fitting.Split, series: Tensor, at: Tensor, horizon: int) -> Tensor:
-    """(B,): windows with one number lie within a horizon of each other, and in one series where the series' clocks differ."""
-    span = (at - found.begins[series]) // horizon
-    panel = found.windows.panel
-    if len(set(panel.first)) == len(set(panel.lengths.tolist())) == 1:
-        return span
-    return span + series * (1 + int(found.windows.lengths.max()))
-
-
 def _told(recipe: ridges.Recipe, tried: int) -> str:
     c, parts = recipe.settings, recipe.parts
     looks = f"look-backs {parts[0].lookback} to {c.lookback}" if len(parts) > 1 else f"look-back {c.lookback}"
@@ -192,7 +183,7 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
         batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
         for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
             gathered[name].append(q)
-        groups.append(_spans(found, series, at, config.horizon))
+        groups.append(fitting.spans(found, series, at, config.horizon))
         targets.append(batch.target)
         units.append(found.unit[series])
         scales.append(engine.linear.units(batch)[1])

@@ -106,6 +106,15 @@ def lookbacks(config: FitConfig, season: int, lengths: Tensor) -> list[int]:
         length *= 1.5
 
 
+def spans(found: Split, series: Tensor, at: Tensor, horizon: int) -> Tensor:
+    """(B,): windows with one number lie within a horizon of each other, and in one series where the series' clocks differ."""
+    span = (at - found.begins[series]) // horizon
+    panel = found.windows.panel
+    if len(set(panel.first)) == len(set(panel.lengths.tolist())) == 1:
+        return span
+    return span + series * (1 + int(found.windows.lengths.max()))
+
+
 def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizon: int, size: int = 2048):
     for part in numbers.split(size):
         series, at = cuts.at(part)
@@ -126,6 +135,12 @@ def linear_error(found: Split, path: LinearPath, config: FitConfig) -> float:
 
 def error_sum(point: Tensor, target: Tensor, unit: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Sum of the errors over known targets by the metric, and their number."""
+    total, count = window_errors(point, target, unit, metric)
+    return total.sum(), count.sum()
+
+
+def window_errors(point: Tensor, target: Tensor, unit: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """(W,) twice: the sum of the errors of every window over known targets by the metric, and their number."""
     known = ~target.isnan()
     error = torch.where(known, point - target, 0.0)
-    return (error.square() if metric == "mse" else error.abs() / unit).sum(), known.sum()
+    return (error.square() if metric == "mse" else error.abs() / unit).sum(1), known.sum(1)

@@ -7,13 +7,14 @@ by its length and by exp(-(its error over the least - 1) / SOFT). The mean is on
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from exlstm.forecast.combine import backed
 from exlstm.forecast.config import FitConfig
-from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, error_sum, lookbacks
+from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, error_sum, lookbacks, spans, window_errors
 from exlstm.models.config import LinearConfig
 from exlstm.models.linear import Gram, LinearPath
 
@@ -21,7 +22,7 @@ ALPHAS = tuple(10.0**k for k in range(-6, 2))
 # Windows that a choice learns from, and numbers of targets that it is judged by.
 CHOOSE_FROM, JUDGED = 24576, 2**20
 # What a choice has to gain on validation; less may well be chance.
-GAIN, UNITS_GAIN = 0.01, 0.03
+GAIN, SCALE_GAIN = 0.01, 0.03
 # Excess of the error over the least one at which a look-back counts a third of what it would.
 SOFT = 0.1
 # Numbers that the linear path sees at most.
@@ -66,6 +67,7 @@ class Held:
     target: Tensor  # (W, H)
     unit: Tensor  # (W, 1)
     series: Tensor  # (W,)
+    group: Tensor  # (W,) windows that say one thing (fitting.spans)
     metric: str
 
     def error(self, mapped: Tensor) -> float:
@@ -73,27 +75,33 @@ class Held:
         total, count = error_sum(self.level + self.scale * mapped, self.target, self.unit, self.metric)
         return float((total / count).nan_to_num(math.inf))
 
+    def errors(self, mapped: Tensor) -> tuple[Tensor, Tensor]:
+        """(W,) twice: the error of every window, and the number of its targets."""
+        return window_errors(self.level + self.scale * mapped, self.target, self.unit, self.metric)
+
     def of(self, series: int) -> Held:
         """The windows of one series."""
         at = self.series == series
-        columns = (self.x, self.level, self.scale, self.target, self.unit, self.series)
+        columns = (self.x, self.level, self.scale, self.target, self.unit, self.series, self.group)
         return Held(*(column[at] for column in columns), self.metric)
 
 
 @dataclass
 class Trial:
-    """A recipe, its error on validation, and what it was found with."""
+    """A recipe and its error on validation, in all and by window."""
 
     recipe: Recipe
     error: float
-    tried: list[tuple[float, int]] = field(default_factory=list)  # (error, look-back)
+    errors: Tensor  # (W,) of the validation windows
+    count: Tensor  # (W,) targets of each
+    group: Tensor  # (W,)
 
 
 def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Recipe, int]:
     """(linear path, single ridge, recipe, settings tried), chosen by validation error and fitted to what is learnt from.
 
-    A window's own scale and its last value as the level have to gain UNITS_GAIN, other additions GAIN: choices that gain
-    less do not carry over to later data.
+    A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN: choices that gain less do not carry
+    over to later data. The last value as the level also has to gain more than chance.
     """
     w, h = found.windows, config.horizon
     n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
@@ -105,8 +113,8 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
     past = min(longest, 2 * max(h, w.season), room)
     plain = LinearConfig(h, longest, past, n_past, ahead, 0, "mean", "series")
     best, other = (_attempt(found, replace(plain, scale=s), looks, config) for s in ("series", "window"))
-    best = other if other.error < best.error * (1 - UNITS_GAIN) else best
-    changes = [({"center": "last"}, UNITS_GAIN)]
+    best = other if other.error < best.error * (1 - SCALE_GAIN) else best
+    changes = [({"center": "last"}, GAIN)]
     if w.n_dates:
         changes.append(({"n_dates": w.n_dates}, GAIN))
     if n_past:
@@ -114,7 +122,9 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
         changes += [({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
     for change, gain in changes:
         row = _attempt(found, replace(best.recipe.settings, **change), looks, config)
-        best = row if row.error < best.error * (1 - gain) else best
+        # Windows are counted from another level only where that is more than chance.
+        sure = "center" not in change or backed(best.errors - row.errors, row.count, row.group) > 0
+        best = row if sure and row.error < best.error * (1 - gain) else best
     recipe = _with_own(found, best.recipe, looks, config)
     return *fit(found, recipe, config, whole=False), recipe, 2 + len(changes)
 
@@ -193,10 +203,12 @@ def _grams(
 def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
     h, longest = config.horizon, max(path.config.lookback, path.config.past)
     val, columns = found.val(h), []
-    for batch, series in batches(found.windows, val, val.some(min(CHOOSE_BY, max(256, JUDGED // h))), longest, h):
+    for part in val.some(min(CHOOSE_BY, max(256, JUDGED // h))).split(2048):
+        series, at = val.at(part)
+        batch = found.windows.batch(series, at, longest, h, dates=False)
         level, scale = path.units(batch)
         x = path.features(batch, level, scale)
-        columns.append((x, level, scale, batch.target, found.unit[series], series))
+        columns.append((x, level, scale, batch.target, found.unit[series], series, spans(found, series, at, h)))
     return Held(*(torch.cat(column) for column in zip(*columns)), config.metric)
 
 
@@ -222,7 +234,8 @@ def _attempt(found: Split, settings: LinearConfig, looks: list[int], config: Fit
     parts, rows, weight = _parts(_grams(found, path, config, CHOOSE_FROM)[0], held, looks)
     least = min(error for error, _ in rows)
     near = [part for error, part in rows if error <= least * (1 + GAIN)] or [rows[0][1]]
-    return Trial(Recipe(settings, parts, near[-1]), held.error(held.x @ weight))
+    mapped = held.x @ weight
+    return Trial(Recipe(settings, parts, near[-1]), held.error(mapped), *held.errors(mapped), held.group)
 
 
 def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig) -> Recipe:
