@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     series: Tensor  # (B,) int64: the number of the series among those a model was fitted on, -1 for any other
 
 
+def last(batch: Batch, steps: int) -> Batch:
+    """The windows' last steps of the target, all else as it is."""
+    return batch._replace(**{name: getattr(batch, name)[:, -steps:] for name in ("y", "seen", "inside")})
+
+
 def filled(y: np.ndarray, season: int) -> np.ndarray:
     """y (T,) without gaps, each filled from before it; a gap at the beginning takes the first value."""
     known = np.flatnonzero(~np.isnan(y))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exlstm.data.panel import Panel
-from exlstm.data.windows import Batch, Windows
+from exlstm.data.windows import Batch, Windows, last
 from exlstm.forecast import baselines, combine, fitting, ridges, training
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig
@@ -58,9 +58,14 @@ class Engine:
         return torch.ones(len(LEVELS), device=self.device)
 
     @property
+    def theta_steps(self) -> int:
+        """Steps of the past that the theta method is fitted to."""
+        return min(512, max(96, 8 * self.season))
+
+    @property
     def longest(self) -> int:
         """Steps of history that a forecast looks at."""
-        theta = min(512, max(96, 8 * self.season)) if "theta" in self.config.members else 1
+        theta = self.theta_steps if "theta" in self.config.members else 1
         linear = self.linear.config
         network = training.seen(self.network) if self.network is not None else 1
         return max(theta, self.season, linear.lookback, linear.past, network)
@@ -85,7 +90,7 @@ class Engine:
                 continue
             point = {
                 "naive": lambda: baselines.seasonal_naive(batch, self.season, h),
-                "theta": lambda: baselines.theta(batch, self.season, h, offset),
+                "theta": lambda: baselines.theta(last(batch, self.theta_steps), self.season, h, offset),
                 "linear": lambda: self.linear.predict(batch),
                 "ridge": lambda: self.ridge.predict(batch),
             }[name]()

@@ -112,7 +112,10 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
     room = max(1, (WIDEST - longest - h * ahead) // n_past) if n_past else 0
     past = min(longest, 2 * max(h, w.season), room)
     plain = LinearConfig(h, longest, past, n_past, ahead, 0, "mean", "series")
-    best, other = (_attempt(found, replace(plain, scale=s), looks, config) for s in ("series", "window"))
+    # The root of shortest times longest: what a window is like now, and not what it was.
+    lately = round((looks[0] * longest) ** 0.5)
+    best = _attempt(found, plain, looks, config)
+    other = _attempt(found, replace(plain, scale="window", lately=lately), looks, config)
     best = other if other.error < best.error * (1 - SCALE_GAIN) else best
     changes = [({"center": "last"}, GAIN)]
     if w.n_dates:

@@ -60,7 +60,9 @@ class LinearPath(nn.Module):
 
     def units(self, batch) -> tuple[Tensor, Tensor]:
         """Level and scale of every window, (B, 1) each."""
-        return level_and_scale(batch, self.config.lookback, self.config.center, self.config.scale)
+        c = self.config
+        level, scale = level_and_scale(batch, c.lookback, c.center, c.scale)
+        return level, level_and_scale(batch, c.lately, c.center, c.scale)[1] if c.lately else scale
 
     def features(self, batch, level: Tensor, scale: Tensor) -> Tensor:
         """(B, features): the window, past and future covariates, the calendar at the first step, and a constant."""
