@@ -1,5 +1,6 @@
 """Forecasting: the laws of clocks, windows, linear path, network and calibration, and the interface from frame to frame."""
 
+import json
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ from exlstm import BatchForecaster, Forecaster, cli
 from exlstm.data import frequency
 from exlstm.data.series import panel_of
 from exlstm.data.windows import Windows, filled
-from exlstm.forecast import baselines, batch, combine, engine, fitting, frames
+from exlstm.forecast import baselines, batch, combine, engine, files, fitting, frames, ridges
 from exlstm.forecast.config import MEMBERS, FitConfig
 from exlstm.models.config import ForecasterConfig, LinearConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
@@ -160,6 +161,72 @@ def test_the_linear_path_is_ridge_regression_and_sums_over_pieces():
         assert int(gram.windows) == 60
 
 
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_a_ridge_of_fewer_steps_is_a_map_of_the_whole_window(center):
+    """From the sums over 14 steps: the ridge of the last 5, counted from their own level, forecast by forecast."""
+    torch.manual_seed(0)
+    w = windows()
+    series, cuts = torch.arange(3).repeat_interleave(20), torch.arange(20, 40).repeat(3)
+    whole = LinearPath(LinearConfig(7, 14, n_dates=6, center=center, scale="series"))
+    short = LinearPath(LinearConfig(7, 5, n_dates=6, center=center, scale="series"))
+    batch = w.batch(series, cuts, 14, 7)
+    for path, lookback in ((whole, 5), (short, None)):
+        gram = Gram(path)
+        gram.add(batch)
+        path.weight.copy_(gram.solve([0.1], lookback)[0])
+    assert short.weight.abs().max() > 0.01
+    assert torch.allclose(whole.predict(batch), short.predict(batch), atol=1e-4)
+    # The steps before the last 5 have no say.
+    other = batch._replace(y=torch.cat([batch.y[:, :9] + torch.randn(60, 9), batch.y[:, 9:]], 1))
+    assert torch.allclose(whole.predict(other), short.predict(other), atol=1e-4)
+
+
+def test_a_mean_of_ridges_is_the_mean_of_their_forecasts_and_no_look_back_is_left_out():
+    w = windows()
+    found = fitting.split(w, FitConfig(horizon=7))
+    path, ridge, recipe, _ = ridges.choose(found, FitConfig(horizon=7, max_lookback=21))
+    assert sum(part.share for part in recipe.parts) == pytest.approx(1)
+    assert all(part.share > 0 for part in recipe.parts)
+    assert recipe.single.lookback in [part.lookback for part in recipe.parts]
+    batch = w.batch(torch.arange(3), torch.full((3,), 60), 21, 7)
+    alone = []
+    for part in recipe.parts:
+        one = ridges.Recipe(recipe.settings, (ridges.Part(part.lookback, part.alpha, 1.0),), part)
+        alone.append(part.share * ridges.fit(found, one, FitConfig(horizon=7), whole=False)[0].predict(batch))
+    assert torch.allclose(sum(alone), path.predict(batch), atol=1e-4)
+    single = ridges.Recipe(recipe.settings, (recipe.single,), recipe.single)
+    single = ridges.fit(found, single, FitConfig(horizon=7), whole=False)[1]
+    assert torch.allclose(single.predict(batch), ridge.predict(batch))
+
+
+def test_long_series_of_unlike_laws_have_weights_of_their_own_and_a_stranger_those_of_all():
+    """One series keeps its sign from step to step, the other turns it: what both have in common is nothing."""
+    draw, t = np.random.default_rng(0), 900
+    rows = {"keeps": 0.9, "turns": -0.9}
+    data = {}
+    for name, share in rows.items():
+        y = np.zeros(t)
+        for k in range(1, t):
+            y[k] = share * y[k - 1] + draw.normal()
+        data[name] = y
+    table = pd.DataFrame(data, index=pd.date_range("2024-01-01", periods=t))
+    settings = FitConfig(lookback=8, members=("linear",))
+    model = Forecaster(2, config=settings).fit(table)
+    assert model.engine.linear.own.shape[0] == 2
+    scores = model.engine.scores
+    assert scores["linear"]["mae"] < 0.97 * scores["ridge"]["mae"]
+    batch = model.engine.windows(panel_of(table)).batch(torch.tensor([0, 1]), torch.tensor([800, 800]), 8, 2)
+    assert batch.series.tolist() == [0, 1]
+    path = model.engine.linear
+    x = path.features(batch, *path.units(batch))
+    assert torch.allclose(path.map(x, torch.tensor([-1, -1])), x @ path.weight)
+    assert torch.allclose(
+        path.map(x, torch.tensor([1, 0])), x @ path.weight + torch.einsum("bf,bfh->bh", x, path.own[[1, 0]])
+    )
+    # Short ones have none: their weights would be chance.
+    assert Forecaster(2, config=settings).fit(table.iloc[:140]).engine.linear.own is None
+
+
 @pytest.mark.parametrize("variates", ["none", "attention", "slstm"])
 def test_before_training_the_network_is_the_linear_path(variates):
     model = network(variates=variates)
@@ -259,6 +326,20 @@ def test_the_network_gets_three_quarters_of_what_validation_gives_it():
     assert combine.cautious(good[None], *given, ["network"]) == [1]
 
 
+def test_a_gain_counts_as_far_as_it_is_more_than_chance():
+    torch.manual_seed(0)
+    one, group = torch.ones(400), torch.arange(400) // 10
+    assert combine.backed(one, one, group) == 1
+    assert combine.backed(-one, one, group) == 0
+    assert combine.backed(one, one, group * 0) == 0.5
+    noisy = [combine.backed(one + size * torch.randn(400), one, group) for size in (1.0, 5.0)]
+    assert 0.7 < noisy[0] < 1
+    assert noisy[1] < noisy[0]
+    # Windows of one group say one thing, however many they are.
+    chance = torch.randn(40).repeat_interleave(10) * 8 + 1
+    assert combine.backed(chance, one, group) <= combine.backed(chance, one, torch.arange(400))
+
+
 def test_the_spread_goes_by_what_the_window_moved_by():
     """Windows of two kinds, one ten times as wild: of later ones either kind is covered nearly as often as told."""
     torch.manual_seed(0)
@@ -344,6 +425,40 @@ def test_a_saved_forecaster_is_the_same(fitted, tmp_path):
     settings.write_bytes(data)
     with pytest.raises(ValueError, match=r"tensors\.safetensors"):
         Forecaster.load(tmp_path / "model")
+
+
+def test_a_folder_of_the_version_before_is_read(fitted, tmp_path):
+    """It knew one ridge, which was the linear path."""
+    from safetensors.torch import load_file, save_file
+
+    fitted.save(tmp_path / "model")
+    tensors = tmp_path / "model" / files.TENSORS
+    values = json.loads((tmp_path / "model" / files.SETTINGS).read_text())
+    values["version"] = 1
+    del values["ridge"], values["linear"]["own"]
+    held = {k: v for k, v in load_file(tensors).items() if "ridge" not in k}
+
+    def write(aside):
+        (aside / files.SETTINGS).write_text(json.dumps(values))
+        save_file(held, aside / files.TENSORS)
+
+    files.write_folder(tmp_path / "old", write)
+    old = Forecaster.load(tmp_path / "old")
+    wanted = fitted.predict(baselines=False)
+    pd.testing.assert_frame_equal(old.predict(baselines=False), wanted)
+    path = old.engine.linear
+    assert torch.equal(old.engine.ridge.weight, path.weight)
+    assert old.engine.lookback == path.config.lookback
+
+
+def test_the_linear_column_is_one_ridge_of_a_look_back_chosen_on_validation(fitted):
+    one = fitted.engine
+    assert one.lookback in fitting.lookbacks(one.config, one.season, torch.tensor([65, 66, 68]))
+    w = one.windows(fitted.panel)
+    point = one.ridge.predict(w.batch(*w.ends(), one.longest, 7)).double().numpy()
+    mean, scale = w.norms.T[:, :, None]
+    assert np.allclose(fitted.predict()["Linear"].to_numpy(), (point * scale + mean).ravel(), rtol=1e-4)
+    assert {"Linear", "LinearPath"} <= set(fitted.skill().model)
 
 
 def test_update_is_the_same_as_predicting_from_the_whole_history(fitted):

@@ -91,9 +91,8 @@ def _ours(task: Task, config: ForecastingConfig, seed: int) -> list[dict]:
             title = MODEL if name == "blend" else TITLES[name]
             title += f" ({mixer})" if name in ("blend", "network") and mixer != "slstm" else ""
             weight = fitted.weights.get(name)
-            rows.append(
-                _row(task, title, seed, tally, seconds, {"weight": weight, "look-back": fitted.linear.config.lookback})
-            )
+            look = fitted.lookback if name == "ridge" else fitted.linear.config.lookback
+            rows.append(_row(task, title, seed, tally, seconds, {"weight": weight, "look-back": look}))
     return rows
 
 

@@ -33,6 +33,12 @@ class Batch(NamedTuple):
     origin: Tensor  # (B, C) the calendar at the first step of the future
     static: Tensor  # (B, S)
     target: Tensor  # (B, H), NaN where unknown
+    series: Tensor  # (B,) int64: the number of the series among those a model was fitted on, -1 for any other
+
+
+def last(batch: Batch, steps: int) -> Batch:
+    """The windows' last steps of the target, all else as it is."""
+    return batch._replace(**{name: getattr(batch, name)[:, -steps:] for name in ("y", "seen", "inside")})
 
 
 def filled(y: np.ndarray, season: int) -> np.ndarray:
@@ -70,6 +76,8 @@ class Windows:
             tails = np.nan_to_num((future - mean) / deviation)
             futr = np.concatenate([p for n in range(len(panel)) for p in (futr[offsets[n] : offsets[n + 1]], tails[n])])
         self.more = more
+        place = {name: n for n, name in enumerate(self.statistics["series"])}
+        self.numbers = torch.tensor([place.get(name, -1) for name in panel.ids], device=self.device)
         self.y = self._tensor(flat)
         self.seen = torch.from_numpy(~np.isnan(panel.y)).to(self.device)
         self.futr, self.hist, self.static = self._tensor(futr), self._tensor(hist), self._tensor(static)
@@ -119,7 +127,7 @@ class Windows:
         calendar = self.dates[place[:, None] + (step if dates else step[:, :0]).clamp_min(0)]
         return Batch(
             self.y[rows] * inside, self.seen[rows] & inside, inside, past, futr[:, lookback:], calendar, self.dates[place + cuts],
-            self.static[series], target,
+            self.static[series], target, self.numbers[series],
         )  # fmt: skip
 
     def ends(self) -> tuple[Tensor, Tensor]:

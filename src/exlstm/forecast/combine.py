@@ -13,11 +13,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from exlstm.models.forecaster import pinball
-
 STRETCH = (0.25, 6.0)
 # Share of the weights that validation gives with the network; the rest is what it gives without.
 TRUST = 0.75
+# Standard errors to the bound that a gain lies above in 19 of 20 cases.
+SURE = 1.645
 # Logarithm of the factor that a window's moves may make of the spread.
 WIDEST = 3.0
 # Variance of the logarithm of a window's moves, and windows of such, that the spread's dependence on them is held against.
@@ -79,16 +79,24 @@ def width(moved: Tensor, fitted: Tensor) -> Tensor:
     return ((moved - fitted[0]) @ fitted[1]).clamp(-WIDEST, WIDEST).exp()[:, None]
 
 
+def losses(mixed: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """(W,) twice: the loss of quantiles (W, H, Q) summed over the known steps of every window, and their number."""
+    known = ~target.isnan()
+    if metric == "mse":
+        each = torch.where(known, mixed[..., mixed.shape[-1] // 2] - target, 0.0).square()
+    else:
+        off = (torch.where(known, target, 0.0)[..., None] - mixed) / unit[..., None]
+        each = 2 * torch.maximum(levels * off, (levels - 1) * off).mean(-1) * known
+    return each.sum(1), known.sum(1)
+
+
 def blend(members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str) -> list[float]:
     """Weights of the members (M, W, H, Q), which add up to 1, with the least loss on target (W, H); unit (W, 1)."""
 
     def loss(weights) -> float:
         mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=members.device), members)
-        if metric == "mse":
-            known = ~target.isnan()
-            error = torch.where(known, mixed[..., mixed.shape[-1] // 2] - target, 0.0)
-            return float(error.square().sum() / known.sum().clamp_min(1))
-        return float(pinball(mixed, target, levels, unit))
+        total, count = losses(mixed, target, unit, levels, metric)
+        return float(total.sum() / count.sum().clamp_min(1))
 
     n = len(members)
     coarse = [tuple(x / 4 for x in c) for c in itertools.product(range(5), repeat=n) if sum(c) == 4]
@@ -117,6 +125,25 @@ def cautious(
         return weights
     without = dict(zip(others, blend(members[others], target, unit, levels, metric)))
     return [TRUST * w + (1 - TRUST) * without.get(k, 0.0) for k, w in enumerate(weights)]
+
+
+def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
+    """The share, 0 to 1, of a step that gains `gain` (W,) over `count` (W,) known numbers in windows of some group (W,).
+
+    What the gain is at least, SURE standard errors below its mean over the groups, for windows of one group say one thing, over
+    the mean. A single group, which knows no error, backs half.
+    """
+    ids, place = group.unique(return_inverse=True)
+    sums = torch.zeros(2, len(ids), dtype=torch.float64, device=gain.device)
+    sums = sums.index_add(1, place, torch.stack([gain, count.to(gain)]).double())
+    gains, weights = sums[0] / sums[1].clamp_min(1), sums[1] / sums[1].sum().clamp_min(1)
+    mean = float((gains * weights).sum())
+    if mean <= 0:
+        return 0.0
+    if len(ids) == 1:
+        return 0.5
+    error = float(((gains - mean) * weights).square().sum()) * len(ids) / (len(ids) - 1)
+    return max(0.0, 1 - SURE * error**0.5 / mean)
 
 
 def _moved(weights, giver: int, taker: int, step: float) -> tuple[float, ...]:

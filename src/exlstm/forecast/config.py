@@ -10,8 +10,8 @@ from tyro.conf import Suppress
 from exlstm.models.config import OPTIONS, nearest
 
 MEMBERS = ("naive", "theta", "linear", "network")
-# Names of the members' columns, as NeuralForecast names its models.
-TITLES = {"naive": "SeasonalNaive", "theta": "Theta", "linear": "Linear", "network": "Network"}
+# Names of the columns of the members, and of the single ridge that stands beside them, as NeuralForecast names its models.
+TITLES = {"naive": "SeasonalNaive", "theta": "Theta", "ridge": "Linear", "linear": "LinearPath", "network": "Network"}
 MODEL = "xLSTM"
 
 

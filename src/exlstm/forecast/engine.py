@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from exlstm.data.panel import Panel
-from exlstm.data.windows import Batch, Windows
-from exlstm.forecast import baselines, combine, fitting, training
+from exlstm.data.windows import Batch, Windows, last
+from exlstm.forecast import baselines, combine, fitting, ridges, training
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
@@ -34,6 +34,8 @@ class Engine:
     season: int
     statistics: dict
     linear: LinearPath | None = None
+    ridge: LinearPath | None = None  # one look-back, chosen on validation: the baseline
+    lookback: int = 0  # of the ridge
     network: ForecasterNetwork | None = None
     weights: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, Tensor] = field(
@@ -56,9 +58,14 @@ class Engine:
         return torch.ones(len(LEVELS), device=self.device)
 
     @property
+    def theta_steps(self) -> int:
+        """Steps of the past that the theta method is fitted to."""
+        return min(512, max(96, 8 * self.season))
+
+    @property
     def longest(self) -> int:
         """Steps of history that a forecast looks at."""
-        theta = min(512, max(96, 8 * self.season)) if "theta" in self.config.members else 1
+        theta = self.theta_steps if "theta" in self.config.members else 1
         linear = self.linear.config
         network = training.seen(self.network) if self.network is not None else 1
         return max(theta, self.season, linear.lookback, linear.past, network)
@@ -83,8 +90,9 @@ class Engine:
                 continue
             point = {
                 "naive": lambda: baselines.seasonal_naive(batch, self.season, h),
-                "theta": lambda: baselines.theta(batch, self.season, h, offset),
+                "theta": lambda: baselines.theta(last(batch, self.theta_steps), self.season, h, offset),
                 "linear": lambda: self.linear.predict(batch),
+                "ridge": lambda: self.ridge.predict(batch),
             }[name]()
             spread = self.spreads.get(name)
             point = point[..., None].expand(-1, -1, len(LEVELS))
@@ -127,14 +135,8 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     windows = Windows(panel, season, statistics, device=device).with_calendar(config.horizon)
     found = fitting.split(windows, config)
     start = time.perf_counter()
-    linear, alpha, tried = fitting.choose_linear(found, config)
-    c = linear.config
-    calendar = ", calendar" if c.n_dates else ""
-    covariates = f", {c.n_past} covariates" if c.n_past else ""
-    note = (
-        f"linear path of {len(tried)} tried: look-back {c.lookback}, {c.center} of the window, scale of the {c.scale}"
-    )
-    engine = Engine(config, season, statistics, linear, notes=[f"{note}{covariates}{calendar}, alpha {alpha:.1g}"])
+    linear, ridge, recipe, tried = ridges.choose(found, config)
+    engine = Engine(config, season, statistics, linear, ridge, recipe.single.lookback, notes=[_told(recipe, tried)])
     say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
     story = None
     if "network" in config.members:
@@ -149,15 +151,25 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
             engine.network = None
             engine.notes.append("the network found nothing that the linear path misses, and is left out")
             say(engine.notes[-1])
-    _combine(engine, found)
+    _combine(engine, found, recipe)
     if config.refit:
-        _refit(engine, found, alpha, story)
+        _refit(engine, found, recipe, story)
     return engine
 
 
+def _told(recipe: ridges.Recipe, tried: int) -> str:
+    c, parts = recipe.settings, recipe.parts
+    looks = f"look-backs {parts[0].lookback} to {c.lookback}" if len(parts) > 1 else f"look-back {c.lookback}"
+    more = f", {c.n_past} covariates" if c.n_past else ""
+    more += ", calendar" if c.n_dates else ""
+    more += f", {recipe.share:.2g} of every series' own weights" if recipe.own else ""
+    said = f"linear path of {tried} tried: {looks}, {c.center} of the window, scale of the {c.scale}{more}"
+    return f"{said}; single ridge: look-back {recipe.single.lookback}, alpha {recipe.single.alpha:.1g}"
+
+
 @torch.no_grad()
-def _combine(engine: Engine, found: fitting.Split):
-    """Spreads, weights, calibration and scores from the validation windows."""
+def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None = None):
+    """Spreads, weights, calibration and scores from the validation windows; `recipe`: other times have a say in the spread."""
     w, config = found.windows, engine.config
     val = found.val(config.horizon)
     most = max(64, HELD // (config.horizon * len(LEVELS) * len(config.members)))
@@ -168,14 +180,15 @@ def _combine(engine: Engine, found: fitting.Split):
         numbers = (torch.arange(n, device=w.device) * int(val.counts[0]) + cuts[:, None] % int(val.counts[0])).flatten()
     engine.spreads = {}
     mixed_in = [m for m in config.members if m != "network" or engine.network is not None] or ["linear"]
-    # The two simplest are measured even where they may not enter the blend.
-    names = list(dict.fromkeys((*mixed_in, "naive", "linear")))
-    gathered, targets, units, scales, moved = {m: [] for m in names}, [], [], [], []
+    # The simplest are measured even where they may not enter the blend.
+    names = list(dict.fromkeys((*mixed_in, "naive", "ridge", "linear")))
+    gathered, targets, units, scales, moved, groups = {m: [] for m in names}, [], [], [], [], []
     for part in numbers.split(max(n, 512 // n * n) if n else 512):
         series, at = val.at(part)
         batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
         for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
             gathered[name].append(q)
+        groups.append(fitting.spans(found, series, at, config.horizon))
         targets.append(batch.target)
         units.append(found.unit[series])
         scales.append(engine.linear.units(batch)[1])
@@ -197,12 +210,39 @@ def _combine(engine: Engine, found: fitting.Split):
             )
             stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
     whole = torch.stack([stacked[m] for m in mixed_in])
-    weights = combine.cautious(whole, target, unit, levels, config.metric, mixed_in)
+    weights = _weights(whole, (target, unit, levels, config.metric), mixed_in, torch.cat(groups))
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
+    if recipe is not None:
+        engine.factors = engine.factors * _other_times(engine, found, recipe, stacked["linear"], target)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
+
+
+def _weights(members: Tensor, judged: tuple, names: list[str], groups: Tensor) -> list[float]:
+    """Weights of the members (M, W, H, Q), as far from the linear path alone as their gain over it is more than chance."""
+    weights = combine.cautious(members, *judged, names)
+    if "linear" not in names:
+        return weights
+    mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=members.device), members)
+    alone, count = combine.losses(members[names.index("linear")], *judged)
+    share = combine.backed(alone - combine.losses(mixed, *judged)[0], count, groups)
+    return [share * x + (1 - share) * (name == "linear") for x, name in zip(weights, names)]
+
+
+def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, held: Tensor, target: Tensor) -> Tensor:
+    """(Q,): what the spread of validation is stretched by so that it holds before validation too, by the linear path's
+    quantiles `held` (W, H, Q) for `target` (W, H) and by forecasts of windows that they did not learn from."""
+    quantiles, targets, levels = [held], [target], engine.levels
+    for batch, point in ridges.out_of_fold(found, recipe, engine.config, len(held), engine.longest):
+        _, scale = engine.linear.units(batch)
+        wide = scale * combine.width(engine.moves(batch, scale), engine.spreads["linear.width"])
+        quantiles.append(point[..., None] + wide[..., None] * engine.spreads["linear"])
+        targets.append(batch.target)
+    whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels)
+    # Of late counts as much as ever.
+    return (whole / combine.stretch(held, target, levels)).sqrt()
 
 
 def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> dict:
@@ -224,12 +264,12 @@ def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> d
     }
 
 
-def _refit(engine: Engine, found: fitting.Split, alpha: float, story: dict | None):
+def _refit(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, story: dict | None):
     """Learns from the validation part too: the linear path anew, the network for a fifth of its updates more."""
-    engine.linear = fitting.fit_linear(found, engine.linear.config, alpha, engine.config, whole=True)
+    engine.linear, engine.ridge = ridges.fit(found, recipe, engine.config, whole=True)
     if engine.network is not None and engine.weights.get("network", 0) > 0:
         with torch.no_grad():
-            engine.network.linear.weight.copy_(engine.linear.weight)
+            engine.network.linear.load_state_dict(engine.linear.state_dict())
         training.continue_network(engine.network, found, engine.config, story["best_step"] // 5, engine.config.lr / 3)
 
 
@@ -241,12 +281,15 @@ def finetune(engine: Engine, panel: Panel, steps: int, report=None) -> Engine:
     new = copy.deepcopy(engine)
     windows = new.windows(panel)
     found = fitting.split(windows, new.config)
-    fresh = fitting.fit_linear(found, new.linear.config, FINETUNE_ALPHA, new.config, whole=False)
+    part = ridges.Part(new.linear.config.lookback, FINETUNE_ALPHA, 1.0)
+    fresh, ridge = ridges.fit(found, ridges.Recipe(new.linear.config, (part,), part), new.config, whole=False)
     new.linear = min((new.linear, fresh), key=lambda path: fitting.linear_error(found, path, new.config))
-    told = "fitted anew" if new.linear is fresh else "kept"
+    told = "kept"
+    if new.linear is fresh:
+        told, new.ridge, new.lookback = "fitted anew", ridge, part.lookback
     if new.network is not None:
         with torch.no_grad():
-            new.network.linear.weight.copy_(new.linear.weight)
+            new.network.linear.load_state_dict(new.linear.state_dict())
         config = replace(new.config, steps=max(1, steps), patience=EVALUATIONS, lr=new.config.lr / 3)
         story = training.train_network(new.network, found, config) if steps else {"best_step": 0}
         told += f", network trained on for {story['best_step']} updates"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, f
 from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
 
-FORMAT, VERSION = "exlstm-forecaster", 1
+# Version 1 knew one ridge, which was the linear path.
+FORMAT, VERSION, READS = "exlstm-forecaster", 2, (1, 2)
 SETTINGS, TENSORS = "forecaster.json", "tensors.safetensors"
 
 
@@ -62,7 +63,8 @@ def _pack(model) -> tuple[dict, dict]:
     tensors["series"] = torch.tensor(list(series.values()), dtype=torch.float64)
     for kind in ("futr", "hist", "static"):
         tensors[f"statistics.{kind}"] = torch.from_numpy(np.stack(engine.statistics[kind]))
-    tensors["linear.weight"] = engine.linear.weight
+    tensors |= {f"linear.{k}": v for k, v in engine.linear.state_dict().items()}
+    tensors["ridge.weight"] = engine.ridge.weight
     tensors["factors"] = engine.factors
     tensors |= {f"spread.{k}": v for k, v in engine.spreads.items()}
     if engine.network is not None:
@@ -72,6 +74,7 @@ def _pack(model) -> tuple[dict, dict]:
         "version": VERSION,
         "fit": asdict(engine.config),
         "linear": asdict(engine.linear.config),
+        "ridge": engine.lookback,
         "network": None if engine.network is None else asdict(engine.network.config),
         "season": engine.season,
         "year": engine.statistics["year"],
@@ -113,8 +116,9 @@ def load(kind, folder: str | os.PathLike, device: str):
         raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ValueError(f"{folder / SETTINGS} is not of format {FORMAT!r}")
-    if settings.get("version") != VERSION:
-        raise ValueError(f"{folder / SETTINGS} has version {settings.get('version')!r}, this exlstm reads {VERSION}")
+    if settings.get("version") not in READS:
+        told = f"this exlstm reads {' and '.join(map(str, READS))}"
+        raise ValueError(f"{folder / SETTINGS} has version {settings.get('version')!r}, {told}")
     try:
         return _unpack(kind, settings, tensors, device)
     except (KeyError, TypeError, RuntimeError) as error:
@@ -126,7 +130,9 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
 
     fit = _dataclass(FitConfig, settings["fit"])
     linear = LinearPath(_dataclass(LinearConfig, settings["linear"]), device=device)
-    linear.weight.copy_(tensors["linear.weight"])
+    linear.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("linear.")})
+    ridge = LinearPath(replace(linear.config, own=0), device=device)
+    ridge.weight.copy_(tensors.get("ridge.weight", linear.weight))
     network = None
     if settings["network"] is not None:
         values = {**settings["network"], "slstm": from_dict(SLSTMOptions, settings["network"]["slstm"])}
@@ -140,7 +146,10 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
         "year": settings["year"],
     }
     spreads = {k[7:]: v.to(device) for k, v in tensors.items() if k.startswith("spread.")}
-    made = [fit, settings["season"], statistics, linear, network, settings["weights"], spreads]
+    if "ridge" not in spreads:
+        spreads |= {k.replace("linear", "ridge"): v for k, v in spreads.items() if k.startswith("linear")}
+    look = settings.get("ridge", linear.config.lookback)
+    made = [fit, settings["season"], statistics, linear, ridge, look, network, settings["weights"], spreads]
     engine = Engine(*made, tensors["factors"].to(device), settings["scores"], settings["notes"])
     columns = _dataclass(Columns, settings["columns"])
     numeric = isinstance(settings["freq"], int)

@@ -1,25 +1,18 @@
-"""Fitting: windows to learn from and to choose by, and the linear path chosen on validation."""
+"""Fitting: windows to learn from and to choose by, look-backs to try, and the error that choices go by."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from exlstm.data.windows import Windows
 from exlstm.forecast.config import FitConfig
-from exlstm.models.config import LinearConfig
-from exlstm.models.linear import Gram, LinearPath
+from exlstm.models.linear import LinearPath
 
-ALPHAS = tuple(10 ** (k / 2) for k in range(-12, 2))
-# Windows that a choice is made by, and that it learns from while it chooses.
-CHOOSE_BY, CHOOSE_FROM = 4096, 24576
-# What a choice has to gain on validation; less may well be chance.
-GAIN, SCALE_GAIN = 0.01, 0.03
-# Numbers that the linear path sees at most.
-WIDEST = 1500
+# Windows that a choice is made by.
+CHOOSE_BY = 4096
 
 
 class Cuts:
@@ -113,74 +106,19 @@ def lookbacks(config: FitConfig, season: int, lengths: Tensor) -> list[int]:
         length *= 1.5
 
 
+def spans(found: Split, series: Tensor, at: Tensor, horizon: int) -> Tensor:
+    """(B,): windows with one number lie within a horizon of each other, and in one series where the series' clocks differ."""
+    span = (at - found.begins[series]) // horizon
+    panel = found.windows.panel
+    if len(set(panel.first)) == len(set(panel.lengths.tolist())) == 1:
+        return span
+    return span + series * (1 + int(found.windows.lengths.max()))
+
+
 def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizon: int, size: int = 2048):
     for part in numbers.split(size):
         series, at = cuts.at(part)
         yield windows.batch(series, at, lookback, horizon, dates=False), series
-
-
-def choose_linear(found: Split, config: FitConfig) -> tuple[LinearPath, float, list[dict]]:
-    """The linear path by validation error: look-back and scale first, then the level, the calendar and the covariates.
-
-    A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN; of look-backs within GAIN of the best the
-    longest is taken, for the ridge shrinks what it does not need. Choices that gain less do not carry over to later data.
-    """
-    w, h, tried = found.windows, config.horizon, []
-    n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
-    ahead = n_future if h * n_future <= WIDEST else 0
-
-    def room(lookback: int) -> int:
-        """Steps of the past covariates that fit in beside everything else."""
-        return max(1, (WIDEST - lookback - h * ahead) // n_past)
-
-    def attempt(settings: LinearConfig) -> dict:
-        error, alpha = _fit_and_score(found, settings, config)
-        tried.append({"error": error, "alpha": alpha, "settings": settings})
-        return tried[-1]
-
-    def longest(scale: str) -> tuple[float, dict]:
-        rows = []
-        for lookback in lookbacks(config, w.season, found.begins):
-            past = min(lookback, 2 * max(h, w.season), room(lookback)) if n_past else 0
-            rows.append(attempt(LinearConfig(h, lookback, past, n_past, ahead, 0, "mean", scale)))
-        least = min(row["error"] for row in rows)
-        near = [row for row in rows if row["error"] <= least * (1 + GAIN)] or rows[:1]
-        return least, max(near, key=lambda row: row["settings"].lookback)
-
-    by_series, by_window = longest("series"), longest("window")
-    best = by_window[1] if by_window[0] < by_series[0] * (1 - SCALE_GAIN) else by_series[1]
-    changes = [({"center": "last"}, GAIN)]
-    if w.n_dates:
-        changes.append(({"n_dates": w.n_dates}, GAIN))
-    if n_past:
-        lookback = best["settings"].lookback
-        changes += [
-            ({"past": min(lookback, room(lookback))}, GAIN),
-            ({"past": max(1, best["settings"].past // 4)}, 0.0),
-        ]
-        changes += [({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
-    for change, gain in changes:
-        row = attempt(replace(best["settings"], **change))
-        best = row if row["error"] < best["error"] * (1 - gain) else best
-    return fit_linear(found, best["settings"], best["alpha"], config, whole=False), best["alpha"], tried
-
-
-def _fit_and_score(found: Split, settings: LinearConfig, config: FitConfig) -> tuple[float, float]:
-    w, h, longest = found.windows, config.horizon, max(settings.lookback, settings.past)
-    path = LinearPath(settings, device=w.device)
-    gram, cuts = Gram(path), found.train(longest, h)
-    for batch, _ in batches(w, cuts, cuts.some(CHOOSE_FROM), longest, h):
-        gram.add(batch)
-    val, held = found.val(h), []
-    for batch, series in batches(w, val, val.some(CHOOSE_BY), longest, h):
-        level, scale = path.units(batch)
-        held.append((path.features(batch, level, scale), level, scale, batch.target, found.unit[series]))
-    scores = []
-    for alpha, weight in zip(ALPHAS, gram.solve(ALPHAS)):
-        sums = [error_sum(level + scale * (x @ weight), y, unit, config.metric) for x, level, scale, y, unit in held]
-        total, count = (torch.stack(column).sum() for column in zip(*sums))
-        scores.append((float((total / count).nan_to_num(math.inf)), alpha))
-    return min(scores)
 
 
 @torch.no_grad()
@@ -197,17 +135,12 @@ def linear_error(found: Split, path: LinearPath, config: FitConfig) -> float:
 
 def error_sum(point: Tensor, target: Tensor, unit: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Sum of the errors over known targets by the metric, and their number."""
+    total, count = window_errors(point, target, unit, metric)
+    return total.sum(), count.sum()
+
+
+def window_errors(point: Tensor, target: Tensor, unit: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """(W,) twice: the sum of the errors of every window over known targets by the metric, and their number."""
     known = ~target.isnan()
     error = torch.where(known, point - target, 0.0)
-    return (error.square() if metric == "mse" else error.abs() / unit).sum(), known.sum()
-
-
-def fit_linear(found: Split, settings: LinearConfig, alpha: float, config: FitConfig, whole: bool) -> LinearPath:
-    """The linear path of these settings, from all windows to learn from."""
-    longest = max(settings.lookback, settings.past)
-    path = LinearPath(settings, device=found.windows.device)
-    gram, cuts = Gram(path), found.train(longest, config.horizon, whole)
-    for batch, _ in batches(found.windows, cuts, cuts.some(10**7), longest, config.horizon):
-        gram.add(batch)
-    path.weight.copy_(gram.solve([alpha])[0])
-    return path
+    return (error.square() if metric == "mse" else error.abs() / unit).sum(1), known.sum(1)

@@ -14,7 +14,7 @@ from exlstm.data.series import panel_of, without_times
 from exlstm.forecast import combine, engine, files, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 
-BASELINES = ("naive", "linear")
+BASELINES = ("naive", "ridge")
 
 
 class Forecaster:

@@ -54,7 +54,7 @@ def build_network(found: Split, linear: LinearPath, config: FitConfig) -> Foreca
         raise ValueError(f"{told}, which wants series of one length and begin; these have others")
     torch.manual_seed(config.seed)
     network = DESIGNS[settings.design](settings, linear.config, device=w.device)
-    network.linear.weight.copy_(linear.weight)
+    network.linear.load_state_dict(linear.state_dict())
     val, residuals = found.val(h), []
     for batch, _ in batches(w, val, val.some(CHOOSE_BY), seen(network), h):
         _, deviation = level_and_scale(batch, lookback, "mean", "window")

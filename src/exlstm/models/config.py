@@ -279,6 +279,10 @@ class LinearConfig:
     """what is subtracted from a window: its mean, or its last value"""
     scale: str = "window"
     """what a window is counted in: its own deviation, or that of the whole series"""
+    lately: int = 0
+    """steps at the end of a window whose deviation it is counted in; 0: all"""
+    own: int = 0
+    """series that have weights of their own beside those of all"""
 
     def __post_init__(self):
         for name, known in (("center", ("mean", "last")), ("scale", ("window", "series"))):

@@ -1,7 +1,11 @@
-"""The linear path of a forecaster: ridge regression in closed form from a window to all steps of the forecast.
+"""The linear path of a forecaster: ridge regressions in closed form from a window to all steps of the forecast.
 
 W_α = (XᵀX + α t I)⁻¹ XᵀY with t the mean of XᵀX's diagonal. XᵀX and XᵀY are summed over pieces of the windows, and one
 eigendecomposition gives the answer for every α. Everything is counted from the level of the window in its scale.
+
+A ridge that sees only the last l steps, counted from their own mean, is R X with a matrix R, so that the sums over the longest
+window hold those of every shorter one, and its answer is a map of the longest window again: a mean of ridges over many
+look-backs is one matrix.
 """
 
 from __future__ import annotations
@@ -32,22 +36,33 @@ def level_and_scale(batch, lookback: int, center: str, scale: str) -> tuple[Tens
 
 
 class LinearPath(nn.Module):
-    """(Batch) -> (B, H) in units of the window; `weight` (features, H) comes from `Gram.solve`."""
+    """(Batch) -> (B, H) in units of the window; `weight` (features, H) comes from `Gram.solve`.
+
+    `own` (series, features, H) is what the weights of single series have beside it.
+    """
 
     def __init__(self, config: LinearConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.features, config.horizon, device=device, dtype=dtype))
         self.weight.requires_grad_(False)
+        self.own = None
+        if config.own:
+            own = torch.empty(config.own, config.features, config.horizon, device=device, dtype=dtype)
+            self.own = nn.Parameter(own, requires_grad=False)
         self.reset_parameters()
 
     def reset_parameters(self):
         """Zeros: until it is fitted the forecast is the level of the window."""
         nn.init.zeros_(self.weight)
+        if self.own is not None:
+            nn.init.zeros_(self.own)
 
     def units(self, batch) -> tuple[Tensor, Tensor]:
         """Level and scale of every window, (B, 1) each."""
-        return level_and_scale(batch, self.config.lookback, self.config.center, self.config.scale)
+        c = self.config
+        level, scale = level_and_scale(batch, c.lookback, c.center, c.scale)
+        return level, level_and_scale(batch, c.lately, c.center, c.scale)[1] if c.lately else scale
 
     def features(self, batch, level: Tensor, scale: Tensor) -> Tensor:
         """(B, features): the window, past and future covariates, the calendar at the first step, and a constant."""
@@ -61,14 +76,30 @@ class LinearPath(nn.Module):
             parts.append(batch.origin[:, : c.n_dates])
         return torch.cat([*parts, torch.ones_like(level)], 1)
 
+    def map(self, x: Tensor, series: Tensor) -> Tensor:
+        """Features (B, features) of the series numbered (B,) -> (B, H)."""
+        if self.own is None:
+            return x @ self.weight
+        if x.is_cuda:
+            # Every series for every row, so that nothing waits for the GPU.
+            every = torch.einsum("bf,nfh->bnh", x, self.own)
+            picked = every.take_along_dim(series.clamp_min(0)[:, None, None], 1)[:, 0]
+            return x @ self.weight + torch.where(series[:, None] >= 0, picked, 0.0)
+        y = x @ self.weight
+        for n in series.unique().tolist():
+            if n >= 0:
+                at = series == n
+                y[at] += x[at] @ self.own[n]
+        return y
+
     def forward(self, batch) -> Tensor:
         level, scale = self.units(batch)
-        return self.features(batch, level, scale) @ self.weight
+        return self.map(self.features(batch, level, scale), batch.series)
 
     def predict(self, batch) -> Tensor:
         """(B, H) in units of the series."""
         level, scale = self.units(batch)
-        return level + scale * (self.features(batch, level, scale) @ self.weight)
+        return level + scale * self.map(self.features(batch, level, scale), batch.series)
 
 
 class Gram:
@@ -95,12 +126,42 @@ class Gram:
         self.xy += (x.T @ y).to(self.home, torch.float64)
         self.windows += keep.sum()
 
-    def solve(self, alphas) -> list[Tensor]:
-        """The weights of each α, in float32 on the path's device."""
-        mean = self.xx.diagonal().mean()
-        values, vectors = torch.linalg.eigh(self.xx)
-        turned = vectors.T @ self.xy
+    def plus(self, others) -> Gram:
+        """The sums of these windows and of the others'."""
+        whole = Gram(self.path)
+        for name in ("xx", "xy", "windows"):
+            setattr(whole, name, sum((getattr(g, name) for g in others), getattr(self, name)))
+        return whole
+
+    def solve(self, alphas, lookback: int | None = None) -> list[Tensor]:
+        """The weights of each α, in float32 on the path's device; `lookback`: of ridges that see only as many steps, as maps
+        of the whole window."""
+        c, home = self.path.config, self.home
+        n = c.lookback if lookback is None else lookback
+        kept = torch.arange(c.lookback - n, c.features, device=home)
+        xx, xy = self.xx[kept][:, kept], self.xy[kept]
+        shorter = n < c.lookback and c.center == "mean"
+        if shorter:
+            # What these windows are counted from: the mean of their last n steps.
+            xy = xy - xx[:, :n].mean(1, keepdim=True)
+            xx, xy = _centred(xx, n), _centred(xy, n)
+            xx = _centred(xx.T, n).T
+        mean = xx.diagonal().mean()
+        values, vectors = torch.linalg.eigh(xx)
+        turned = vectors.T @ xy
         # Directions that the windows do not have at all stay out, at any α.
-        values = values.clamp_min(0)[:, None]
-        solved = [vectors @ (turned / (values + max(alpha, 1e-9) * mean.clamp_min(1e-30))) for alpha in alphas]
-        return [w.to(self.path.weight.device, self.path.weight.dtype) for w in solved]
+        values, found = values.clamp_min(0)[:, None], []
+        for alpha in alphas:
+            w = vectors @ (turned / (values + max(alpha, 1e-9) * mean.clamp_min(1e-30)))
+            if shorter:
+                w = _centred(w, n)
+                w[:n] += 1 / n
+            whole = torch.zeros(c.features, c.horizon, dtype=w.dtype, device=home)
+            whole[kept] = w
+            found.append(whole.to(self.path.weight.device, self.path.weight.dtype))
+        return found
+
+
+def _centred(rows: Tensor, n: int) -> Tensor:
+    """The first n rows without their mean, the others as they are."""
+    return torch.cat([rows[:n] - rows[:n].mean(0), rows[n:]])

@@ -1,0 +1,268 @@
+"""The linear path of a fitted forecaster: a mean of ridges over many look-backs, and what single series add of their own.
+
+No look-back is chosen: validation is too short to tell them apart. Each has the strength that validation gives it and counts
+by its length and by exp(-(its error over the least - 1) / SOFT). The mean is one linear map (models/linear.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from exlstm.forecast.combine import backed
+from exlstm.forecast.config import FitConfig
+from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, error_sum, lookbacks, spans, window_errors
+from exlstm.models.config import LinearConfig
+from exlstm.models.linear import Gram, LinearPath
+
+ALPHAS = tuple(10.0**k for k in range(-6, 2))
+# Windows that a choice learns from, and numbers of targets that it is judged by.
+CHOOSE_FROM, JUDGED = 24576, 2**20
+# What a choice has to gain on validation; less may well be chance.
+GAIN, SCALE_GAIN = 0.01, 0.03
+# Excess of the error over the least one at which a look-back counts a third of what it would.
+SOFT = 0.1
+# Numbers that the linear path sees at most.
+WIDEST = 1500
+# Windows at least for every number seen, where less than all are to teach something; numbers of own weights at most.
+ENOUGH, MOST = 16, 2**24
+# Blocks in time that are left out in turn, for forecasts of what was not learnt from.
+BLOCKS = 5
+# Shares of them that are tried. Validation, which chose them too, speaks too well of them: half of its share is taken.
+SHARES, HALF = (0.25, 0.5, 0.75, 1.0), 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ridge of a mean: steps it sees, its strength, its share."""
+
+    lookback: int
+    alpha: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a linear path but its weights."""
+
+    settings: LinearConfig
+    parts: tuple[Part, ...]
+    single: Part
+    """the one ridge that stands beside it as a baseline: the longest look-back within GAIN of the least error"""
+    own: tuple[tuple[Part, ...], ...] = ()
+    share: float = 0.0
+    """of every series' own mean of ridges, the rest is that of all"""
+
+
+@dataclass
+class Held:
+    """Validation windows as a linear path sees them."""
+
+    x: Tensor  # (W, features)
+    level: Tensor  # (W, 1)
+    scale: Tensor  # (W, 1)
+    target: Tensor  # (W, H)
+    unit: Tensor  # (W, 1)
+    series: Tensor  # (W,)
+    group: Tensor  # (W,) windows that say one thing (fitting.spans)
+    metric: str
+
+    def error(self, mapped: Tensor) -> float:
+        """The error by the metric of forecasts (W, H) in units of the windows."""
+        total, count = error_sum(self.level + self.scale * mapped, self.target, self.unit, self.metric)
+        return float((total / count).nan_to_num(math.inf))
+
+    def errors(self, mapped: Tensor) -> tuple[Tensor, Tensor]:
+        """(W,) twice: the error of every window, and the number of its targets."""
+        return window_errors(self.level + self.scale * mapped, self.target, self.unit, self.metric)
+
+    def of(self, series: int) -> Held:
+        """The windows of one series."""
+        at = self.series == series
+        columns = (self.x, self.level, self.scale, self.target, self.unit, self.series, self.group)
+        return Held(*(column[at] for column in columns), self.metric)
+
+
+@dataclass
+class Trial:
+    """A recipe and its error on validation, in all and by window."""
+
+    recipe: Recipe
+    error: float
+    errors: Tensor  # (W,) of the validation windows
+    count: Tensor  # (W,) targets of each
+    group: Tensor  # (W,)
+
+
+def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Recipe, int]:
+    """(linear path, single ridge, recipe, settings tried), chosen by validation error and fitted to what is learnt from.
+
+    A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN: choices that gain less do not carry
+    over to later data. The last value as the level also has to gain more than chance.
+    """
+    w, h = found.windows, config.horizon
+    n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
+    ahead = n_future if h * n_future <= WIDEST else 0
+    looks = lookbacks(config, w.season, found.begins)
+    longest = looks[-1]
+    # Steps of the past covariates that fit in beside everything else.
+    room = max(1, (WIDEST - longest - h * ahead) // n_past) if n_past else 0
+    past = min(longest, 2 * max(h, w.season), room)
+    plain = LinearConfig(h, longest, past, n_past, ahead, 0, "mean", "series")
+    # The root of shortest times longest: what a window is like now, and not what it was.
+    lately = round((looks[0] * longest) ** 0.5)
+    best = _attempt(found, plain, looks, config)
+    other = _attempt(found, replace(plain, scale="window", lately=lately), looks, config)
+    best = other if other.error < best.error * (1 - SCALE_GAIN) else best
+    changes = [({"center": "last"}, GAIN)]
+    if w.n_dates:
+        changes.append(({"n_dates": w.n_dates}, GAIN))
+    if n_past:
+        changes += [({"past": min(longest, room)}, GAIN), ({"past": max(1, past // 4)}, 0.0)]
+        changes += [({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
+    for change, gain in changes:
+        row = _attempt(found, replace(best.recipe.settings, **change), looks, config)
+        # Windows are counted from another level only where that is more than chance.
+        sure = "center" not in change or backed(best.errors - row.errors, row.count, row.group) > 0
+        best = row if sure and row.error < best.error * (1 - gain) else best
+    recipe = _with_own(found, best.recipe, looks, config)
+    return *fit(found, recipe, config, whole=False), recipe, 2 + len(changes)
+
+
+def fit(
+    found: Split, recipe: Recipe, config: FitConfig, whole: bool, without: tuple[int, int] | None = None
+) -> tuple[LinearPath, LinearPath]:
+    """The linear path of a recipe and its single ridge, from all windows to learn from, or from some of them
+    `without` the block k of n in time."""
+    path, ridge = LinearPath(recipe.settings, found.windows.device), LinearPath(recipe.settings, found.windows.device)
+    most = CHOOSE_FROM if without else 10**7
+    grams = _grams(found, path, config, most, whole, bool(recipe.own), without)
+    gram = grams[0].plus(grams[1:])
+    path.weight.copy_(_mean(gram, recipe.parts))
+    ridge.weight.copy_(_mean(gram, (recipe.single,)))
+    for n, parts in enumerate(recipe.own):
+        path.own[n] = recipe.share * (_mean(grams[n], parts) - path.weight)
+    if ridge.own is not None:
+        ridge = _without_own(ridge)
+    return path, ridge
+
+
+def _without_own(path: LinearPath) -> LinearPath:
+    plain = LinearPath(replace(path.config, own=0), path.weight.device)
+    plain.weight.copy_(path.weight)
+    return plain
+
+
+def _mean(gram: Gram, parts: tuple[Part, ...]) -> Tensor:
+    return sum(part.share * gram.solve([part.alpha], part.lookback)[0] for part in parts)
+
+
+def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int, longest: int):
+    """Yields (batch, forecast (B, H)) of windows to learn from, forecast by a path that learnt without their block in time,
+    as many for their time as validation has, twice as many at most: as honest as those of validation, of other times.
+
+    Nothing where windows are few: a block less would make a worse path.
+    """
+    h = config.horizon
+    cuts = found.train(max(recipe.settings.lookback, recipe.settings.past), h)
+    if cuts.total < ENOUGH * recipe.settings.features:
+        return
+    span = (found.windows.lengths - found.begins).sum().clamp_min(1)
+    numbers = cuts.some(max(1, int(min(2 * most, most * (found.begins.sum() / span)))))
+    # Own weights stand only where half of the windows is plenty.
+    blocks = 2 if recipe.own else BLOCKS
+    for k in range(blocks):
+        path, _ = fit(found, recipe, config, whole=False, without=(k, blocks))
+        for batch, _ in batches(found.windows, cuts, numbers[_block(cuts, numbers, blocks) == k], longest, h):
+            yield batch, path.predict(batch)
+
+
+def _block(cuts, numbers: Tensor, blocks: int) -> Tensor:
+    """(W,): which of as many blocks in time of their series the windows lie in."""
+    series, at = cuts.at(numbers)
+    return (at - cuts.first[series]) * blocks // (cuts.stride[series] * cuts.counts[series])
+
+
+def _grams(
+    found: Split, path: LinearPath, config: FitConfig, most: int, whole=False, apart=False, without=None
+) -> list[Gram]:
+    """The sums of at most `most` windows to learn from, without block k of n if it says so, of every series or of all."""
+    w, longest = found.windows, max(path.config.lookback, path.config.past)
+    cuts = found.train(longest, config.horizon, whole)
+    numbers = cuts.some(most)
+    if without:
+        numbers = numbers[_block(cuts, numbers, without[1]) != without[0]]
+    parts = [numbers[cuts.at(numbers)[0] == n] for n in range(len(w.panel))] if apart else [numbers]
+    grams = [Gram(path) for _ in parts]
+    for gram, part in zip(grams, parts):
+        for batch, _ in batches(w, cuts, part, longest, config.horizon):
+            gram.add(batch)
+    return grams
+
+
+def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
+    h, longest = config.horizon, max(path.config.lookback, path.config.past)
+    val, columns = found.val(h), []
+    for part in val.some(min(CHOOSE_BY, max(256, JUDGED // h))).split(2048):
+        series, at = val.at(part)
+        batch = found.windows.batch(series, at, longest, h, dates=False)
+        level, scale = path.units(batch)
+        x = path.features(batch, level, scale)
+        columns.append((x, level, scale, batch.target, found.unit[series], series, spans(found, series, at, h)))
+    return Held(*(torch.cat(column) for column in zip(*columns)), config.metric)
+
+
+def _parts(gram: Gram, held: Held, looks: list[int]) -> tuple[tuple[Part, ...], list[tuple[float, Part]], Tensor]:
+    """The mean of ridges, every look-back with its best strength and error, and the weights of the mean."""
+    rows, maps = [], []
+    for look in looks:
+        solved = gram.solve(ALPHAS, look)
+        scores = [(held.error(held.x @ weight), k) for k, weight in enumerate(solved)]
+        error, k = min(scores)
+        rows.append((error, Part(look, ALPHAS[k], 1.0)))
+        maps.append(solved[k])
+    least = max(min(error for error, _ in rows), 1e-12)
+    shares = [part.lookback * math.exp(-(min(error / least, 1e3) - 1) / SOFT) for error, part in rows]
+    total = sum(shares)
+    parts = tuple(replace(part, share=share / total) for share, (_, part) in zip(shares, rows))
+    return parts, rows, sum(part.share * weight for part, weight in zip(parts, maps))
+
+
+def _attempt(found: Split, settings: LinearConfig, looks: list[int], config: FitConfig) -> Trial:
+    path = LinearPath(settings, found.windows.device)
+    held = _held(found, path, config)
+    parts, rows, weight = _parts(_grams(found, path, config, CHOOSE_FROM)[0], held, looks)
+    least = min(error for error, _ in rows)
+    near = [part for error, part in rows if error <= least * (1 + GAIN)] or [rows[0][1]]
+    mapped = held.x @ weight
+    return Trial(Recipe(settings, parts, near[-1]), held.error(mapped), *held.errors(mapped), held.group)
+
+
+def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig) -> Recipe:
+    """The recipe with a share of every series' own weights, where all are long, few, and the share gains GAIN."""
+    w, settings = found.windows, recipe.settings
+    n, features = len(w.panel), settings.features
+    counts = found.train(max(settings.lookback, settings.past), config.horizon).counts
+    if n < 2 or n * features * max(features, settings.horizon) > MOST or int(counts.min()) < ENOUGH * features:
+        return recipe
+    path = LinearPath(settings, w.device)
+    held, grams = _held(found, path, config), _grams(found, path, config, 10**7, apart=True)
+    pieces = [held.of(k) for k in range(n)]
+    if not all(len(piece.x) for piece in pieces):
+        return recipe
+    pooled = _mean(grams[0].plus(grams[1:]), recipe.parts)
+    own = [_parts(gram, piece, looks) for gram, piece in zip(grams, pieces)]
+    base = held.x @ pooled
+    away = torch.zeros_like(base)
+    for k, (_, _, weight) in enumerate(own):
+        at = held.series == k
+        away[at] = held.x[at] @ (weight - pooled)
+    before = held.error(base)
+    error, share = min((held.error(base + share * away), share) for share in SHARES)
+    if error > before * (1 - GAIN):
+        return recipe
+    settings = replace(settings, own=n)
+    return replace(recipe, settings=settings, own=tuple(parts for parts, _, _ in own), share=HALF * share)
