@@ -112,10 +112,11 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
     room = max(1, (WIDEST - longest - h * ahead) // n_past) if n_past else 0
     past = min(longest, 2 * max(h, w.season), room)
     plain = LinearConfig(h, longest, past, n_past, ahead, 0, "mean", "series")
-    # The root of shortest times longest: what a window is like now, and not what it was.
-    lately = round((looks[0] * longest) ** 0.5)
+    # A window's own scale is that of all its steps, or of the root of shortest times longest: what it is like now.
+    late = (round((looks[0] * longest) ** 0.5), 0)
     best = _attempt(found, plain, looks, config)
-    other = _attempt(found, replace(plain, scale="window", lately=lately), looks, config)
+    others = (_attempt(found, replace(plain, scale="window", lately=steps), looks, config) for steps in late)
+    other = min(others, key=lambda trial: trial.error)
     best = other if other.error < best.error * (1 - SCALE_GAIN) else best
     changes = [({"center": "last"}, GAIN)]
     if w.n_dates:
@@ -129,7 +130,7 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
         sure = "center" not in change or backed(best.errors - row.errors, row.count, row.group) > 0
         best = row if sure and row.error < best.error * (1 - gain) else best
     recipe = _with_own(found, best.recipe, looks, config)
-    return *fit(found, recipe, config, whole=False), recipe, 2 + len(changes)
+    return *fit(found, recipe, config, whole=False), recipe, 3 + len(changes)
 
 
 def fit(
