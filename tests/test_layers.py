@@ -466,3 +466,19 @@ def test_bad_input_gets_one_sentence(call, sentence):
     with pytest.raises((ValueError, TypeError), match=sentence) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ffn", [layers.basic.SwiGLU, layers.basic.GatedGELU])
+def test_few_tokens_overflow_as_many_do(ffn):
+    """Without gradients few tokens go through NumPy, which would warn where torch is silent."""
+    part = ffn(16, 32)
+    for scale, finite in ((1.0, True), (1e20, False)):
+        with torch.no_grad():
+            for weight in part.parameters():
+                weight.mul_(scale)
+        x = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+        wanted = part(x).detach()
+        with torch.no_grad():
+            found = part(x)
+        assert wanted.isfinite().all() == finite
+        torch.testing.assert_close(found, wanted, equal_nan=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.token import SMALL, array, is_light, parameter, project, silu
+from exlstm.layers.token import SMALL, array, is_light, parameter, project, silu, token_errors
 from exlstm.ops import maps as joint
 from exlstm.ops.backend import autocasts, cast, check_tensors, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
@@ -277,6 +277,7 @@ class GatedGELU(nn.Module):
         return self.out(gated(*maps(x, self.gate, self.up), "gelu"))
 
 
+@token_errors
 def _light_gated(ffn, x, activation):
     """A feed-forward of few tokens, see `is_light`."""
     rows = array(x).reshape(-1, x.shape[-1])

@@ -42,7 +42,7 @@ def _bare_arrays(x, weight):
 
 
 # Parts of a layer for one token: functions of arrays, called inside `token_errors`.
-token_errors = np.errstate(over="ignore", under="ignore")
+token_errors = np.errstate(over="ignore", under="ignore", invalid="ignore")
 
 
 def array(x: Tensor):
