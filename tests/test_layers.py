@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from exlstm import layers
@@ -466,6 +467,24 @@ def test_bad_input_gets_one_sentence(call, sentence):
     with pytest.raises((ValueError, TypeError), match=sentence) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({*BLOCKS} - {"attention"})
+)  # whose attention has no forward derivative in PyTorch
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's own, in its forward derivatives
+def test_forward_derivatives_do_not_need_gradients_on(kind, steps):
+    """no_grad leaves forward differentiation on, and NumPy would drop its tangents."""
+    stack = Stack(StackConfig(d_model=D, n_heads=2, n_layers=1, blocks=kind), dtype=torch.float64)
+    x, away, step = sample(2, steps), sample(2, steps, seed=3), 1e-6
+    with torch.no_grad():
+        state = stack(sample(2, 3, seed=2))[1]
+        for before in (None, state):
+            wanted = (stack(x + step * away, before)[0] - stack(x - step * away, before)[0]) / (2 * step)
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(stack(forward_ad.make_dual(x, away), before)[0]).tangent.clone()
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("ffn", [layers.basic.SwiGLU, layers.basic.GatedGELU])

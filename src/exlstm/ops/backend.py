@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
+from torch.autograd import forward_ad
 
 TRITON = find_spec("triton") is not None
 # Asked for before triton is imported, or not at all; read once, as a step of decoding would feel it.
@@ -36,13 +37,15 @@ def chosen(argument: str | None) -> str:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func is at work, which wants plain operations from end to end."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func, or forward differentiation, which no_grad leaves on, wants plain operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def traced() -> bool:
     """Whether somebody looks through the operations, a compiler or a transform: no NumPy then, and no gradient by hand."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or transformed()
 
 
 def autocasts(device) -> bool:
