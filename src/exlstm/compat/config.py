@@ -25,6 +25,7 @@ KERNELS = {
     "step_kernel": ("native", "triton"),
     "mode": ("train", "train_with_padding", "inference"),
 }
+THEIR_START = (3.0, 6.0)  # of the forget gates, from the first head to the last
 
 
 @dataclass
@@ -188,6 +189,7 @@ def mlstm_options(layer: mLSTMLayerConfig, width: int) -> MLSTMUpOptions:
         up_ratio=inner / width,
         conv=layer.conv1d_kernel_size,
         qkv_block=layer.qkv_proj_blocksize,
+        forget_bias=THEIR_START,
         eps=EPS,
         m_start=NO_MEMORY,
         multiple=_multiple(inner),
@@ -258,6 +260,7 @@ def large_config(config: xLSTMLargeConfig) -> LanguageConfig:
         qk_ratio=int(width * config.qk_dim_factor) / width,
         conv=0,
         gate_cap=config.gate_soft_cap or 0.0,
+        forget_bias=THEIR_START,
         eps=config.eps,
         ffn_ratio=hidden / width,
         multiple=_multiple(hidden),

@@ -62,7 +62,7 @@ class mLSTM(nn.Module):
         conv: int = 4,
         gate_cap: float = 15.0,
         i_bias: float = -10.0,
-        forget_bias: tuple[float, float] = (3.0, 6.0),
+        forget_bias: tuple[float, float] = (0.0, 6.0),
         eps: float = 0.0,
         i_gate: str = "exp",
         normalize: bool = True,
@@ -96,7 +96,7 @@ class mLSTM(nn.Module):
     def reset_parameters(self):
         for linear in (self.q, self.k, self.v, self.o, self.out):
             init_linear(linear.weight)
-        # At the start the gates ignore the input: heads differ by how long they remember (3: 20 tokens, 6: 400).
+        # At the start the gates ignore the input: heads differ by how long they remember (0: 2 tokens, 6: 400).
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():
             self.gate.bias[: self.n_heads].fill_(self.i_bias)

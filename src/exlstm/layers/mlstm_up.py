@@ -82,7 +82,7 @@ class mLSTMUp(nn.Module):
         qkv_block: int = 4,
         eps: float = 0.0,
         m_start: float = 0.0,
-        forget_bias: tuple[float, float] = (3.0, 6.0),
+        forget_bias: tuple[float, float] = (0.0, 6.0),
         i_gate: str = "exp",
         normalize: bool = True,
         multiple: int = 64,
@@ -122,7 +122,7 @@ class mLSTMUp(nn.Module):
         self.conv.reset_parameters()
         self.norm.reset_parameters()
         nn.init.ones_(self.skip)
-        # At the start the gates ignore the input: heads differ by how long they remember (3: 20 tokens, 6: 400).
+        # At the start the gates ignore the input: heads differ by how long they remember (0: 2 tokens, 6: 400).
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():
             nn.init.normal_(self.gate.bias[: self.n_heads], std=0.1)

@@ -56,7 +56,7 @@ class mLSTMWindow(nn.Module):
         conv: int = 4,
         gate_cap: float = 15.0,
         i_bias: float = -10.0,
-        forget_bias: tuple[float, float] = (3.0, 6.0),
+        forget_bias: tuple[float, float] = (0.0, 6.0),
         device=None,
         dtype=None,
     ):

@@ -20,8 +20,8 @@ class MLSTMOptions:
     """soft cap of the gates' pre-activations, in nats; 0 leaves it out"""
     i_bias: float = -10.0
     """bias of the input gate at the start, in nats"""
-    forget_bias: tuple[float, float] = (3.0, 6.0)
-    """the forget gates' bias at the start, at the first head and at the last, even steps: 3 remembers 20 tokens, 6 400"""
+    forget_bias: tuple[float, float] = (0.0, 6.0)
+    """the forget gates' bias at the start, at the first head and at the last, even steps: 0 remembers 2 tokens, 6 400"""
     eps: float = 0.0
     """added to the stabilised denominator; only weights trained elsewhere want it"""
     i_gate: str = "exp"
@@ -44,8 +44,8 @@ class MLSTMUpOptions:
     """width of the causal convolution in front of q and k"""
     qkv_block: int = 4
     """side of the small blocks of the q, k and v maps"""
-    forget_bias: tuple[float, float] = (3.0, 6.0)
-    """the forget gates' bias at the start, at the first head and at the last, even steps: 3 remembers 20 tokens, 6 400"""
+    forget_bias: tuple[float, float] = (0.0, 6.0)
+    """the forget gates' bias at the start, at the first head and at the last, even steps: 0 remembers 2 tokens, 6 400"""
     eps: float = 0.0
     """added to the stabilised denominator; only weights trained elsewhere want it"""
     m_start: float = 0.0
@@ -76,7 +76,7 @@ class MLSTMWindowOptions:
     """soft cap of the memory's gates, in nats; 0 leaves it out"""
     i_bias: float = -10.0
     """bias of the memory's input gate at the start, in nats"""
-    forget_bias: tuple[float, float] = (3.0, 6.0)
+    forget_bias: tuple[float, float] = (0.0, 6.0)
     """bias of the memory's forget gates at the start, at the first head and at the last: 3 remembers 20 tokens, 6 400"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
