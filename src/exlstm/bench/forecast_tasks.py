@@ -17,13 +17,14 @@ import numpy as np
 from exlstm.data import frequency
 from exlstm.data.panel import Columns, Panel
 from exlstm.data.series import panel_of
-from exlstm.forecast.tables import read_table, read_tsf
+from exlstm.forecast.tables import read_table
+from exlstm.forecast.tsf import read_tsf
 
 # Steps of a month of thirty days, which ETT files count in.
 ETT_MONTHS = (12, 16, 20)
-ARCHIVE_HORIZONS = {"YS": 6, "QS": 8, "MS": 12, "7D": 8, "D": 30, "h": 48}
+ARCHIVE_HORIZONS = {"YS": 6, "QS": 8, "MS": 12, "W": 8, "7D": 8, "D": 30, "h": 48, "min": 48, "s": 60}
 # The seasons that GluonTS counts MASE in.
-ARCHIVE_SEASONS = {"MS": 12, "QS": 4, "YS": 1, "7D": 1, "D": 1, "h": 24}
+ARCHIVE_SEASONS = {"MS": 12, "QS": 4, "YS": 1, "W": 1, "7D": 1, "D": 1, "h": 24}
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,8 @@ def tasks_of(path: Path, config) -> list[Task]:
 
 def _kind(path: Path) -> str:
     names = [str(c).strip().lower() for c in read_table(path).columns]
-    # The price files have a date, two forecasts and the price.
-    return (
-        "prices"
-        if len(names) == 4 and names[-1] == "ot" and all("load" in n or "power" in n for n in names[1:3])
-        else "long"
-    )
+    # The price files have a date, two forecasts (one of them a foecast) and the price.
+    return "prices" if len(names) == 4 and names[-1] == "ot" and all(n.endswith("cast") for n in names[1:3]) else "long"
 
 
 def _borders(path: Path, rows: int, steps_a_day: int) -> tuple[int, int, int]:
@@ -101,7 +98,9 @@ def _scaled(panel: Panel, train: int) -> Panel:
     panel.y = panel.y.copy()
     for a, b in zip(panel.offsets[:-1], panel.offsets[1:]):
         part = panel.y[a : a + train]
-        panel.y[a:b] = (panel.y[a:b] - np.nanmean(part)) / np.nanstd(part)
+        deviation = np.nanstd(part)
+        # A series that has not moved yet is counted as it is.
+        panel.y[a:b] = (panel.y[a:b] - np.nanmean(part)) / (deviation if deviation > 0 else 1.0)
     return panel
 
 
@@ -124,11 +123,16 @@ def _prices(path: Path, config) -> list[Task]:
     return found
 
 
+def _horizon(freq: str) -> int:
+    """The archive's horizon of a frequency; ten minutes have that of minutes."""
+    return ARCHIVE_HORIZONS.get(freq) or ARCHIVE_HORIZONS.get(freq.lstrip("0123456789"), 24)
+
+
 def _archive(path: Path, config) -> list[Task]:
-    frame, header = read_tsf(path) if path.suffix == ".tsf" else (read_table(path), {"freq": None, "horizon": None})
-    panel = panel_of(frame, freq=header["freq"] if str(frame.iloc[:, 1].dtype).startswith("datetime") else None)
-    known = header["freq"] or str(panel.freq)
-    h = config.horizons[0] if config.horizons else header["horizon"] or ARCHIVE_HORIZONS.get(known, 24)
+    none = {"freq": None, "horizon": None}
+    panel, header = read_tsf(path) if path.suffix == ".tsf" else (panel_of(read_table(path)), none)
+    known = str(header["freq"] or panel.freq).split("-")[0]
+    h = config.horizons[0] if config.horizons else header["horizon"] or _horizon(known)
     # m4's series are of unlike ages: one window each.
     windows = 1 if path.stem.startswith("m4") else min(max(1, math.ceil(0.1 * panel.lengths.min() / h)), 20)
     seen = panel.lengths - h * windows

@@ -7,6 +7,7 @@ times that are whole numbers. pandas is loaded on first use.
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from numbers import Integral
 
 import numpy as np
@@ -25,7 +26,7 @@ _CALENDAR = {
     "BME": (12,),
 }
 _MONTHLY = {1: ("MS", "ME"), 3: ("QS", "QE"), 12: ("YS", "YE")}
-_MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
+MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
 _WEEKDAYS = ["MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN"]
 _OFFSET = r"\s*(?:[+-]\d\d:?\d\d|Z)$"
 # Day or month first: only the whole column tells.
@@ -92,6 +93,20 @@ def _dates_of(numbers: np.ndarray):
 
 
 def _from_text(series, column: str):
+    """Text as times; what stands in many rows, as the times of many series do, is read once."""
+    import pandas as pd
+
+    codes, values = pd.factorize(series)
+    if 2 * len(values) <= len(series):
+        try:
+            return _read_text(pd.Series(values), column).take(codes).reset_index(drop=True)
+        except ValueError:
+            # In which row, the whole column says.
+            pass
+    return _read_text(series, column)
+
+
+def _read_text(series, column: str):
     import pandas as pd
 
     text = series.astype(str)
@@ -172,7 +187,7 @@ def _guess_months(times, months: int):
         days = times.normalize()
         for alias, offset in (("BMS", pd.offsets.BMonthBegin(0)), ("BME", pd.offsets.BMonthEnd(0))):
             name = alias if (days + offset == days).all() else name
-    return name if months == 1 else f"{name}-{_MONTHS[month - 1]}"
+    return name if months == 1 else f"{name}-{MONTHS[month - 1]}"
 
 
 def checked(freq, times):
@@ -256,6 +271,26 @@ def span(first, freq, n: int):
         return steps_after(first, freq, 0)
     rest = steps_after(first, freq, n - 1)
     return np.concatenate([[first], rest]) if isinstance(rest, np.ndarray) else rest.insert(0, first)
+
+
+def between(first, freq, start: int, stop: int):
+    """The times of the steps `start` to `stop` of a clock that begins at `first`: span(first, freq, stop)[start:], without
+    counting up to them where all steps are of one length."""
+    import pandas as pd
+
+    if isinstance(freq, int):
+        return np.asarray(first + freq * np.arange(start, max(start, stop)))
+    if tick := _tick(freq):
+        steps = np.arange(start, max(start, stop)).astype("timedelta64[ns]")
+        return pd.DatetimeIndex(first.as_unit("ns").asm8 + tick * steps)
+    try:
+        # Many series begin at one time: their clock is counted once, to a length that serves most of them.
+        return _counted(first, freq, -(-stop // 64) * 64)[start:stop]
+    except (pd.errors.OutOfBoundsDatetime, OverflowError):
+        return span(first, freq, stop)[start:]
+
+
+_counted = lru_cache(4096)(span)
 
 
 def seasons(freq) -> tuple[int, ...]:

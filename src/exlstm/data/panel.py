@@ -54,7 +54,7 @@ class Panel:
 
     def times(self, n: int, start: int, stop: int):
         """Times of the steps start to stop of series n, in UTC where there is a zone; steps after the end are fine."""
-        return frequency.span(self.first[n], self.freq, stop)[start:]
+        return frequency.between(self.first[n], self.freq, start, stop)
 
     def cut(self, drop) -> Panel:
         """The panel without the last `drop` rows of every series (a number, or one a series); empty series go."""

@@ -46,9 +46,7 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
     frame, time = _with_time(frame, columns)
     told = []
     columns, wide = _guess_columns(frame, replace(columns, time=time), told, known)
-    if wide:
-        frame, columns = _melt(frame, columns, wide), replace(columns, id=ID, target=TARGET)
-    panel = _of_long(frame, columns, freq, known, bool(wide))
+    panel = _of_wide(frame, columns, wide, freq, known) if wide else _of_long(frame, columns, freq, known)
     panel.told[:0], panel.wide = told, bool(wide)
     return panel
 
@@ -85,7 +83,7 @@ def _of_arrays(data, freq) -> Panel:
     if bad is not None or not rows:
         shape = "nothing" if bad is None else f"shape {bad.shape}"
         raise ValueError(f"a series of the arrays has {shape}, wanted (T,) with T at least 1")
-    _refuse_infinite(np.concatenate(rows), TARGET)
+    refuse_infinite(np.concatenate(rows), TARGET)
     lengths = [len(row) for row in rows]
     total, n = sum(lengths), len(rows)
     if freq is not None and (not isinstance(freq, Integral) or freq < 1):
@@ -213,9 +211,22 @@ def _repeats(frame, column: str, time: str) -> bool:
     return bool(frame[time].duplicated().any()) and not frame.duplicated([column, time]).any()
 
 
-def _melt(frame, columns: Columns, values: list):
-    keep = [columns.time, *columns.futr, *columns.hist]
-    return frame.melt(id_vars=keep, value_vars=values, var_name=ID, value_name=TARGET)
+def _of_wide(frame, columns: Columns, names: list, freq, known) -> Panel:
+    """Every column of `names` a series on one clock, which is read once: from rows that are numbered in place of a target."""
+    rows = frame[[columns.time, *columns.futr, *columns.hist]]
+    rows.insert(0, TARGET, np.arange(len(rows)))
+    columns = replace(columns, id=ID, target=TARGET)
+    clock = _of_long(rows, replace(columns, id=""), freq, known, names[0])
+    steps, n, seen = len(clock.y), len(names), ~np.isnan(clock.y)
+    at = clock.y[seen].astype(np.int64)
+    y = np.full((n, steps), np.nan)
+    for k, name in enumerate(names):
+        y[k, seen] = numbers(frame, name)[at]
+    more = {kind: np.tile(getattr(clock, kind), (n, 1)) for kind in ("futr", "hist", "static")}
+    offsets = np.arange(n + 1) * steps
+    return replace(
+        clock, ids=list(names), y=y.reshape(-1), offsets=offsets, first=clock.first * n, columns=columns, **more
+    )
 
 
 def _of_numbers(frame, names: list, told: list) -> list:
@@ -233,7 +244,7 @@ def _counts_rows(column) -> bool:
     return bool(unnamed) and column.dtype.kind in "iu" and bool((column == np.arange(len(column))).all())
 
 
-def _of_long(frame, columns: Columns, freq, known, wide: bool = False) -> Panel:
+def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
     pd = require_pandas()
     times, zone = frequency.parse_times(frame[columns.time], columns.time)
     ids = frame[columns.id] if columns.id else pd.Series([TARGET] * len(frame))
@@ -296,22 +307,23 @@ def numbers(frame, column: str) -> np.ndarray:
             raise ValueError(f"column {column!r} holds {values.iloc[bad[0]]!r} in row {bad[0] + 1}, wanted a number")
         values = coerced
     values = values.to_numpy(dtype=np.float64, na_value=np.nan)
-    _refuse_infinite(values, column)
+    refuse_infinite(values, column)
     return values
 
 
-def _refuse_infinite(values, column: str):
+def refuse_infinite(values, column: str):
     if (bad := np.flatnonzero(np.isinf(values))).size:
         raise ValueError(f"column {column!r} holds an infinity in row {bad[0] + 1}, wanted a number or nothing")
     if (bad := np.flatnonzero(np.abs(values) > 1e30)).size:
         raise ValueError(f"column {column!r} holds {values[bad[0]]:g} in row {bad[0] + 1}, more than 1e30")
 
 
-def _refuse_twice(codes, times, names, column: str, zone, wide: bool):
+def _refuse_twice(codes, times, names, column: str, zone, wide: str):
     twice = np.flatnonzero((codes[1:] == codes[:-1]) & np.asarray(times[1:] == times[:-1]))
     if len(twice):
         alone = len(names) == 1 and names[0] == TARGET
-        series = "" if alone else f" of series {names[codes[twice[0]]]!r}"
+        name = wide or names[codes[twice[0]]]
+        series = "" if alone and not wide else f" of series {name!r}"
         hint = "; if a column tells series apart, name it with id" if alone or wide else ""
         hint = (
             "; if clocks went back then, give times with their zone" if _autumn(times, twice[0]) and not zone else hint

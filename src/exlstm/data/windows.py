@@ -95,8 +95,9 @@ class Windows:
         longest = {}
         for n, first in enumerate(panel.first):
             longest[first] = max(longest.get(first, 0), int(panel.lengths[n]) + horizon)
+        total = 0
         for first, steps in longest.items():
-            place[first] = sum(len(r) for r in rows)
+            place[first], total = total, total + steps
             times = frequency.span(first, panel.freq, steps)
             if panel.zone:
                 times = times.tz_localize("UTC").tz_convert(panel.zone).tz_localize(None)

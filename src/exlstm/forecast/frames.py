@@ -134,18 +134,16 @@ def rows(
 
 def history(panel: Panel, last: int | None = None):
     """The rows of the panel as a long frame, gaps as NaN; the `last` ones of every series."""
-    pd = require_pandas()
-    parts = []
-    for n, name in enumerate(panel.ids):
-        length = int(panel.lengths[n])
-        start = 0 if last is None else max(0, length - last)
-        times = panel.times(n, start, length)
-        times = times if isinstance(panel.freq, int) else shown(times, panel)
-        y = panel.y[panel.offsets[n] + start : panel.offsets[n + 1]]
-        parts.append(
-            pd.DataFrame({id_column(panel): name, panel.columns.time: times, panel.columns.target or TARGET: y})
-        )
-    return pd.concat(parts, ignore_index=True)
+    pd, lengths = require_pandas(), panel.lengths
+    starts = np.zeros_like(lengths) if last is None else (lengths - last).clip(0)
+    times = [panel.times(n, int(a), int(b)) for n, (a, b) in enumerate(zip(starts, lengths))]
+    times = np.concatenate([np.asarray(t) for t in times])
+    times = times if isinstance(panel.freq, int) else shown(pd.DatetimeIndex(times), panel)
+    y = [panel.y[a:b] for a, b in zip(panel.offsets[:-1] + starts, panel.offsets[1:])]
+    ids = pd.Series(panel.ids).repeat(lengths - starts).reset_index(drop=True)
+    return pd.DataFrame(
+        {id_column(panel): ids, panel.columns.time: times, panel.columns.target or TARGET: np.concatenate(y)}
+    )
 
 
 def sample_of(data):

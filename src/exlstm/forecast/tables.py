@@ -1,4 +1,4 @@
-"""Tables on disk: CSV, Parquet, and the .tsf files of the Monash archive, as frames."""
+"""Tables on disk: CSV, Parquet, and .tsf files, as frames."""
 
 from __future__ import annotations
 
@@ -13,17 +13,10 @@ import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
-from exlstm.data.panel import ID, TARGET, TIME, require_pandas
+from exlstm.data.panel import require_pandas
 from exlstm.data.series import ID_NAMES
-
-# The frequencies of the Monash archive as pandas writes them.
-TSF_FREQUENCIES = {
-    "yearly": "YS", "quarterly": "QS", "monthly": "MS", "weekly": "7D", "daily": "D", "hourly": "h", "half_hourly": "30min",
-    "10_minutes": "10min", "15_minutes": "15min", "minutely": "min", "4_seconds": "4s",
-}  # fmt: skip
-
+from exlstm.forecast import frames
+from exlstm.forecast.tsf import read_tsf
 
 PARQUET = (".parquet", ".pq")
 SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
@@ -44,7 +37,7 @@ def read_table(path: Path, id: str = "", like=None):
         raise ValueError(f"{path} is a folder, wanted a table (CSV, Parquet or .tsf)")
     kind = path.suffix.lower()
     if kind == ".tsf":
-        return read_tsf(path)[0]
+        return frames.history(read_tsf(path)[0])
     if path.exists() and kind in SHEETS:
         raise ValueError(f"{path} is a spreadsheet, wanted CSV or Parquet: save it as one of those")
     if path.exists() and path.stat().st_size == 0:
@@ -170,59 +163,3 @@ def write_table(frame, path: Path):
         raise OSError(f"could not write {path}: {error.strerror or error}") from None
     finally:
         aside.unlink(missing_ok=True)
-
-
-def read_tsf(path: Path) -> tuple[object, dict]:
-    """The long frame of a .tsf file, and what its header says: frequency (an alias), horizon if there is one."""
-    pd = require_pandas()
-    try:
-        lines = path.read_text(encoding="cp1252", errors="replace").splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}") from None
-    header, attributes, parts, inside = {}, [], [], False
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if inside:
-            parts.append(_tsf_series(line, attributes, header, path, number))
-        elif line.lower() == "@data":
-            inside = True
-        elif line.startswith("@attribute"):
-            attributes.append(line.split()[1])
-        elif line.startswith("@"):
-            header[line.split()[0][1:]] = line.split(maxsplit=1)[-1].strip()
-    if not parts:
-        raise ValueError(f"{path} holds no @data with a series: not a .tsf file")
-    frame = pd.concat(parts, ignore_index=True)
-    freq = TSF_FREQUENCIES.get(header.get("frequency", ""))
-    return frame, {"freq": freq, "horizon": int(header["horizon"]) if header.get("horizon", "").isdigit() else None}
-
-
-def _tsf_series(line: str, attributes: list, header: dict, path: Path, number: int):
-    pd = require_pandas()
-    values = line.split(":")
-    if len(values) != len(attributes) + 1:
-        raise ValueError(f"{path} has {len(values)} fields in line {number}, wanted {len(attributes) + 1}")
-    told = dict(zip(attributes, values))
-    try:
-        y = np.array([np.nan if v.strip() == "?" else float(v) for v in values[-1].split(",")])
-    except ValueError:
-        raise ValueError(f"{path} holds a value in line {number} that is no number") from None
-    name = told.get("series_name", f"T{number}")
-    freq = TSF_FREQUENCIES.get(header.get("frequency", ""))
-    if freq is None or "start_timestamp" not in told:
-        return pd.DataFrame({ID: name, TIME: np.arange(len(y)), TARGET: y})
-    start = pd.to_datetime(told["start_timestamp"], format="%Y-%m-%d %H-%M-%S")
-    # Months and longer begin on the first day: the archive's days within them carry nothing.
-    start = start if freq not in ("MS", "QS", "YS") else start.normalize().replace(day=1)
-    if freq == "QS":
-        freq = f"QS-{start.strftime('%b').upper()}"
-    if freq == "YS":
-        freq = f"YS-{start.strftime('%b').upper()}"
-    try:
-        times = pd.date_range(start, periods=len(y), freq=freq)
-    except (pd.errors.OutOfBoundsDatetime, OverflowError):
-        # Series of centuries: whole numbers count as well.
-        return pd.DataFrame({ID: name, TIME: np.arange(len(y)), TARGET: y})
-    return pd.DataFrame({ID: name, TIME: times, TARGET: y})

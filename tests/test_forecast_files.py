@@ -1,0 +1,162 @@
+"""Forecasting, files of the public benchmarks: each is read as what it is, its clock once, however many series stand on it."""
+
+import numpy as np
+import pytest
+
+from exlstm.bench import forecast_tasks
+from exlstm.bench.config import ForecastingConfig
+from exlstm.data import frequency
+from exlstm.data.panel import Columns
+from exlstm.data.series import panel_of
+from exlstm.data.windows import Windows
+from exlstm.forecast.tables import read_table
+from exlstm.forecast.tsf import read_tsf
+
+pd = pytest.importorskip("pandas")
+CLOCKS = ("4s", "30min", "h", "D", "B", "W-SUN", "7D", "MS", "ME", "BME", "QS-FEB", "YS-JAN", "2MS", 3)
+
+
+@pytest.mark.parametrize("freq", CLOCKS)
+def test_times_in_the_middle_of_a_clock_are_those_of_the_whole(freq):
+    first = 5 if isinstance(freq, int) else pd.date_range("1999-12-30 12:00", periods=1, freq=freq)[0]
+    for start, stop in ((0, 1), (0, 200), (63, 65), (130, 131), (40, 40)):
+        assert list(frequency.between(first, freq, start, stop)) == list(frequency.span(first, freq, stop)[start:])
+
+
+def test_a_clock_at_the_end_of_the_calendar_is_counted_as_far_as_it_goes():
+    first = pd.Timestamp("2255-01-01").as_unit("ns")
+    assert list(frequency.between(first, "YS-JAN", 1, 5)) == list(frequency.span(first, "YS-JAN", 5)[1:])
+
+
+def wide(rows=30, series=5, seed=0):
+    draw = np.random.default_rng(seed)
+    frame = pd.DataFrame({f"c{k}": draw.normal(size=rows) for k in range(series)})
+    frame.loc[3:5, "c1"] = np.nan
+    frame.insert(0, "date", pd.date_range("2024-03-01", periods=rows, freq="h").strftime("%Y-%m-%d %H:%M:%S"))
+    return frame.assign(help=draw.normal(size=rows))
+
+
+@pytest.mark.parametrize("change", (lambda f: f, lambda f: f.drop([7, 8]), lambda f: f.sample(frac=1, random_state=0)))
+@pytest.mark.parametrize("exog", ({}, {"futr": ("help",)}, {"hist": ("help",)}))
+def test_a_wide_frame_is_the_long_one_and_its_clock_is_read_once(change, exog, monkeypatch):
+    frame = change(wide())
+    names = [c for c in frame.columns if c.startswith("c")]
+    long = frame.melt(["date", "help"], names, "unique_id", "y")
+    wanted = panel_of(long, Columns("unique_id", "date", "y", **exog))
+    read, parse = [], frequency.parse_times
+    monkeypatch.setattr(frequency, "parse_times", lambda v, c: read.append(len(v)) or parse(v, c))
+    panel = panel_of(frame if exog else frame.drop(columns="help"), Columns(**exog))
+    assert read[-1] == len(frame)
+    assert (panel.ids, panel.freq, panel.first) == (wanted.ids, wanted.freq, wanted.first)
+    for name in ("y", "offsets", "futr", "hist", "static"):
+        np.testing.assert_array_equal(getattr(panel, name), getattr(wanted, name))
+
+
+def test_texts_that_many_series_share_are_read_once(monkeypatch):
+    texts = pd.Series(["13/01/2024", "14/01/2024", "01/02/2024"] * 50)
+    read, plain = [], frequency._read_text
+    monkeypatch.setattr(frequency, "_read_text", lambda v, c: read.append(len(v)) or plain(v, c))
+    times, _ = frequency.parse_times(texts, "ds")
+    assert read == [3]
+    assert list(times[:4]) == [*pd.to_datetime(["2024-01-13", "2024-01-14", "2024-02-01", "2024-01-13"])]
+    with pytest.raises(ValueError, match="in row 8, which is no time"):
+        frequency.parse_times(pd.Series(["2024-01-01"] * 7 + ["soon"] + ["2024-01-02"] * 50), "ds")
+
+
+def test_every_series_has_the_calendar_of_its_own_clock():
+    begins = pd.date_range("2020-01-01", periods=20, freq="5D")
+    parts = [
+        pd.DataFrame({"unique_id": k, "ds": pd.date_range(begins[k % 7], periods=30 + k), "y": 1.0 * k})
+        for k in range(20)
+    ]
+    windows = Windows(panel_of(pd.concat(parts)), 7).with_calendar(3)
+    for k in range(20):
+        own = frequency.calendar(pd.date_range(begins[k % 7], periods=33 + k), "D", windows.statistics["year"])[0]
+        start = int(windows.date_starts[k])
+        np.testing.assert_array_equal(windows.dates[start : start + len(own)].numpy(), own)
+
+
+def tsf(path, lines, frequency="monthly", more=("start_timestamp date",)):
+    head = ["# of somebody", "@relation x", "@attribute series_name string", *(f"@attribute {m}" for m in more)]
+    head += [f"@frequency {frequency}"] if frequency else []
+    path.write_text("\n".join([*head, "@missing true", "@data", *lines, ""]))
+    return path
+
+
+BEGIN = "{}-{:02}-01 00-00-00"
+# Frequency of the file, months that its series begin in: the alias, and the months that they are taken to begin in.
+BEGINS = {
+    ("monthly", (3, 7)): ("MS", (3, 7)),
+    ("quarterly", (1, 10)): ("QS-JAN", (1, 10)),
+    ("quarterly", (2, 5)): ("QS-FEB", (2, 5)),
+    ("quarterly", (2, 6)): ("QS-JAN", (1, 4)),
+    ("yearly", (7, 7)): ("YS-JUL", (7, 7)),
+    ("yearly", (3, 7)): ("YS-JAN", (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", BEGINS)
+def test_an_archive_begins_where_its_clock_has_a_step(case, tmp_path):
+    (kind, months), (alias, begins) = case, BEGINS[case]
+    path = tsf(
+        tmp_path / "a.tsf", [f"T{m}{k}:{BEGIN.format(1990 + k, m)}:1,?,3.5,4" for k, m in enumerate(months)], kind
+    )
+    panel, header = read_tsf(path)
+    assert (panel.freq, header["horizon"]) == (alias, None)
+    assert [(t.year, t.month, t.day) for t in panel.first] == [(1990 + k, m, 1) for k, m in enumerate(begins)]
+    np.testing.assert_array_equal(panel.y, [1, np.nan, 3.5, 4] * 2)
+    # The frame of the file is the same panel again.
+    again = panel_of(read_table(path))
+    assert (again.ids, again.first) == (panel.ids, panel.first)
+    np.testing.assert_array_equal(again.y, panel.y)
+
+
+def test_an_archive_beyond_the_calendar_counts_in_whole_numbers(tmp_path):
+    lines = ["a:1750-01-01 00-00-00:" + ",".join(["1"] * 600), "b:1990-01-01 00-00-00:1,2,3"]
+    panel, _ = read_tsf(tsf(tmp_path / "a.tsf", lines, "yearly"))
+    assert (panel.freq, panel.first, list(panel.lengths)) == (1, [0, 0], [600, 3])
+
+
+def test_an_archive_with_a_name_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 series of a name that another one has"):
+        read_tsf(tsf(tmp_path / "a.tsf", ["a:1,2", "a:3,4"], None, ()))
+
+
+HORIZONS = {
+    "yearly": 6, "quarterly": 8, "monthly": 12, "weekly": 8, "daily": 30, "hourly": 48,
+    "half_hourly": 48, "10_minutes": 48, "minutely": 48, "4_seconds": 60,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HORIZONS)
+def test_an_archive_without_a_horizon_has_that_of_its_frequency(kind, tmp_path):
+    path = tsf(tmp_path / "a.tsf", ["a:1990-01-01 00-00-00:" + ",".join(map(str, range(200)))], kind)
+    (task,) = forecast_tasks.tasks_of(path, ForecastingConfig())
+    assert task.horizon == HORIZONS[kind]
+
+
+# Columns of the price files as they are published.
+MARKETS = {
+    "NP": " Grid load forecast, Wind power forecast", "PJM": " System load forecast, Zonal COMED load foecast",
+    "BE": " Generation forecast, System load forecast", "FR": " Generation forecast, System load forecast",
+    "DE": " Ampirion Load Forecast, PV+Wind Forecast",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("market", MARKETS)
+def test_the_price_files_of_all_markets_are_known(market, tmp_path):
+    path, times = tmp_path / f"{market}.csv", pd.date_range("2013-01-01", periods=400, freq="h")
+    rows = [f"{t.year}/{t.month}/{t.day} {t.hour}:00,{k % 24},{k % 7},{k % 5}" for k, t in enumerate(times)]
+    path.write_text("\n".join([f"date,{MARKETS[market]},OT", *rows]))
+    tasks = forecast_tasks.tasks_of(path, ForecastingConfig())
+    assert [(t.protocol, t.horizon, len(t.panel)) for t in tasks] == [("prices", 24, 1)] * 2
+    assert tasks[0].panel.futr.shape == (400, 2)
+
+
+def test_a_series_that_stands_still_in_the_training_part_stays_finite(tmp_path):
+    frame = wide(400, 3).drop(columns="help").bfill()
+    frame["c2"] = np.where(np.arange(400) < 300, 0.0, 5.0)
+    frame.to_csv(tmp_path / "long.csv", index=False)
+    tasks = forecast_tasks.tasks_of(tmp_path / "long.csv", ForecastingConfig(horizons=(24,)))
+    assert np.isfinite(tasks[0].panel.y).all()
+    assert tasks[0].panel.y[-1] == 5
