@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
-from exlstm.bench import forecast_tasks
+from exlstm.bench import forecast_tasks, forecasting
 from exlstm.bench.config import ForecastingConfig
 from exlstm.data import frequency
 from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
 from exlstm.data.windows import Windows
+from exlstm.forecast import engine
+from exlstm.forecast.config import FitConfig
 from exlstm.forecast.tables import read_table
 from exlstm.forecast.tsf import read_tsf
 
@@ -160,3 +163,70 @@ def test_a_series_that_stands_still_in_the_training_part_stays_finite(tmp_path):
     tasks = forecast_tasks.tasks_of(tmp_path / "long.csv", ForecastingConfig(horizons=(24,)))
     assert np.isfinite(tasks[0].panel.y).all()
     assert tasks[0].panel.y[-1] == 5
+
+
+@pytest.mark.parametrize("more", (0, 3))
+def test_windows_are_rows_of_the_panel_whatever_was_asked_for_before(more):
+    """Against one window after the other, short and long ones in turn, with gaps, padding, ends and covariates."""
+    draw, lengths = np.random.default_rng(0), (11, 40, 7)
+    frame = pd.DataFrame(
+        {"unique_id": np.repeat(range(3), lengths), "ds": np.concatenate([np.arange(n) for n in lengths])}
+    )
+    frame = frame.assign(x=frame.ds + 100.0 * frame.unique_id, y=draw.normal(size=58), z=draw.normal(size=58))
+    frame.loc[draw.integers(0, len(frame), 12), "y"] = np.nan
+    panel = panel_of(frame, Columns("unique_id", "ds", "y", futr=("x",), hist=("z",)))
+    future = np.full((3, more, 1), 55.0) if more else None
+    windows = Windows(panel, 4, future=future).with_calendar(6)
+    pairs = [(n, t) for n, length in enumerate(lengths) for t in range(length + 1)]
+    y, seen = windows.y.numpy().copy(), ~np.isnan(panel.y)
+    for lookback, horizon in ((5, 3), (30, 2), (1, 6), (12, 3)):
+        batch = windows.batch(*(torch.tensor(column) for column in zip(*pairs)), lookback, horizon)
+        for row, (n, t) in enumerate(pairs):
+            own = slice(panel.offsets[n], panel.offsets[n + 1])
+            before = np.arange(t - lookback, t)
+            inside, kept = before >= 0, before.clip(0)
+            ahead = np.arange(t, t + horizon)
+            known = (ahead < lengths[n]) & seen[own][ahead.clip(0, lengths[n] - 1)]
+            x, z = (
+                np.r_[windows.futr.numpy()[panel.offsets[n] + n * more :][: lengths[n] + more, 0]],
+                windows.hist.numpy()[own][:, 0],
+            )
+            wanted = {
+                "y": np.where(inside, y[own][kept.clip(0, lengths[n] - 1)], 0), "inside": inside,
+                "seen": inside & seen[own][kept.clip(0, lengths[n] - 1)],
+                "target": np.where(known, y[own][ahead.clip(0, lengths[n] - 1)], np.nan),
+                "future": x[ahead.clip(0, len(x) - 1)][:, None],
+                "past": np.where(inside[:, None], np.stack([z[kept.clip(0, lengths[n] - 1)], x[kept]], 1), 0),
+            }  # fmt: skip
+            for name, value in wanted.items():
+                np.testing.assert_array_equal(
+                    getattr(batch, name)[row].numpy(), value.astype(getattr(batch, name).numpy().dtype), name
+                )
+    assert windows.room == 30
+    np.testing.assert_array_equal(windows.y.numpy(), y)
+
+
+def test_levels_that_nobody_asks_for_are_not_made_and_change_no_other():
+    panel = panel_of(wide(200, 3).drop(columns="help").bfill())
+    made = engine.fit(panel, FitConfig(horizon=5, members=("naive", "linear"), max_lookback=24), 24)
+    windows, names = made.windows(panel), list(made.scores)[:-1]
+    series, at = torch.arange(3).repeat_interleave(20), torch.arange(100, 120).repeat(3)
+    ((_, whole, _),) = made.forecast(windows, series, at, names)
+    ((_, some, _),) = made.forecast(windows, series, at, names, at=[0, 6, 12])
+    for name, q in whole.items():
+        torch.testing.assert_close(some[name], q[..., [0, 6, 12]], rtol=0, atol=0)
+
+
+def test_the_long_protocols_sum_only_the_levels_that_they_show():
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(6, 4, 13, generator=draw, dtype=torch.float64).sort(-1).values
+    y = torch.where(torch.rand(6, 4, generator=draw) < 0.2, torch.nan, torch.randn(6, 4, generator=draw)).double()
+    rows = []
+    for ratios in (True, False):
+        tally = forecasting.Tally(ratios)
+        tally.add(q[..., tally.at], y, torch.ones(6).double())
+        rows.append(tally.row())
+    assert len(forecasting.Tally(False).at) == 5
+    for name in ("MSE", "MAE", "cover 80", "cover 95"):
+        assert rows[0][name] == rows[1][name]
+    assert (q[..., 6] - y).square().nanmean() == pytest.approx(rows[0]["MSE"])

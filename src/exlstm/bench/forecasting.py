@@ -27,21 +27,29 @@ SCRIPT = Path(__file__).with_name("forecast_peers.py")
 
 
 class Tally:
-    """Errors summed over windows where the forecasts are: quantiles (B, H, Q), truth (B, H), float64, in units of the data."""
+    """Errors summed over windows where the forecasts are: quantiles (B, H, Q), truth (B, H), float64, in units of the data.
+
+    Q counts the levels LEVELS[k] for k in `at`: median and intervals, with `ratios` the deciles too.
+    """
 
     def __init__(self, ratios: bool = True):
         self.ratios, self.sums, self.windows = ratios, 0.0, []
+        half, last = len(LEVELS) // 2, len(LEVELS) - 1
+        self.at = sorted({0, 2, half, last - 2, last, *(DECILES if ratios else ())})
 
     def add(self, quantiles: Tensor, y: Tensor, scale: Tensor):
         """`scale` (B,): the mean error of the naive forecast in the history of each window."""
-        half, known = quantiles.shape[-1] // 2, ~y.isnan()
+        known, last, loss = ~y.isnan(), len(LEVELS) - 1, torch.zeros(())
         off = torch.where(known[..., None], y[..., None] - quantiles, 0.0)  # (B, H, Q)
-        error = off[..., half]
-        picked, levels = off[..., DECILES], torch.tensor(LEVELS, dtype=y.dtype, device=y.device)[DECILES]
-        loss = 2 * torch.maximum(levels * picked, (levels - 1) * picked).mean(-1)
-        inside = [((off[..., k] >= 0) & (off[..., -1 - k] <= 0) & known).sum() for k in (2, 0)]  # 80 and 95 %
+        error = off[..., self.at.index(last // 2)]
+        if self.ratios:
+            picked = off[..., [self.at.index(k) for k in DECILES]]
+            levels = torch.tensor([LEVELS[k] for k in DECILES], dtype=y.dtype, device=y.device)
+            loss = 2 * torch.maximum(levels * picked, (levels - 1) * picked).mean(-1)
+        ends = [(off[..., self.at.index(k)], off[..., self.at.index(last - k)]) for k in (2, 0)]  # 80 and 95 %
+        inside = [((low >= 0) & (high <= 0) & known).sum() for low, high in ends]
         sums = (error.square().sum(), error.abs().sum(), known.sum(), loss.sum(), y.abs().nansum(), *inside)
-        self.sums = self.sums + torch.stack([x.to(y.dtype) for x in sums])
+        self.sums = self.sums + torch.stack([x.to(y) for x in sums])
         if self.ratios:
             self.windows += (error.abs().sum(1) / known.sum(1).clamp_min(1) / scale).tolist()
 
@@ -119,7 +127,7 @@ def _judge(task: Task, fitted: engine.Engine, names) -> dict[str, Tally]:
     pairs = zip(series.tolist(), cuts.tolist()) if archive else ()
     units = torch.tensor([scale(n, t) for n, t in pairs] or [math.nan] * len(series)).to(**home)
     size = 512 if windows.device.type == "cpu" else 2048
-    for at, out, batch in fitted.forecast(windows, series, cuts, names, size):
+    for at, out, batch in fitted.forecast(windows, series, cuts, names, size, tallies["blend"].at):
         mean, deviation = norms[series[at].to(home["device"])].unbind(1)
         y = batch.target.to(**home) * deviation + mean
         for name, q in out.items():
@@ -219,7 +227,7 @@ def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
     at = [(place[str(name)], int(cut)) for name, cut in zip(ids, cuts)]
     y = np.stack([task.panel.y[task.panel.offsets[n] + t :][: task.horizon] for n, t in at])
     unit = torch.tensor([scale(n, t) for n, t in at], dtype=torch.float64)
-    tally.add(torch.from_numpy(quantiles).double(), torch.from_numpy(y), unit)
+    tally.add(torch.from_numpy(quantiles)[..., tally.at].double(), torch.from_numpy(y), unit)
     return [_row(task, peer, config.seeds[0], tally, time.perf_counter() - start, {})]
 
 

@@ -78,8 +78,8 @@ class Windows:
         self.more = more
         place = {name: n for n, name in enumerate(self.statistics["series"])}
         self.numbers = torch.tensor([place.get(name, -1) for name in panel.ids], device=self.device)
-        self.y = self._tensor(flat)
-        self.seen = torch.from_numpy(~np.isnan(panel.y)).to(self.device)
+        # Steps of room around the rows, grown as windows ask for them.
+        self.around, self.room = (self._tensor(flat), torch.from_numpy(~np.isnan(panel.y)).to(self.device)), 0
         self.futr, self.hist, self.static = self._tensor(futr), self._tensor(hist), self._tensor(static)
         self.starts = torch.from_numpy(offsets[:-1].astype(np.int64)).to(self.device)
         self.lengths = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
@@ -108,28 +108,47 @@ class Windows:
         return self
 
     @property
+    def y(self) -> Tensor:
+        """(R,): all rows, gaps filled, in units of their series."""
+        return self.around[0][self.room : self.room + len(self.panel.y)]
+
+    @property
     def n_dates(self) -> int:
         return self.dates.shape[1]
 
     def batch(self, series: Tensor, cuts: Tensor, lookback: int, horizon: int, dates: bool = True) -> Batch:
         """The windows (series[b], cuts[b]), both (B,) int64 on the device; the whole calendar only with `dates`."""
-        step = cuts[:, None] + torch.arange(-lookback, horizon, device=self.device)  # (B, L + H)
-        start, length = self.starts[series][:, None], self.lengths[series][:, None]
-        before, inside = step[:, :lookback], step[:, :lookback] >= 0
-        rows = start + before.clamp_min(0)
-        ahead = step[:, lookback:]
-        known = ahead < length
-        target_rows = start + torch.minimum(ahead, length - 1)
-        target = torch.where(known & self.seen[target_rows], self.y[target_rows], torch.nan)
-        own = start + self.more * series[:, None]
-        futr = self.futr[own + torch.minimum(step.clamp_min(0), length + self.more - 1)]
-        past = torch.cat([self.hist[rows], futr[:, :lookback]], -1) * inside[..., None]
+        steps = torch.arange(-lookback, horizon, device=self.device)
+        start, length, cut = self.starts[series], self.lengths[series], cuts[:, None]
+        inside, known = steps[:lookback] >= -cut, steps[lookback:] < length[:, None] - cut
+        y, seen = (rows.index_select(0, start + cuts) for rows in self._unfolded(lookback, horizon))  # (B, L + H)
+        target = torch.where(known & seen[:, lookback:], y[:, lookback:], torch.nan)
+        past, future = self._covariates(series, cut + steps, lookback, inside)
         place = self.date_starts[series]
-        calendar = self.dates[place[:, None] + (step if dates else step[:, :0]).clamp_min(0)]
+        calendar = self.dates[place[:, None] + (cut + (steps if dates else steps[:0])).clamp_min(0)]
         return Batch(
-            self.y[rows] * inside, self.seen[rows] & inside, inside, past, futr[:, lookback:], calendar, self.dates[place + cuts],
+            y[:, :lookback] * inside, seen[:, :lookback] & inside, inside, past, future, calendar, self.dates[place + cuts],
             self.static[series], target, self.numbers[series],
         )  # fmt: skip
+
+    def _unfolded(self, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
+        """Views (R, L + H) of y and seen, row r what stands around row r of the panel: a window is a copy of one piece."""
+        if max(lookback, horizon) > self.room:
+            rows, old = len(self.panel.y), self.room
+            self.room = max(lookback, horizon)
+            around = [torch.nn.functional.pad(v[old : old + rows], (self.room, self.room)) for v in self.around]
+            self.around = tuple(around)
+        return tuple(v[self.room - lookback :].unfold(0, lookback + horizon, 1) for v in self.around)
+
+    def _covariates(self, series: Tensor, step: Tensor, lookback: int, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, P + F) of the past and (B, H, F) of the future, for steps (B, L + H)."""
+        if not self.futr.shape[1] + self.hist.shape[1]:
+            return self.futr.new_zeros(*inside.shape, 0), self.futr.new_zeros(len(step), step.shape[1] - lookback, 0)
+        start, length = self.starts[series][:, None], self.lengths[series][:, None]
+        own = start + self.more * series[:, None]
+        futr = self.futr[own + torch.minimum(step.clamp_min(0), length + self.more - 1)]
+        hist = self.hist[start + step[:, :lookback].clamp_min(0)]
+        return torch.cat([hist, futr[:, :lookback]], -1) * inside[..., None], futr[:, lookback:]
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The windows that ask for what follows every series."""

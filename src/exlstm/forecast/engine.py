@@ -79,14 +79,17 @@ class Engine:
         return combine.moves(batch, self.season, max(MOVED, 2 * self.season, 2 * self.config.horizon)) - scale.log()
 
     @torch.no_grad()
-    def members(self, batch: Batch, offset: Tensor, names, n_series: int = 1) -> dict[str, Tensor]:
-        """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them."""
+    def members(self, batch: Batch, offset: Tensor, names, n_series: int = 1, at=slice(None)) -> dict[str, Tensor]:
+        """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them. Of the levels
+        those numbered `at`."""
         h, found = self.config.horizon, {}
         _, scale = self.linear.units(batch)
         moved = self.moves(batch, scale)
         for name in names:
             if name == "network":
-                found[name] = combine.stretched(self.network(batch, n_series), self.spreads.get(name, self.plain))
+                found[name] = combine.stretched(self.network(batch, n_series), self.spreads.get(name, self.plain))[
+                    ..., at
+                ]
                 continue
             point = {
                 "naive": lambda: baselines.seasonal_naive(batch, self.season, h),
@@ -95,23 +98,29 @@ class Engine:
                 "ridge": lambda: self.ridge.predict(batch),
             }[name]()
             spread = self.spreads.get(name)
-            point = point[..., None].expand(-1, -1, len(LEVELS))
+            point = point[..., None].expand(-1, -1, len(LEVELS))[..., at]
             if spread is not None:
-                point = point + (scale * combine.width(moved, self.spreads[f"{name}.width"]))[..., None] * spread
+                wide = scale * combine.width(moved, self.spreads[f"{name}.width"])
+                point = point + wide[..., None] * spread[..., at]
             found[name] = point
         return found
 
-    def forecast(self, windows: Windows, series: Tensor, cuts: Tensor, also=(), size: int = 512):
-        """Yields (rows, {"blend": (B, H, Q), and every name in `also`: ...}, batch) in units of the series."""
+    def forecast(self, windows: Windows, series: Tensor, cuts: Tensor, also=(), size: int = 512, at=slice(None)):
+        """Yields (rows, {"blend": (B, H, Q), and every name in `also`: ...}, batch) in units of the series; of the levels those
+        numbered `at`."""
         used = [m for m, w in self.weights.items() if w > 0]
         n = self._group(windows)
         for rows in torch.arange(len(series), device=windows.device).split(max(n, size // n * n)):
             s = series[rows]
             batch = windows.batch(s, cuts[rows], self.longest, self.config.horizon, dates="network" in (*used, *also))
-            found = self.members(batch, offsets(windows, s), dict.fromkeys((*used, *also)), n)
+            offset = offsets(windows, s)
+            found = self.members(batch, offset, used, n)
             mixed = sum(self.weights[m] * found[m] for m in used)
-            out = {m: found[m] for m in also}
-            yield rows, {"blend": combine.stretched(mixed, self.factors), **out}, batch
+            # The others are not mixed, so that of their levels only those wanted are made.
+            rest = [m for m in also if m not in used]
+            alone = self.members(batch, offset, rest, n, at) if rest else {}
+            out = {m: found[m][..., at] if m in found else alone[m] for m in also}
+            yield rows, {"blend": combine.stretched(mixed, self.factors)[..., at], **out}, batch
 
     def _group(self, windows: Windows) -> int:
         grouped = self.network is not None and self.network.config.grouped
