@@ -9,11 +9,14 @@ from exlstm.bench.config import ForecastingConfig
 from exlstm.data import frequency
 from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
-from exlstm.data.windows import Windows
-from exlstm.forecast import engine
+from exlstm.data.windows import Batch, Windows
+from exlstm.forecast import engine, fitting, ridges
 from exlstm.forecast.config import FitConfig
 from exlstm.forecast.tables import read_table
 from exlstm.forecast.tsf import read_tsf
+from exlstm.models import linear
+from exlstm.models.config import LinearConfig
+from exlstm.models.linear import Gram, LinearPath
 
 pd = pytest.importorskip("pandas")
 CLOCKS = ("4s", "30min", "h", "D", "B", "W-SUN", "7D", "MS", "ME", "BME", "QS-FEB", "YS-JAN", "2MS", 3)
@@ -230,3 +233,47 @@ def test_the_long_protocols_sum_only_the_levels_that_they_show():
     for name in ("MSE", "MAE", "cover 80", "cover 95"):
         assert rows[0][name] == rows[1][name]
     assert (q[..., 6] - y).square().nanmean() == pytest.approx(rows[0]["MSE"])
+
+
+@pytest.mark.parametrize("center", ("mean", "last"))
+@pytest.mark.parametrize("n_dates", (0, 3))
+def test_stretches_give_the_sums_of_their_windows(center, n_dates, monkeypatch):
+    """In float64, in pieces of any size, also where some windows lie too far off to teach anything."""
+    monkeypatch.setattr(linear, "PIECE", 16)
+    path = LinearPath(LinearConfig(4, 9, 0, 0, 0, n_dates, center, "series"), dtype=torch.float64)
+    draw, added, whole = torch.Generator().manual_seed(0), Gram(path), Gram(path)
+    stretches = []
+    for steps in (50, 13, 36):
+        y = torch.randn(steps, generator=draw, dtype=torch.float64).cumsum(0)
+        y[steps // 2] += 40.0
+        dates = torch.randn(steps - 12, 3, generator=draw, dtype=torch.float64)
+        stretches.append((y, dates))
+        z, seen = y.unfold(0, 13, 1), torch.ones(steps - 12, 9, dtype=torch.bool)
+        none = torch.zeros(len(z), 0)
+        added.add(Batch(z[:, :9], seen, seen, none, none, none, dates, none, z[:, 9:], none))
+    whole.add_stretches(stretches)
+    assert 0 < int(whole.windows) == int(added.windows) < 63
+    for name in ("xx", "xy"):
+        torch.testing.assert_close(getattr(whole, name), getattr(added, name), rtol=1e-11, atol=1e-9)
+
+
+@pytest.mark.parametrize("apart", (False, True))
+def test_long_series_are_learnt_from_without_a_window(apart, monkeypatch):
+    """Two long series of three are summed at once, the one with a gap window by window, and the sums are the same."""
+    draw, n = np.random.default_rng(0), 400
+    frame = pd.DataFrame(draw.normal(size=(n, 3)).cumsum(0) / 9, columns=list("abc"))
+    frame.loc[200, "b"] = np.nan
+    frame.insert(0, "ds", pd.date_range("2024-01-01", periods=n, freq="h"))
+    config = FitConfig(horizon=6)
+    found = fitting.split(Windows(panel_of(frame), 24).with_calendar(6), config)
+    path = LinearPath(LinearConfig(6, 24, 0, 0, 0, found.windows.n_dates, "mean", "series"))
+    batches, windows = fitting.batches, []
+    monkeypatch.setattr(ridges, "batches", lambda w, c, m, *a: windows.append(len(m)) or batches(w, c, m, *a))
+    grams = ridges._grams(found, path, config, ridges.EVERY, apart=apart)
+    wanted = ridges._grams(found, path, config, ridges.EVERY - 1, apart=apart)
+    each = int(found.train(24, 6).counts[0])
+    assert windows == ([0, each, 0, each, each, each] if apart else [each, 3 * each])
+    for one, other in zip(grams, wanted):
+        assert int(one.windows) == int(other.windows)
+        torch.testing.assert_close(one.xx, other.xx, rtol=1e-5, atol=2e-3)
+        torch.testing.assert_close(one.xy, other.xy, rtol=1e-5, atol=2e-3)

@@ -113,6 +113,13 @@ class Windows:
         return self.around[0][self.room : self.room + len(self.panel.y)]
 
     @property
+    def whole(self) -> Tensor:
+        """(N,) bool: the series has no gap."""
+        seen = self.around[1][self.room : self.room + len(self.panel.y)]
+        gaps = torch.nn.functional.pad((~seen).cumsum(0), (1, 0))
+        return gaps[self.starts + self.lengths] == gaps[self.starts]
+
+    @property
     def n_dates(self) -> int:
         return self.dates.shape[1]
 

@@ -19,8 +19,9 @@ from exlstm.models.config import LinearConfig
 from exlstm.models.linear import Gram, LinearPath
 
 ALPHAS = tuple(10.0**k for k in range(-6, 2))
-# Windows that a choice learns from, and numbers of targets that it is judged by.
-CHOOSE_FROM, JUDGED = 24576, 2**20
+# Windows that a choice learns from, and numbers of targets that it is judged by; windows that a fit learns from at most, those of
+# long series without a gap apart, of which it takes all.
+CHOOSE_FROM, JUDGED, EVERY = 24576, 2**20, 10**7
 # What a choice has to gain on validation; less may well be chance.
 GAIN, SCALE_GAIN = 0.01, 0.03
 # Excess of the error over the least one at which a look-back counts a third of what it would.
@@ -139,7 +140,7 @@ def fit(
     """The linear path of a recipe and its single ridge, from all windows to learn from, or from some of them
     `without` the block k of n in time."""
     path, ridge = LinearPath(recipe.settings, found.windows.device), LinearPath(recipe.settings, found.windows.device)
-    most = CHOOSE_FROM if without else 10**7
+    most = CHOOSE_FROM if without else EVERY
     grams = _grams(found, path, config, most, whole, bool(recipe.own), without)
     gram = grams[0].plus(grams[1:])
     path.weight.copy_(_mean(gram, recipe.parts))
@@ -196,12 +197,25 @@ def _grams(
     numbers = cuts.some(most)
     if without:
         numbers = numbers[_block(cuts, numbers, without[1]) != without[0]]
-    parts = [numbers[cuts.at(numbers)[0] == n] for n in range(len(w.panel))] if apart else [numbers]
-    grams = [Gram(path) for _ in parts]
-    for gram, part in zip(grams, parts):
-        for batch, _ in batches(w, cuts, part, longest, config.horizon):
+    grams = [Gram(path) for _ in range(len(w.panel) if apart else 1)]
+    # Of long series without a gap all windows are summed at once.
+    at_once = torch.zeros_like(w.lengths, dtype=torch.bool)
+    if most >= EVERY and grams[0].takes_stretches:
+        at_once = w.whole & (cuts.first >= longest) & (cuts.counts >= (longest + config.horizon) // 4)
+    those, owner = at_once.nonzero()[:, 0].tolist(), cuts.at(numbers)[0]
+    numbers, owner = numbers[~at_once[owner]], owner[~at_once[owner]]
+    for k, gram in enumerate(grams):
+        gram.add_stretches(_stretch(w, cuts, n, longest, config.horizon) for n in those if n == k or not apart)
+        for batch, _ in batches(w, cuts, numbers[owner == k] if apart else numbers, longest, config.horizon):
             gram.add(batch)
     return grams
+
+
+def _stretch(windows, cuts, n: int, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """The rows that all windows of series n see, and the calendar at the first step of their futures."""
+    first, count = int(cuts.first[n]), int(cuts.counts[n])
+    start, date = int(windows.starts[n]) + first, int(windows.date_starts[n]) + first
+    return windows.y[start - lookback : start + count - 1 + horizon], windows.dates[date : date + count]
 
 
 def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
@@ -250,7 +264,7 @@ def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig)
     if n < 2 or n * features * max(features, settings.horizon) > MOST or int(counts.min()) < ENOUGH * features:
         return recipe
     path = LinearPath(settings, w.device)
-    held, grams = _held(found, path, config), _grams(found, path, config, 10**7, apart=True)
+    held, grams = _held(found, path, config), _grams(found, path, config, EVERY, apart=True)
     pieces = [held.of(k) for k in range(n)]
     if not all(len(piece.x) for piece in pieces):
         return recipe

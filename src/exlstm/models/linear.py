@@ -19,6 +19,8 @@ from exlstm.models.config import LinearConfig
 LEAST = 0.02
 # Windows whose future lies further off than this many scales teach nothing about the others.
 FURTHEST = 20.0
+# Windows of a stretch that are summed at once.
+PIECE = 2**17
 
 
 def level_and_scale(batch, lookback: int, center: str, scale: str) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ class LinearPath(nn.Module):
 
 
 class Gram:
-    """XᵀX and XᵀY of a linear path, summed over batches in float64."""
+    """XᵀX and XᵀY of a linear path, summed over batches or whole stretches in float64."""
 
     def __init__(self, path: LinearPath):
         self.path, n = path, path.config.features
@@ -125,6 +127,63 @@ class Gram:
         self.xx += (x.T @ x).to(self.home, torch.float64)
         self.xy += (x.T @ y).to(self.home, torch.float64)
         self.windows += keep.sum()
+
+    @property
+    def takes_stretches(self) -> bool:
+        """Whether windows are counted in one scale, and nothing but the calendar stands beside them."""
+        c = self.path.config
+        return c.scale == "series" and not (c.n_past and c.past) and not c.n_future
+
+    @torch.no_grad()
+    def add_stretches(self, stretches):
+        """Adds all windows of stretches (rows (W + L + H - 1,) without gaps, calendar (W, C) at the first step of each future).
+
+        The same sums as of `add`, without a window in sight: they are sums of products of the rows at every lag, and those
+        one step on differ from them by what enters and what leaves. The cost does not grow with W times L (L + H).
+        """
+        c, new = self.path.config, {"dtype": torch.float64, "device": self.home}
+        d = c.lookback + c.horizon
+        crossed, beside = torch.zeros(d, c.n_dates + 1, **new), torch.zeros(c.n_dates + 1, c.n_dates + 1, **new)
+        first, far_off, enter, leave = torch.zeros(d, **new), torch.zeros(d, d, **new), [], []
+        for rows, calendar in stretches:
+            for at in range(0, len(calendar), PIECE):
+                e = calendar[at : at + PIECE, : c.n_dates].to(**new)
+                z, e = rows[at : at + len(e) + d - 1].to(**new), torch.cat([e, torch.ones(len(e), 1, **new)], 1)
+                products = _lagged(torch.cat([z[None, : len(e)], e.T]), z, d)
+                first, crossed, beside = first + products[0], crossed + products[1:].T, beside + e.T @ e
+                enter.append(z[len(e) :])
+                leave.append(z[: d - 1])
+                if len(far := self._far(z)):
+                    out, e = z.unfold(0, d, 1)[far], e[far]
+                    far_off, crossed, beside = far_off + out.T @ out, crossed - out.T @ e, beside - e.T @ e
+        if not enter:
+            return
+        enter, leave = torch.stack(enter), torch.stack(leave)
+        whole = _down_the_diagonals(first, enter.T @ enter - leave.T @ leave) - far_off
+        # Every window is counted from its level, which is a sum over it.
+        level = torch.zeros(d, **new)
+        level[: c.lookback] = 1 / c.lookback
+        if c.center != "mean":
+            level = torch.zeros(d, **new).index_fill(0, torch.tensor([c.lookback - 1], device=self.home), 1.0)
+        whole = whole - level @ whole
+        whole, crossed = whole - (whole @ level)[:, None], crossed - level @ crossed
+        x, y = slice(0, c.lookback), slice(c.lookback, d)
+        self.xx += torch.cat([torch.cat([whole[x, x], crossed[x]], 1), torch.cat([crossed[x].T, beside], 1)])
+        self.xy += torch.cat([whole[x, y], crossed[y].T])
+        self.windows += beside[-1, -1].to(self.path.weight.device)
+
+    def _far(self, z: Tensor) -> Tensor:
+        """The windows of a stretch whose future lies FURTHEST off their level or further."""
+        c = self.path.config
+        if z.max() - z.min() < FURTHEST:
+            return z.new_zeros(0, dtype=torch.int64)
+        sums = torch.nn.functional.pad(z.cumsum(0), (1, 0))
+        n = len(z) - c.lookback - c.horizon + 1
+        level = (sums[c.lookback :] - sums[: -c.lookback])[:n] / c.lookback
+        level = level if c.center == "mean" else z[c.lookback - 1 :][:n]
+        ahead = z[c.lookback :].unfold(0, c.horizon, 1)
+        off = torch.maximum(ahead.amax(1) - level, level - ahead.amin(1))
+        return (off >= FURTHEST).nonzero()[:, 0]
 
     def plus(self, others) -> Gram:
         """The sums of these windows and of the others'."""
@@ -160,6 +219,23 @@ class Gram:
             whole[kept] = w
             found.append(whole.to(self.path.weight.device, self.path.weight.dtype))
         return found
+
+
+def _lagged(columns: Tensor, z: Tensor, lags: int) -> Tensor:
+    """(C, lags): sums over t of columns[c, t] z[t + lag], for columns (C, W) and z (W + lags - 1,)."""
+    size = 1 << (len(z) - 1).bit_length()
+    product = torch.fft.rfft(columns, size).conj() * torch.fft.rfft(z, size)
+    return torch.fft.irfft(product, size)[:, :lags]
+
+
+def _down_the_diagonals(first: Tensor, steps: Tensor) -> Tensor:
+    """The symmetric matrix (d, d) with the first row `first` and m[i + 1, j + 1] = m[i, j] + steps[i, j]."""
+    d = len(first)
+    whole = torch.empty(d, d, dtype=first.dtype, device=first.device)
+    whole[0], whole[:, 0] = first, first
+    for i in range(d - 1):
+        torch.add(whole[i, :-1], steps[i], out=whole[i + 1, 1:])
+    return whole
 
 
 def _centred(rows: Tensor, n: int) -> Tensor:
