@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from exlstm.train import progress
 from exlstm.train.config import TrainConfig
 from exlstm.train.loop import train
 from exlstm.train.progress import CURVE, Progress, legible, sparkline
@@ -80,3 +81,15 @@ def test_the_curve_of_a_long_run_stays_short():
     for step in range(20 * CURVE):
         progress.step({"step": step + 1, "loss": float(step)})
     assert len(progress.curve) < 2 * CURVE and progress.curve == sorted(progress.curve)
+
+
+def test_a_task_says_how_far_it_is_and_when_it_ends(monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    pace = progress.Pace("windows", 4000, told.append)
+    for _ in range(4):
+        now[0] += 3.0
+        pace.add(1000)
+    # Not before five seconds, and not at the end, where something better is said.
+    assert told == ["  windows: 2,000 of 4,000, 6 s left"]
+    progress.Pace("windows", 2, None).add()

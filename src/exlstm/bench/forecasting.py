@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -20,6 +21,7 @@ from exlstm.bench.config import ForecastingConfig
 from exlstm.bench.forecast_tasks import Task, tasks_of
 from exlstm.forecast import engine, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
+from exlstm.train.progress import Pace
 
 LEVELS = engine.LEVELS
 DECILES = [k for k, level in enumerate(engine.LEVELS) if round(level * 10) == level * 10]
@@ -127,11 +129,13 @@ def _judge(task: Task, fitted: engine.Engine, names) -> dict[str, Tally]:
     pairs = zip(series.tolist(), cuts.tolist()) if archive else ()
     units = torch.tensor([scale(n, t) for n, t in pairs] or [math.nan] * len(series)).to(**home)
     size = 512 if windows.device.type == "cpu" else 2048
+    pace = Pace("test windows", len(series), functools.partial(print, flush=True))
     for at, out, batch in fitted.forecast(windows, series, cuts, names, size, tallies["blend"].at):
         mean, deviation = norms[series[at].to(home["device"])].unbind(1)
         y = batch.target.to(**home) * deviation + mean
         for name, q in out.items():
             tallies[name].add(q.to(**home) * deviation[..., None] + mean[..., None], y, units[at.to(home["device"])])
+        pace.add(len(at))
     return tallies
 
 

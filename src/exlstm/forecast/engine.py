@@ -144,7 +144,7 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     windows = Windows(panel, season, statistics, device=device).with_calendar(config.horizon)
     found = fitting.split(windows, config)
     start = time.perf_counter()
-    linear, ridge, recipe, tried = ridges.choose(found, config)
+    linear, ridge, recipe, tried = ridges.choose(found, config, say)
     engine = Engine(config, season, statistics, linear, ridge, recipe.single.lookback, notes=[_told(recipe, tried)])
     say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
     story = None

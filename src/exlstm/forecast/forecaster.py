@@ -13,6 +13,7 @@ from exlstm.data.panel import TARGET, Columns, Panel
 from exlstm.data.series import panel_of, without_times
 from exlstm.forecast import combine, engine, files, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
+from exlstm.train.progress import Pace
 
 BASELINES = ("naive", "ridge")
 
@@ -234,7 +235,9 @@ class Forecaster:
         mean, scale = windows.norms[series.cpu().numpy()].T[:, :, None]
         found: dict[str, list] = {}
         half = len(engine.LEVELS) // 2
-        for _, out, _ in self.engine.forecast(windows, series, cuts, also):
+        pace = Pace("forecasts", len(series), self.report)
+        for rows, out, _ in self.engine.forecast(windows, series, cuts, also):
+            pace.add(len(rows))
             for name, q in out.items():
                 title = MODEL if name == "blend" else TITLES[name]
                 picked = combine.at_levels(q, self.engine.levels, wanted) if wanted else q[..., :0]

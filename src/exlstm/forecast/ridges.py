@@ -17,6 +17,7 @@ from exlstm.forecast.config import FitConfig
 from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, error_sum, lookbacks, spans, window_errors
 from exlstm.models.config import LinearConfig
 from exlstm.models.linear import Gram, LinearPath
+from exlstm.train.progress import Pace
 
 ALPHAS = tuple(10.0**k for k in range(-6, 2))
 # Windows that a choice learns from, and numbers of targets that it is judged by; windows that a fit learns from at most, those of
@@ -98,8 +99,9 @@ class Trial:
     group: Tensor  # (W,)
 
 
-def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Recipe, int]:
-    """(linear path, single ridge, recipe, settings tried), chosen by validation error and fitted to what is learnt from.
+def choose(found: Split, config: FitConfig, say=None) -> tuple[LinearPath, LinearPath, Recipe, int]:
+    """(linear path, single ridge, recipe, settings tried), chosen by validation error and fitted to what is learnt from; `say`
+    (a function of a text) hears how far it is.
 
     A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN: choices that gain less do not carry
     over to later data. The last value as the level also has to gain more than chance.
@@ -115,9 +117,14 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
     plain = LinearConfig(h, longest, past, n_past, ahead, 0, "mean", "series")
     # A window's own scale is that of all its steps, or of the root of shortest times longest: what it is like now.
     late = (round((looks[0] * longest) ** 0.5), 0)
+    # The fit at the end, of all windows, is taken for two.
+    tries = 3 + 1 + bool(w.n_dates) + 3 * bool(n_past)
+    pace = Pace("linear path, settings", tries + 2, say)
     best = _attempt(found, plain, looks, config)
+    pace.add()
     others = (_attempt(found, replace(plain, scale="window", lately=steps), looks, config) for steps in late)
     other = min(others, key=lambda trial: trial.error)
+    pace.add(2)
     best = other if other.error < best.error * (1 - SCALE_GAIN) else best
     changes = [({"center": "last"}, GAIN)]
     if w.n_dates:
@@ -127,11 +134,12 @@ def choose(found: Split, config: FitConfig) -> tuple[LinearPath, LinearPath, Rec
         changes += [({"past": 0, "n_past": 0, "n_future": 0}, 0.0)]
     for change, gain in changes:
         row = _attempt(found, replace(best.recipe.settings, **change), looks, config)
+        pace.add()
         # Windows are counted from another level only where that is more than chance.
         sure = "center" not in change or backed(best.errors - row.errors, row.count, row.group) > 0
         best = row if sure and row.error < best.error * (1 - gain) else best
-    recipe = _with_own(found, best.recipe, looks, config)
-    return *fit(found, recipe, config, whole=False), recipe, 3 + len(changes)
+    recipe = _with_own(found, best.recipe, looks, config, say)
+    return *fit(found, recipe, config, whole=False), recipe, tries
 
 
 def fit(
@@ -256,7 +264,7 @@ def _attempt(found: Split, settings: LinearConfig, looks: list[int], config: Fit
     return Trial(Recipe(settings, parts, near[-1]), held.error(mapped), *held.errors(mapped), held.group)
 
 
-def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig) -> Recipe:
+def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig, say=None) -> Recipe:
     """The recipe with a share of every series' own weights, where all are long, few, and the share gains GAIN."""
     w, settings = found.windows, recipe.settings
     n, features = len(w.panel), settings.features
@@ -269,7 +277,10 @@ def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig)
     if not all(len(piece.x) for piece in pieces):
         return recipe
     pooled = _mean(grams[0].plus(grams[1:]), recipe.parts)
-    own = [_parts(gram, piece, looks) for gram, piece in zip(grams, pieces)]
+    own, pace = [], Pace("own weights, series", n, say)
+    for gram, piece in zip(grams, pieces):
+        own.append(_parts(gram, piece, looks))
+        pace.add()
     base = held.x @ pooled
     away = torch.zeros_like(base)
     for k, (_, _, weight) in enumerate(own):

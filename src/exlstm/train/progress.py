@@ -20,6 +20,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+class Pace:
+    """Says every few seconds how much of a task is done and how long the rest takes; `say` hears it, a function of a text, or None."""
+
+    def __init__(self, what: str, total: int, say, seconds: float = PLAIN_SECONDS):
+        self.what, self.total, self.say, self.seconds, self.done = what, total, say, seconds, 0
+        self.start = self.last = time.perf_counter()
+
+    def add(self, count: int = 1):
+        self.done, now = self.done + count, time.perf_counter()
+        if self.say and now - self.last >= self.seconds and self.done < self.total:
+            self.last, left = now, (now - self.start) / self.done * (self.total - self.done)
+            self.say(f"  {self.what}: {self.done:,} of {self.total:,}, {left:.0f} s left")
+
+
 def sparkline(values: list[float], width: int) -> str:
     """The values as `width` bars at most, each the mean of its share."""
     width = min(width, len(values))
