@@ -21,7 +21,7 @@ def clock(seconds: float) -> str:
 
 
 class Pace:
-    """Says every few seconds how much of a task is done and how long the rest takes; `say` hears it, a function of a text, or None."""
+    """Says every few seconds how much of a task is done and how long the rest takes; `say(text)` hears it, or None."""
 
     def __init__(self, what: str, total: int, say, seconds: float = PLAIN_SECONDS):
         self.what, self.total, self.say, self.seconds, self.done = what, total, say, seconds, 0
