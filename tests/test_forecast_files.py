@@ -7,6 +7,7 @@ import torch
 from exlstm.bench import forecast_tasks, forecasting
 from exlstm.bench.config import ForecastingConfig
 from exlstm.data import frequency
+from exlstm.data import windows as windows_module
 from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
 from exlstm.data.windows import Batch, Windows
@@ -277,3 +278,24 @@ def test_long_series_are_learnt_from_without_a_window(apart, monkeypatch):
         assert int(one.windows) == int(other.windows)
         torch.testing.assert_close(one.xx, other.xx, rtol=1e-5, atol=2e-3)
         torch.testing.assert_close(one.xy, other.xy, rtol=1e-5, atol=2e-3)
+
+
+def test_a_fit_fills_every_series_once_and_reads_the_calendar_once(monkeypatch):
+    panel = panel_of(wide(200, 3).drop(columns="help"))
+    count, filled, calendar = {"filled": 0, "calendar": 0}, windows_module.filled, frequency.calendar
+
+    def counted(name, plain):
+        def call(*values):
+            count[name] += 1
+            return plain(*values)
+
+        return call
+
+    monkeypatch.setattr(windows_module, "filled", counted("filled", filled))
+    monkeypatch.setattr(frequency, "calendar", counted("calendar", calendar))
+    config = FitConfig(horizon=5, members=("naive", "linear"), max_lookback=24)
+    made = engine.fit(panel, config, 24)
+    assert count == {"filled": 3, "calendar": 1}
+    begin = int(fitting.begins(torch.tensor([200]), 24, config)[0])
+    for name, y in zip(panel.ids, panel.y.reshape(3, 200)):
+        assert made.statistics["series"][name] == (np.nanmean(y[:begin]), np.nanstd(y[:begin]))

@@ -336,7 +336,8 @@ def calendar(times, freq, year: bool = True) -> tuple[np.ndarray, list[str]]:
 
     def wave(name, phase, harmonics):
         for k in range(1, harmonics + 1):
-            columns.extend((np.sin(2 * np.pi * k * phase), np.cos(2 * np.pi * k * phase)))
+            turned = 2 * np.pi * k * np.asarray(phase)
+            columns.extend((np.sin(turned).astype(np.float32), np.cos(turned).astype(np.float32)))
             names.extend((f"{name} sin {k}", f"{name} cos {k}"))
 
     if seconds < _DAY:
@@ -348,4 +349,4 @@ def calendar(times, freq, year: bool = True) -> tuple[np.ndarray, list[str]]:
         wave("year", (times.day_of_year - 1 + (day if seconds < _DAY else 0)) / 365.25, 6 if seconds <= _DAY else 2)
     if not columns:
         return np.zeros((len(times), 0), np.float32), []
-    return np.stack([np.asarray(c) for c in columns], 1).astype(np.float32), names
+    return np.stack(columns, 1), names

@@ -66,8 +66,7 @@ class Windows:
         known = (statistics or {}).get("series", {})
         self.norms = np.array([known.get(i) or _norm(part) for i, part in zip(panel.ids, parts)])  # (N, 2)
         flat = np.concatenate([(filled(part, season) - mean) / scale for part, (mean, scale) in zip(parts, self.norms)])
-        own = {"series": {i: tuple(norm.tolist()) for i, norm in zip(panel.ids, self.norms)}}
-        self.statistics = statistics or {**_statistics(panel), **own, "year": _knows_the_year(panel)}
+        self.statistics = statistics or statistics_of(panel)
         futr, hist = (_standard(getattr(panel, kind), *self.statistics[kind], offsets) for kind in ("futr", "hist"))
         static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]
         more = 0 if future is None else future.shape[1]
@@ -177,9 +176,10 @@ def _norm(y: np.ndarray) -> tuple[float, float]:
     return mean, deviation if deviation > 1e-9 * np.abs(known).max() else 1.0
 
 
-def _statistics(panel: Panel) -> dict:
-    """Mean and deviation of every covariate, over all rows."""
-    found = {}
+def statistics_of(panel: Panel) -> dict:
+    """Mean and deviation of every covariate, over all rows, and of every series, and whether the year is known."""
+    parts = (panel.y[a:b] for a, b in itertools.pairwise(panel.offsets))
+    found = {"series": dict(zip(panel.ids, map(_norm, parts))), "year": _knows_the_year(panel)}
     for kind in ("futr", "hist", "static"):
         values = getattr(panel, kind)
         known = np.ma.masked_invalid(values)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exlstm.data.panel import Panel
-from exlstm.data.windows import Batch, Windows, last
+from exlstm.data.windows import Batch, Windows, last, statistics_of
 from exlstm.forecast import baselines, combine, fitting, ridges, training
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig
@@ -136,11 +136,9 @@ def offsets(windows: Windows, series: Tensor) -> Tensor:
 def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None) -> Engine:
     """The whole procedure: split, linear path, network, blend, calibration, refit. `report(text)` hears of it."""
     say = report or (lambda text: None)
-    windows = Windows(panel, season, device=device).with_calendar(config.horizon)
-    found = fitting.split(windows, config)
     # Scales and means come from what is learnt from, not from the validation part.
-    learnt = panel.cut((windows.lengths - found.begins).cpu().numpy())
-    statistics = Windows(learnt, season, device=device).statistics
+    begins = fitting.begins(torch.from_numpy(panel.lengths), season, config)
+    statistics = statistics_of(panel.cut(panel.lengths - begins.numpy()))
     windows = Windows(panel, season, statistics, device=device).with_calendar(config.horizon)
     found = fitting.split(windows, config)
     start = time.perf_counter()

@@ -62,19 +62,28 @@ class Split:
         return Cuts(self.begins, self.windows.lengths - horizon, most)
 
 
-def split(windows: Windows, config: FitConfig) -> Split:
-    """The last 15 % of every series, at least a horizon, are for validation, where as much is left to learn from."""
-    h, lengths = config.horizon, windows.lengths
+def begins(lengths: Tensor, season: int, config: FitConfig) -> Tensor:
+    """(N,): the last 15 % of every series, at least a horizon, are for validation, where as much is left to learn from."""
+    h = config.horizon
     size = (0.15 * lengths).long().clamp_min(h) if not config.val_size else torch.full_like(lengths, config.val_size)
-    least = min(max(4, windows.season), 3 * h + 4)
-    begins = torch.where(lengths - size >= h + least, lengths - size, lengths)
-    found = Split(windows, begins, _naive_error(windows, begins))
+    return torch.where(lengths - size >= h + _least(season, h), lengths - size, lengths)
+
+
+def _least(season: int, horizon: int) -> int:
+    """Steps beside the horizons that a series needs to be learnt from and to be checked by."""
+    return min(max(4, season), 3 * horizon + 4)
+
+
+def split(windows: Windows, config: FitConfig) -> Split:
+    """Every series parted at `begins`; ValueError where none is long enough."""
+    h, first = config.horizon, begins(windows.lengths.cpu(), windows.season, config).to(windows.device)
+    found = Split(windows, first, _naive_error(windows, first))
     if config.val_size and config.val_size < h:
         raise ValueError(f"val_size is {config.val_size}, wanted at least the horizon, {h}")
     if not found.val(h).total or not found.train(4, h).total:
-        longest = int(lengths.max())
+        longest, least = int(windows.lengths.max()), 2 * h + _least(windows.season, h)
         raise ValueError(
-            f"the longest series has {longest} rows, a horizon of {h} wants at least {2 * h + least} to learn and to check"
+            f"the longest series has {longest} rows, a horizon of {h} wants at least {least} to learn and to check"
         )
     return found
 
