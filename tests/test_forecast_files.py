@@ -299,3 +299,14 @@ def test_a_fit_fills_every_series_once_and_reads_the_calendar_once(monkeypatch):
     begin = int(fitting.begins(torch.tensor([200]), 24, config)[0])
     for name, y in zip(panel.ids, panel.y.reshape(3, 200)):
         assert made.statistics["series"][name] == pytest.approx((np.nanmean(y[:begin]), np.nanstd(y[:begin])))
+
+
+def test_a_series_that_is_all_test_window_is_left_out_and_told(tmp_path, capsys):
+    """It had windows that begin before its first row."""
+    path = tsf(tmp_path / "a.tsf", ["long:" + ",".join("5" * 50), "short:1,2,3,4", "even:1,2,3,4,5,6"], None, ())
+    (task,) = forecast_tasks.tasks_of(path, ForecastingConfig(horizons=(6,)))
+    assert task.panel.ids == ["long"]
+    assert "2 series of at most 6 steps" in capsys.readouterr().out
+    assert task.told() == "a (archive): 1 series, 50 steps of 1, season 1, horizon 6, 1 test windows"
+    with pytest.raises(ValueError, match="no series of more than the 60 steps"):
+        forecast_tasks.tasks_of(path, ForecastingConfig(horizons=(60,)))

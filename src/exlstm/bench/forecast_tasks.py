@@ -49,6 +49,13 @@ class Task:
         series = np.repeat(np.arange(len(self.cuts)), [len(c) for c in self.cuts])
         return series, np.concatenate(self.cuts)
 
+    def told(self) -> str:
+        """What is to be forecast, in a line."""
+        count = f"{len(self.panel):,} series, {len(self.panel.y):,} steps of {self.panel.freq}, season {self.season}"
+        return (
+            f"{self.name} ({self.protocol}): {count}, horizon {self.horizon}, {sum(map(len, self.cuts)):,} test windows"
+        )
+
     @property
     def learnt(self) -> Panel:
         """The panel up to the test part."""
@@ -135,6 +142,15 @@ def _archive(path: Path, config) -> list[Task]:
     h = config.horizons[0] if config.horizons else header["horizon"] or _horizon(known)
     # m4's series are of unlike ages: one window each.
     windows = 1 if path.stem.startswith("m4") else min(max(1, math.ceil(0.1 * panel.lengths.min() / h)), 20)
+    if short := int((panel.lengths <= h * windows).sum()):
+        if short == len(panel):
+            raise ValueError(
+                f"{path} has no series of more than the {h * windows} steps that are tested; choose less in horizons"
+            )
+        print(
+            f"{path.stem}: {short} series of at most {h * windows} steps, all of them tested, have no past and are left out"
+        )
+        panel = panel.cut(np.where(panel.lengths > h * windows, 0, panel.lengths))
     seen = panel.lengths - h * windows
     cuts = [np.arange(s, s + h * windows, h) for s in seen]
     season = frequency.seasons(header["freq"] or panel.freq)[0]

@@ -20,6 +20,7 @@ from exlstm.bench import timing
 from exlstm.bench.config import ForecastingConfig
 from exlstm.bench.forecast_tasks import Task, tasks_of
 from exlstm.forecast import engine, frames
+from exlstm.forecast.command import Report
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 from exlstm.train.progress import Pace
 
@@ -69,6 +70,7 @@ def run(config: ForecastingConfig) -> list[dict]:
     rows = []
     with timing.cores(config):
         for task in (task for path in config.files for task in tasks_of(path, config)):
+            print(task.told(), flush=True)
             found = [row for seed in config.seeds for row in _ours(task, config, seed)]
             found += [row for peer in config.peers for row in _theirs(task, config, peer)]
             rows += _beside_naive(found)
@@ -93,7 +95,7 @@ def _ours(task: Task, config: ForecastingConfig, seed: int) -> list[dict]:
             "seed": seed,
         }
         settings = replace(config.fit, **changes, **_network(mixer, config.fit))
-        fitted = engine.fit(task.learnt, settings, task.season, config.device, report=print)
+        fitted = engine.fit(task.learnt, settings, task.season, config.device, report=Report())
         seconds = time.perf_counter() - start
         names = [m for m in fitted.scores if m != "blend" and (m == "network" or m not in shown)]
         shown |= set(names)
