@@ -32,7 +32,7 @@ SCRIPT = Path(__file__).with_name("forecast_peers.py")
 class Tally:
     """Errors summed over windows where the forecasts are: quantiles (B, H, Q), truth (B, H), float64, in units of the data.
 
-    Q counts the levels LEVELS[k] for k in `at`: median and intervals, with `ratios` the deciles too.
+    Q counts all levels, or those that it goes by, LEVELS[k] for k in `at`: median and intervals, with `ratios` the deciles too.
     """
 
     def __init__(self, ratios: bool = True):
@@ -42,6 +42,7 @@ class Tally:
 
     def add(self, quantiles: Tensor, y: Tensor, scale: Tensor):
         """`scale` (B,): the mean error of the naive forecast in the history of each window."""
+        quantiles = quantiles[..., self.at] if quantiles.shape[-1] == len(LEVELS) else quantiles
         known, last, loss = ~y.isnan(), len(LEVELS) - 1, torch.zeros(())
         off = torch.where(known[..., None], y[..., None] - quantiles, 0.0)  # (B, H, Q)
         error = off[..., self.at.index(last // 2)]
@@ -233,7 +234,7 @@ def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
     at = [(place[str(name)], int(cut)) for name, cut in zip(ids, cuts)]
     y = np.stack([task.panel.y[task.panel.offsets[n] + t :][: task.horizon] for n, t in at])
     unit = torch.tensor([scale(n, t) for n, t in at], dtype=torch.float64)
-    tally.add(torch.from_numpy(quantiles)[..., tally.at].double(), torch.from_numpy(y), unit)
+    tally.add(torch.from_numpy(quantiles).double(), torch.from_numpy(y), unit)
     return [_row(task, peer, config.seeds[0], tally, time.perf_counter() - start, {})]
 
 
