@@ -241,6 +241,7 @@ def test_the_long_protocols_sum_only_the_levels_that_they_show():
 def test_stretches_give_the_sums_of_their_windows(center, n_dates, monkeypatch):
     """In float64, in pieces of any size, also where some windows lie too far off to teach anything."""
     monkeypatch.setattr(linear, "PIECE", 16)
+    monkeypatch.setattr(linear, "HELD", 2)
     path = LinearPath(LinearConfig(4, 9, 0, 0, 0, n_dates, center, "series"), dtype=torch.float64)
     draw, added, whole = torch.Generator().manual_seed(0), Gram(path), Gram(path)
     stretches = []

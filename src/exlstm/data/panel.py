@@ -62,7 +62,9 @@ class Panel:
         keep = np.flatnonzero(ends > self.offsets[:-1])
         if not len(keep):
             raise ValueError(f"no series has more than {np.max(drop)} rows, so nothing is left to learn from")
-        rows = np.concatenate([np.arange(self.offsets[n], ends[n]) for n in keep])
+        rows = np.zeros(len(self.y), bool)
+        for n in keep:
+            rows[self.offsets[n] : ends[n]] = True
         lengths = ends[keep] - self.offsets[keep]
         return replace(
             self,

@@ -65,7 +65,9 @@ class Windows:
         parts = [panel.y[a:b] for a, b in itertools.pairwise(offsets)]
         known = (statistics or {}).get("series", {})
         self.norms = np.array([known.get(i) or _norm(part) for i, part in zip(panel.ids, parts)])  # (N, 2)
-        flat = np.concatenate([(filled(part, season) - mean) / scale for part, (mean, scale) in zip(parts, self.norms)])
+        flat = np.empty(len(panel.y), np.float32)
+        for a, part, (mean, scale) in zip(offsets, parts, self.norms):
+            flat[a : a + len(part)] = (filled(part, season) - mean) / scale
         self.statistics = statistics or statistics_of(panel)
         futr, hist = (_standard(getattr(panel, kind), *self.statistics[kind], offsets) for kind in ("futr", "hist"))
         static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]

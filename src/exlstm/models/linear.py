@@ -21,6 +21,8 @@ LEAST = 0.02
 FURTHEST = 20.0
 # Windows of a stretch that are summed at once.
 PIECE = 2**17
+# Ends of stretches that are held until they are summed.
+HELD = 256
 
 
 def level_and_scale(batch, lookback: int, center: str, scale: str) -> tuple[Tensor, Tensor]:
@@ -144,13 +146,16 @@ class Gram:
         c, new = self.path.config, {"dtype": torch.float64, "device": self.home}
         d = c.lookback + c.horizon
         crossed, beside = torch.zeros(d, c.n_dates + 1, **new), torch.zeros(c.n_dates + 1, c.n_dates + 1, **new)
-        first, far_off, enter, leave = torch.zeros(d, **new), torch.zeros(d, d, **new), [], []
+        first, far_off, steps = torch.zeros(d, **new), torch.zeros(d, d, **new), torch.zeros(d - 1, d - 1, **new)
+        enter, leave = [], []
         for rows, calendar in stretches:
             for at in range(0, len(calendar), PIECE):
                 e = calendar[at : at + PIECE, : c.n_dates].to(**new)
                 z, e = rows[at : at + len(e) + d - 1].to(**new), torch.cat([e, torch.ones(len(e), 1, **new)], 1)
                 products = _lagged(torch.cat([z[None, : len(e)], e.T]), z, d)
                 first, crossed, beside = first + products[0], crossed + products[1:].T, beside + e.T @ e
+                if len(enter) == HELD:
+                    steps, enter, leave = steps + _squares(enter) - _squares(leave), [], []
                 enter.append(z[len(e) :])
                 leave.append(z[: d - 1])
                 if len(far := self._far(z)):
@@ -158,8 +163,7 @@ class Gram:
                     far_off, crossed, beside = far_off + out.T @ out, crossed - out.T @ e, beside - e.T @ e
         if not enter:
             return
-        enter, leave = torch.stack(enter), torch.stack(leave)
-        whole = _down_the_diagonals(first, enter.T @ enter - leave.T @ leave) - far_off
+        whole = _down_the_diagonals(first, steps + _squares(enter) - _squares(leave)) - far_off
         # Every window is counted from its level, which is a sum over it.
         level = torch.zeros(d, **new)
         level[: c.lookback] = 1 / c.lookback
@@ -226,6 +230,11 @@ def _lagged(columns: Tensor, z: Tensor, lags: int) -> Tensor:
     size = 1 << (len(z) - 1).bit_length()
     product = torch.fft.rfft(columns, size).conj() * torch.fft.rfft(z, size)
     return torch.fft.irfft(product, size)[:, :lags]
+
+
+def _squares(rows: list[Tensor]) -> Tensor:
+    rows = torch.stack(rows)
+    return rows.T @ rows
 
 
 def _down_the_diagonals(first: Tensor, steps: Tensor) -> Tensor:
