@@ -260,11 +260,11 @@ def test_stretches_give_the_sums_of_their_windows(center, n_dates, monkeypatch):
 
 
 @pytest.mark.parametrize("apart", (False, True))
-def test_long_series_are_learnt_from_without_a_window(apart, monkeypatch):
-    """Two long series of three are summed at once, the one with a gap window by window, and the sums are the same."""
+def test_long_stretches_are_learnt_from_without_a_window(apart, monkeypatch):
+    """Every window once: those of stretches without a gap at once, those that see a gap one by one, and the sums are the same."""
     draw, n = np.random.default_rng(0), 400
     frame = pd.DataFrame(draw.normal(size=(n, 3)).cumsum(0) / 9, columns=list("abc"))
-    frame.loc[200, "b"] = np.nan
+    frame.loc[200, "b"] = frame.loc[[50, 52], "c"] = np.nan
     frame.insert(0, "ds", pd.date_range("2024-01-01", periods=n, freq="h"))
     config = FitConfig(horizon=6)
     found = fitting.split(Windows(panel_of(frame), 24).with_calendar(6), config)
@@ -274,11 +274,33 @@ def test_long_series_are_learnt_from_without_a_window(apart, monkeypatch):
     grams = ridges._grams(found, path, config, ridges.EVERY, apart=apart)
     wanted = ridges._grams(found, path, config, ridges.EVERY - 1, apart=apart)
     each = int(found.train(24, 6).counts[0])
-    assert windows == ([0, each, 0, each, each, each] if apart else [each, 3 * each])
+    # A gap is seen by 24 + 6 windows, two gaps with a step between them by 32.
+    assert windows == ([0, 30, 32, each, each, each] if apart else [62, 3 * each])
     for one, other in zip(grams, wanted):
         assert int(one.windows) == int(other.windows)
         torch.testing.assert_close(one.xx, other.xx, rtol=1e-5, atol=2e-3)
         torch.testing.assert_close(one.xy, other.xy, rtol=1e-5, atol=2e-3)
+
+
+def test_stretches_are_all_runs_of_windows_without_a_gap():
+    """Against a search through every cut of series with gaps, short ones and such that end in one."""
+    draw, lengths = np.random.default_rng(0), (90, 30, 4, 60, 90)
+    y = [np.where(draw.random(n) < 0.04, np.nan, 1.0) for n in lengths]
+    y[3][-3:] = np.nan
+    windows = Windows(panel_of(y), 1).with_calendar(3)
+    cuts = fitting.Cuts(torch.tensor([12, 4, 4, 4, 20]), torch.tensor(lengths) - 3)
+    found = {(n, t) for n, first, count in zip(*windows.stretches(cuts, 8, 3)) for t in range(first, first + count)}
+    wanted = set()
+    for n, first in enumerate(cuts.first.tolist()):
+        run = []
+        for t in range(first, lengths[n] - 1):
+            if t <= lengths[n] - 3 and t >= 8 and not np.isnan(y[n][t - 8 : t + 3]).any():
+                run.append((n, t))
+                continue
+            wanted |= set(run) if len(run) >= 2 else set()
+            run = []
+    assert found == wanted
+    assert len(found) > 50
 
 
 def test_a_fit_fills_every_series_once_and_reads_the_calendar_once(monkeypatch):

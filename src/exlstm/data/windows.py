@@ -113,12 +113,26 @@ class Windows:
         """(R,): all rows, gaps filled, in units of their series."""
         return self.around[0][self.room : self.room + len(self.panel.y)]
 
-    @property
-    def whole(self) -> Tensor:
-        """(N,) bool: the series has no gap."""
+    def stretches(self, cuts, lookback: int, horizon: int) -> tuple[list[int], list[int], list[int]]:
+        """(series, first cut, number of cuts) of the runs of cuts whose windows see no gap; of those long enough that sums over
+        them are quicker without windows."""
         seen = self.around[1][self.room : self.room + len(self.panel.y)]
-        gaps = torch.nn.functional.pad((~seen).cumsum(0), (1, 0))
-        return gaps[self.starts + self.lengths] == gaps[self.starts]
+        edge = torch.zeros(len(seen) + 1, dtype=torch.bool, device=self.device).index_fill_(0, self.starts, True)
+        edge[-1] = True
+        before, behind = torch.nn.functional.pad(seen, (1, 0))[:-1], torch.nn.functional.pad(seen, (0, 1))[1:]
+        begin = (seen & (edge[:-1] | ~before)).nonzero()[:, 0]
+        end = (seen & (edge[1:] | ~behind)).nonzero()[:, 0] + 1
+        series = torch.searchsorted(self.starts, begin, right=True) - 1
+        start = self.starts[series]
+        first = torch.maximum(cuts.first[series], begin - start + lookback)
+        count = torch.minimum(cuts.last[series], end - start - horizon) - first + 1
+        keep = count >= max(1, (lookback + horizon) // 4)
+        return series[keep].tolist(), first[keep].tolist(), count[keep].tolist()
+
+    def stretch(self, series: int, first: int, count: int, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
+        """The rows that the windows of `count` cuts from `first` on see, and the calendar at the first step of their futures."""
+        start, date = int(self.starts[series]) + first, int(self.date_starts[series]) + first
+        return self.y[start - lookback : start + count - 1 + horizon], self.dates[date : date + count]
 
     @property
     def n_dates(self) -> int:

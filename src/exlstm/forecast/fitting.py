@@ -19,7 +19,7 @@ class Cuts:
     """Windows by number: those of series n are cut at first[n], first[n] + stride[n], ... up to last[n]."""
 
     def __init__(self, first: Tensor, last: Tensor, most: int = 0):
-        self.first, counts = first, (last - first + 1).clamp_min(0)
+        self.first, self.last, counts = first, last, (last - first + 1).clamp_min(0)
         # With `most`, a long series has no more windows than that, so that every series counts alike.
         self.stride = (
             (counts + most - 1).div(most, rounding_mode="floor").clamp_min(1) if most else torch.ones_like(counts)

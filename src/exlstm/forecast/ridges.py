@@ -206,24 +206,21 @@ def _grams(
     if without:
         numbers = numbers[_block(cuts, numbers, without[1]) != without[0]]
     grams = [Gram(path) for _ in range(len(w.panel) if apart else 1)]
-    # Of long series without a gap all windows are summed at once.
-    at_once = torch.zeros_like(w.lengths, dtype=torch.bool)
+    stretches = ([], [], [])
     if most >= EVERY and grams[0].takes_stretches:
-        at_once = w.whole & (cuts.first >= longest) & (cuts.counts >= (longest + config.horizon) // 4)
-    those, owner = at_once.nonzero()[:, 0].tolist(), cuts.at(numbers)[0]
-    numbers, owner = numbers[~at_once[owner]], owner[~at_once[owner]]
+        # Of long stretches without a gap all windows are summed at once.
+        stretches, covered = w.stretches(cuts, longest, config.horizon), torch.zeros(cuts.total, dtype=torch.bool)
+        for n, first, count in zip(*stretches):
+            begin = int(cuts.ends[n] - cuts.counts[n]) + first - int(cuts.first[n])
+            covered[begin : begin + count] = True
+        numbers = numbers[~covered.to(w.device)[numbers]]
+    owner = cuts.at(numbers)[0]
     for k, gram in enumerate(grams):
-        gram.add_stretches(_stretch(w, cuts, n, longest, config.horizon) for n in those if n == k or not apart)
+        own = [piece for piece in zip(*stretches) if piece[0] == k or not apart]
+        gram.add_stretches(w.stretch(*piece, longest, config.horizon) for piece in own)
         for batch, _ in batches(w, cuts, numbers[owner == k] if apart else numbers, longest, config.horizon):
             gram.add(batch)
     return grams
-
-
-def _stretch(windows, cuts, n: int, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:
-    """The rows that all windows of series n see, and the calendar at the first step of their futures."""
-    first, count = int(cuts.first[n]), int(cuts.counts[n])
-    start, date = int(windows.starts[n]) + first, int(windows.date_starts[n]) + first
-    return windows.y[start - lookback : start + count - 1 + horizon], windows.dates[date : date + count]
 
 
 def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
