@@ -270,12 +270,17 @@ def test_long_stretches_are_learnt_from_without_a_window(apart, monkeypatch):
     found = fitting.split(Windows(panel_of(frame), 24).with_calendar(6), config)
     path = LinearPath(LinearConfig(6, 24, 0, 0, 0, found.windows.n_dates, "mean", "series"))
     batches, windows = fitting.batches, []
+    monkeypatch.setattr(ridges, "WORTH", 0)
     monkeypatch.setattr(ridges, "batches", lambda w, c, m, *a: windows.append(len(m)) or batches(w, c, m, *a))
     grams = ridges._grams(found, path, config, ridges.EVERY, apart=apart)
     wanted = ridges._grams(found, path, config, ridges.EVERY - 1, apart=apart)
     each = int(found.train(24, 6).counts[0])
     # A gap is seen by 24 + 6 windows, two gaps with a step between them by 32.
     assert windows == ([0, 30, 32, each, each, each] if apart else [62, 3 * each])
+    # Stretches of few products are not worth it.
+    monkeypatch.setattr(ridges, "WORTH", 10**6)
+    ridges._grams(found, path, config, ridges.EVERY)
+    assert windows[-1] == 3 * each
     for one, other in zip(grams, wanted):
         assert int(one.windows) == int(other.windows)
         torch.testing.assert_close(one.xx, other.xx, rtol=1e-5, atol=2e-3)
@@ -289,7 +294,7 @@ def test_stretches_are_all_runs_of_windows_without_a_gap():
     y[3][-3:] = np.nan
     windows = Windows(panel_of(y), 1).with_calendar(3)
     cuts = fitting.Cuts(torch.tensor([12, 4, 4, 4, 20]), torch.tensor(lengths) - 3)
-    found = {(n, t) for n, first, count in zip(*windows.stretches(cuts, 8, 3)) for t in range(first, first + count)}
+    found = {(n, t) for n, first, count in zip(*windows.stretches(cuts, 8, 3, 2)) for t in range(first, first + count)}
     wanted = set()
     for n, first in enumerate(cuts.first.tolist()):
         run = []

@@ -113,9 +113,8 @@ class Windows:
         """(R,): all rows, gaps filled, in units of their series."""
         return self.around[0][self.room : self.room + len(self.panel.y)]
 
-    def stretches(self, cuts, lookback: int, horizon: int) -> tuple[list[int], list[int], list[int]]:
-        """(series, first cut, number of cuts) of the runs of cuts whose windows see no gap; of those long enough that sums over
-        them are quicker without windows."""
+    def stretches(self, cuts, lookback: int, horizon: int, least: int) -> tuple[list[int], list[int], list[int]]:
+        """(series, first cut, number of cuts) of the runs of at least `least` cuts whose windows see no gap."""
         seen = self.around[1][self.room : self.room + len(self.panel.y)]
         edge = torch.zeros(len(seen) + 1, dtype=torch.bool, device=self.device).index_fill_(0, self.starts, True)
         edge[-1] = True
@@ -126,7 +125,7 @@ class Windows:
         start = self.starts[series]
         first = torch.maximum(cuts.first[series], begin - start + lookback)
         count = torch.minimum(cuts.last[series], end - start - horizon) - first + 1
-        keep = count >= max(1, (lookback + horizon) // 4)
+        keep = count >= max(1, least)
         return series[keep].tolist(), first[keep].tolist(), count[keep].tolist()
 
     def stretch(self, series: int, first: int, count: int, lookback: int, horizon: int) -> tuple[Tensor, Tensor]:

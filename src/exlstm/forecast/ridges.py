@@ -23,6 +23,8 @@ ALPHAS = tuple(10.0**k for k in range(-6, 2))
 # Windows that a choice learns from, and numbers of targets that it is judged by; windows that a fit learns from at most, those of
 # long series without a gap apart, of which it takes all.
 CHOOSE_FROM, JUDGED, EVERY = 24576, 2**20, 10**7
+# Products of numbers from which on sums over a stretch are quicker without windows.
+WORTH = 10**7
 # What a choice has to gain on validation; less may well be chance.
 GAIN, SCALE_GAIN = 0.01, 0.03
 # Excess of the error over the least one at which a look-back counts a third of what it would.
@@ -209,7 +211,9 @@ def _grams(
     stretches = ([], [], [])
     if most >= EVERY and grams[0].takes_stretches:
         # Of long stretches without a gap all windows are summed at once.
-        stretches, covered = w.stretches(cuts, longest, config.horizon), torch.zeros(cuts.total, dtype=torch.bool)
+        seen = longest + config.horizon
+        stretches = w.stretches(cuts, longest, config.horizon, max(seen // 4, WORTH // (longest * seen)))
+        covered = torch.zeros(cuts.total, dtype=torch.bool)
         for n, first, count in zip(*stretches):
             begin = int(cuts.ends[n] - cuts.counts[n]) + first - int(cuts.first[n])
             covered[begin : begin + count] = True
