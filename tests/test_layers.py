@@ -183,7 +183,7 @@ def test_padding_changes_nothing(name, side):
     kept = {"left": range(7, 18), "right": range(11), "scattered": [0, 2, 3, 5, 6, 7, 10, 11, 14, 16, 17]}[side]
     kept = torch.tensor(list(kept))
     mask = torch.zeros(1, 18, dtype=torch.bool).index_fill(1, kept, True)
-    padded = torch.full((1, 18, D), 3.0, dtype=x.dtype).index_copy(1, kept, x)
+    padded = torch.full((1, 18, D), torch.nan, dtype=x.dtype).index_copy(1, kept, x)
     y, state = stack(padded, mask=mask)
     wanted, wanted_state = stack(x)
     assert y.isfinite().all()
@@ -469,9 +469,7 @@ def test_bad_input_gets_one_sentence(call, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "kind", sorted({*BLOCKS} - {"attention"})
-)  # whose attention has no forward derivative in PyTorch
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's own, in its forward derivatives
 def test_forward_derivatives_do_not_need_gradients_on(kind, steps):

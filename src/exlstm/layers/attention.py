@@ -5,9 +5,12 @@ y_t = W_out Σ_j softmax_j(q_t · k_j / sqrt(D)) v_j over t's document so far (i
 
 from typing import NamedTuple
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exlstm.layers.basic import check_input, init_linear, maps, valid_mask
 from exlstm.ops import backend as backends
@@ -89,6 +92,7 @@ class Attention(nn.Module):
         check_input(x, self.d_model, self.q)
         batch, time = x.shape[:2]
         mask = valid_mask(lengths, mask, batch, time, x.device)
+        x = backends.blanked(x, mask)
         backends.check_companions(x, reset, None, {})
         q, *kv = maps(x, self.q, self.k, self.v)
         q = q.unflatten(-1, (self.n_heads, -1))  # (B, T, H, D)
@@ -173,17 +177,19 @@ class Heads(nn.Module):
 def _attend(q, k, v, visible):
     """q (B, T, H, D) over k (B, S, H', D), v (B, S, H', V), where `visible`, or as far as the token itself -> (B, T, H, V)."""
     groups, k, v = q.shape[2] // k.shape[2], k.transpose(1, 2), v.transpose(1, 2)
-    if q.shape[1] == 1:
-        # The queries of a group stand in line like tokens, so that keys and values need no copy.
-        y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)
-        return y.reshape(len(y), 1, -1, v.shape[-1])
-    if groups > 1 and visible is not None:
-        # No fused kernel takes groups and a mask at once.
-        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=groups > 1
-    )
-    return y.transpose(1, 2)
+    # Fused kernels have no rule for a transform, and no forward derivative.
+    with sdpa_kernel(SDPBackend.MATH) if backends.transformed() else nullcontext():
+        if q.shape[1] == 1:
+            # The queries of a group stand in line like tokens, so that keys and values need no copy.
+            y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)
+            return y.reshape(len(y), 1, -1, v.shape[-1])
+        if groups > 1 and visible is not None:
+            # No fused kernel takes groups and a mask at once.
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=groups > 1
+        )
+        return y.transpose(1, 2)
 
 
 def _check_state(state, keys, values):

@@ -66,6 +66,7 @@ class LSTM(nn.Module):
         check_input(x, self.d_model, self, "w")
         batch, time = x.shape[:2]
         mask = valid_mask(lengths, mask, batch, time, x.device)
+        x = backends.blanked(x, mask)
         backends.check_companions(x, reset, None, {})
         dtype = torch.promote_types(x.dtype, torch.float32)
         if state is None:
@@ -85,7 +86,7 @@ class LSTM(nn.Module):
                     valid = mask[:, start, None]
                     h_after, c_after = torch.where(valid, h_after, h), torch.where(valid, c_after, c)
                 h, c = h_after, c_after
-        return torch.cat(ys, 1).to(x.dtype), LSTMState(h, c)
+        return backends.blanked(torch.cat(ys, 1).to(x.dtype), mask), LSTMState(h, c)
 
     def _piece(self, x, h, c):
         """Output and state after x (B, t, D) without resets or padding."""

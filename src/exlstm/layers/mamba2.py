@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, parts, valid_mask, wide_map
-from exlstm.ops.backend import exact
+from exlstm.ops.backend import blanked, exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
 DT_LEAST, DT_MOST = 1e-3, 0.1
@@ -101,6 +101,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor | None, MLSTMState]]:
         check_input(x, self.d_model, self.xbc)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         z, mixed = maps(x, self.z, self.xbc)
         if self.conv is None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, maps, parts, soft_cap, valid_mask
 from exlstm.layers.token import array, is_token, parameter, project, token_errors
-from exlstm.ops.backend import exact
+from exlstm.ops.backend import blanked, exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
@@ -133,6 +133,7 @@ class mLSTM(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         if is_token(x, self.gate._parameters.get("weight"), mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)

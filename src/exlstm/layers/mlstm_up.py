@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask, wide_map, width
 from exlstm.layers.mlstm import INPUT_GATES, check_gate, token_gates
 from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
-from exlstm.ops.backend import autocasts, cast, exact, traced
+from exlstm.ops.backend import autocasts, blanked, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
@@ -212,6 +212,7 @@ class mLSTMUp(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.up)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None
         if is_token(x, weight, mask, reset, conv, memory, self.shapes):

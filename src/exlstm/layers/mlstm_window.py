@@ -25,7 +25,7 @@ from exlstm.layers.basic import (
     valid_mask,
     wide_map,
 )
-from exlstm.ops.backend import check_companions, exact
+from exlstm.ops.backend import blanked, check_companions, exact
 from exlstm.ops.mlstm import mlstm
 
 
@@ -111,6 +111,7 @@ class mLSTMWindow(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        x = blanked(x, mask)
         check_companions(x, reset, None, {})
         conv, memory, seen = parts(state, "conv", "memory", "window")
         mixed = x

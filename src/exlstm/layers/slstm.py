@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask
 from exlstm.layers.token import array, is_token, parameter, token_errors
+from exlstm.ops.backend import blanked
 from exlstm.ops.slstm import SLSTMState, slstm
 from exlstm.ops.slstm.cpu import decode, recurrent
 
@@ -106,6 +107,7 @@ class sLSTM(nn.Module):
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self, "w")
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
+        x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         if is_token(x, self._parameters.get("w"), mask, reset, conv, memory, self.shapes):
             return self._token(array(x)[:, 0], conv, memory)

@@ -18,7 +18,7 @@ from exlstm.layers.basic import RMSNorm, valid_mask
 from exlstm.models.config import OPTIONS, StackConfig, from_dict, nearest
 from exlstm.models.memory import xLSTMMemory, xLSTMState
 from exlstm.models.stack import Block, scale_outputs
-from exlstm.ops.backend import autocasts, check_tensors, traced
+from exlstm.ops.backend import autocasts, blanked, check_tensors, traced
 
 # A norm over one unit leaves nothing of it, so a layer of one unit works in this width inside and is mapped to one.
 NARROWEST = 8
@@ -176,6 +176,7 @@ class xLSTM(nn.Module):
     def _run(self, x, before, mask, reset):
         """x (B, T, input_size) -> y (B, T, directions · H_out) and the state."""
         h_before, memory = before
+        x = blanked(x, mask)
         resets = [_begin(reset, memory.fresh, x), _begin(_from_behind(reset), memory.fresh, x)]
         hs, states = [], []
         for i in range(self.num_layers):
@@ -191,8 +192,7 @@ class xLSTM(nn.Module):
                 states.append(state)
                 hs.append(_last(y, mask, is_reverse, None if h_before is None else h_before[len(hs)]))
             x = sum(ys) if self.bidirectional == "sum" else torch.cat(ys, -1) if len(ys) > 1 else y
-        x = x if mask is None else x.masked_fill(~mask[..., None], 0)
-        return x, xLSTMState(torch.stack(hs), xLSTMMemory(tuple(states)))
+        return blanked(x, mask), xLSTMState(torch.stack(hs), xLSTMMemory(tuple(states)))
 
     def _memory(self, x, hx, is_batched: bool):
         """(h or None, memory) of a state handed in."""

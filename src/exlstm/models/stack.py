@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, mlstm_window, slstm
 from exlstm.models.config import StackConfig
-from exlstm.ops.backend import kernels
+from exlstm.ops.backend import blanked, kernels
 
 # kind: (mixer, takes n_heads, norm, feed-forward). Attention and mLSTM blocks follow Llama and xLSTM 7B, the others
 # the xLSTM paper.
@@ -113,6 +113,7 @@ class Stack(nn.Module):
         """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer."""
         self._check(x, state)
         mask = basic.valid_mask(lengths, mask, *x.shape[:2], x.device)
+        x = blanked(x, mask)
         states, apart = [], kernels(x)
         x = (x, None) if apart else x
         # Only dropout draws, and nothing asks for the state of the draws while a graph is recorded.

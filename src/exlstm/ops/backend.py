@@ -79,6 +79,11 @@ def cast(x, dtype):
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def blanked(x, mask):
+    """x (B, T, ...) with 0 at the padding of a mask (B, T) or None: what stands there may be NaN, and so is 0 times NaN."""
+    return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
+
+
 def pick(implementations: dict, argument: str | None, auto: str):
     """The implementation to run out of an operator's table; "auto" takes the one named `auto`, or the reference where a
     transform wants its operations, any other name runs or raises."""

@@ -54,7 +54,7 @@ def mlstm(
             itself, a sigmoid gate the logsigmoid of it. Computed in float32, or in float64 with float64 inputs.
         state: the memory before the first token; None is an empty one.
         reset: (B, T) bool, the memory is emptied before token t.
-        mask: (B, T) bool, False is padding: the memory passes by, and the output there is 0.
+        mask: (B, T) bool, False is padding, whatever stands there: the memory passes by, and the output there is 0.
         scale: factor on q, K**-0.5 where None.
         normalize: divide by max(|q·n|, exp(-m)); False gives gated linear attention, RetNet and Mamba-2, unstabilised
             (outputs saturate where the memory exceeds e^60).
@@ -79,15 +79,14 @@ def mlstm(
     c, n, m = _memory(state, q, v, dtype)
     log_i, log_f = backends.cast(log_i, dtype), backends.cast(log_f, dtype)
     if mask is not None:
+        q, k, v = (backends.blanked(x, mask) for x in (q, k, v))
         log_i = log_i.masked_fill(~mask[..., None], float("-inf"))
         log_f = log_f.masked_fill(~mask[..., None], 0.0)
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise ValueError("scale is a tensor that wants a gradient, and a number has none; multiply q by it")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     h, *memory = implementation(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, float(eps), chunk)
-    if mask is not None:
-        h = h.masked_fill(~mask[..., None, None], 0)
-    return h, MLSTMState(*memory)
+    return backends.blanked(h, mask), MLSTMState(*memory)
 
 
 def _memory(state, q, v, dtype):

@@ -44,7 +44,7 @@ def slstm(
         r: recurrent weights (H, 4, D out, D in), one block a head and gate.
         state: the memory before the first token; None, or n = 0, is an empty one.
         reset: (B, T) bool, the memory is emptied before token t.
-        mask: (B, T) bool, False is padding: the memory passes by, and the output there is 0.
+        mask: (B, T) bool, False is padding, whatever stands there: the memory passes by, and the output there is 0.
         backend: name of an implementation, see `exlstm.backend`.
 
     Returns:
@@ -66,10 +66,8 @@ def slstm(
     else:
         backends.check_state(state, dict.fromkeys(SLSTMState._fields, shape), x.device)
         memory = [backends.cast(s, dtype) for s in state]
-    h, *memory = implementation(x, r, *memory, reset, mask)
-    if mask is not None:
-        h = h.masked_fill(~mask[..., None, None], 0)
-    return h, SLSTMState(*memory)
+    h, *memory = implementation(backends.blanked(x, mask), r, *memory, reset, mask)
+    return backends.blanked(h, mask), SLSTMState(*memory)
 
 
 def _check(x, r, reset, mask):
