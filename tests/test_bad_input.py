@@ -148,7 +148,7 @@ COMMANDS = {
     "generate thesis": "thesis holds neither config.json nor checkpoints",
     "generate run --temperature -1": "temperature is -1.0",
     "generate run --top-p 2": "top_p is 2.0",
-    "generate run --tokens -5": "max_tokens is -5",
+    "generate run --tokens -5": "exlstm: tokens is -5",
     "generate run --tokens many": "--tokens is 'many', wanted a number",
     "generate run --device gpu9": "device 'gpu9' cannot be used here",
     "generate letters --prompt €": "€",

@@ -165,7 +165,7 @@ def test_chunk_length_does_not_matter(backend):
     case = Case("mlstm", 100, seed=17)
     reset = flags(100, 4, 0.05)
     wanted = case.run(backend, reset=reset)
-    for chunk in (1, 2, 7, 64, 99, 100, 1000):
+    for chunk in (1, 2, 7, 64, 99, 100, 1000, 10**7):
         same(case.run(backend, reset=reset, chunk=chunk), wanted)
 
 
@@ -220,6 +220,23 @@ def test_decoding_equals_one_call(op, backend, dtype, given_state):
             h.add_(1)
     assert h.dtype == wanted.dtype and [s.dtype for s in state] == [s.dtype for s in wanted_state]
     same([torch.cat(hs, 1), *state], [wanted.double(), *wanted_state], {4: 3e-6, 8: 1e-12, 2: 4e-3}[dtype.itemsize])
+
+
+@pytest.mark.parametrize("backend", [name for op, name in ROWS if op == "mlstm"])
+@pytest.mark.parametrize("shut", [-1e4, -1e30, -torch.inf])
+@pytest.mark.parametrize("steps", [1, 70])
+def test_a_shut_forget_gate_is_a_reset(backend, shut, steps):
+    """Of a sigmoid of 0, however it was written; with the input gate shut as well nothing at all is left to read."""
+    case, at = Case("mlstm", steps, seed=39), steps // 2
+    reset = torch.zeros(B, steps, dtype=torch.bool)
+    reset[:, at] = True
+    closed, silent = (Case("mlstm", steps, seed=39) for _ in range(2))
+    case.inputs[4][:, at] = -100.0
+    for gate in (closed.inputs[4], *silent.inputs[3:]):
+        gate[:, at] = shut
+    same(closed.run(backend), case.run(backend, reset=reset), 1e-9)
+    h, state = silent.call(silent.inputs, silent.weights, silent.state, backend)
+    assert all(x.isfinite().all() for x in (h, *state)) and not h[:, at].any()
 
 
 @every

@@ -75,6 +75,8 @@ def evaluate(run: Path, files: Sequence[str] = (), limit: int = REPORT_BYTES, de
 
 def write(run: Path, prompt: str, tokens: int, device: str = "auto", **sampling) -> Iterator[str]:
     """The prompt and what the run's model writes after it, piece by piece; `sampling` as in LanguageModel.generate."""
+    if tokens < 0:
+        raise ValueError(f"tokens is {tokens}, wanted at least 0")
     stream = load(run, device).generate(prompt or "\n", tokens, stream=True, **sampling)
 
     def pieces():

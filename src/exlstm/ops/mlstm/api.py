@@ -26,6 +26,9 @@ class MLSTMState(NamedTuple):
 torch.serialization.add_safe_globals([MLSTMState])
 
 
+# A forget gate as good as shut, in nats: -inf would make NaN of a prefix sum, and numbers far below leave it no digits.
+SHUT = -1e5
+
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
@@ -50,8 +53,8 @@ def mlstm(
     Args:
         q, k: queries and keys (B, T, H, K), any strides with a contiguous last axis.
         v: values (B, T, H, V), of q's dtype.
-        log_i, log_f: input and forget gates (B, T, H) in log space, in nats, finite: an exponential gate is the pre-activation
-            itself, a sigmoid gate the logsigmoid of it. Computed in float32, or in float64 with float64 inputs.
+        log_i, log_f: input and forget gates (B, T, H) in log space, in nats, finite, or -inf for a gate of 0: an exponential gate
+            is the pre-activation itself, a sigmoid gate the logsigmoid of it. Computed in float32, in float64 with float64 inputs.
         state: the memory before the first token; None is an empty one.
         reset: (B, T) bool, the memory is emptied before token t.
         mask: (B, T) bool, False is padding, whatever stands there: the memory passes by, and the output there is 0.
@@ -77,7 +80,7 @@ def mlstm(
     implementation = backends.pick(IMPLEMENTATIONS, backend, "triton" if runs_on(q) else "cpu")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     c, n, m = _memory(state, q, v, dtype)
-    log_i, log_f = backends.cast(log_i, dtype), backends.cast(log_f, dtype)
+    log_i, log_f = backends.cast(log_i, dtype), backends.cast(log_f, dtype).clamp(min=SHUT)
     if mask is not None:
         q, k, v = (backends.blanked(x, mask) for x in (q, k, v))
         log_i = log_i.masked_fill(~mask[..., None], float("-inf"))

@@ -108,10 +108,13 @@ def chunked(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=
     if torch.compiler.is_compiling() or q.device.type == "meta":
         # The operator itself chooses the chunk, so that a graph may leave the length open.
         return _mlstm_chunked(*tensors, m, reset, scale, normalize, eps, chunk or 0, save)[:4]
-    return _Chunked.apply(*tensors, m, reset, scale, normalize, eps, chunk or _chunk_length(q, v), save)[:4]
+    return _Chunked.apply(*tensors, m, reset, scale, normalize, eps, _chunk_length(q, v, chunk), save)[:4]
 
 
-def _chunk_length(q, v):
+def _chunk_length(q, v, asked=None):
+    """Tokens of a chunk: as many as were asked for, never more than there are, or what suits the widths."""
+    if asked:
+        return min(asked, q.shape[1])
     longest = 32 if q.shape[-1] + v.shape[-1] <= 64 else 64
     return -(-q.shape[1] // -(-q.shape[1] // longest))
 
@@ -540,7 +543,7 @@ def _mlstm_chunked(
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_forward` as one operator of a compiled graph; a chunk of 0 is chosen by the length."""
-    chunk = chunk or _chunk_length(q, v)
+    chunk = _chunk_length(q, v, chunk)
     return _forward(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save, keep=False)[0]
 
 
@@ -553,7 +556,7 @@ def _mlstm_chunked_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_backward` as one operator of a compiled graph."""
     saved = (q, k, v, log_i, log_f, c, n, m, reset, h, last_c, last_n, starts_c, starts_n, starts_m)
-    return _backward(dh, dc, dn, saved, None, scale, normalize, eps, chunk or _chunk_length(q, v), memory)
+    return _backward(dh, dc, dn, saved, None, scale, normalize, eps, _chunk_length(q, v, chunk), memory)
 
 
 @_mlstm_chunked.register_fake
@@ -561,7 +564,7 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
     # Without a backward nothing is kept, and the length need not be known.
     rows, kept = q.shape[0] * q.shape[2], 0
     if save:
-        kept = len(_spans(*q.shape[:3], *c.shape[2:], chunk or _chunk_length(q, v))) - 1
+        kept = len(_spans(*q.shape[:3], *c.shape[2:], _chunk_length(q, v, chunk))) - 1
     starts = [(kept, rows, *x.shape[2:]) for x in (c, n, m)]
     memory = (x.new_empty(x.shape) for x in (c, n, m))
     kept = (x.new_empty(shape) for x, shape in zip((c, n, _wide(m)), starts))
