@@ -151,6 +151,7 @@ COMMANDS = {
     "generate run --tokens -5": "exlstm: tokens is -5",
     "generate run --tokens many": "--tokens is 'many', wanted a number",
     "generate run --device gpu9": "device 'gpu9' cannot be used here",
+    "generate run --device meta": "device 'meta' cannot be used here",
     "generate letters --prompt €": "€",
     "generate run extra": "unexpected argument 'extra'",
     "evaluate": "evaluate wants the folder of a run",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -97,7 +98,8 @@ def train_language(config: RunConfig):
     print(f"\nmodel     {folder}/checkpoints/step-{result.step:08d}")
     print(f"metrics   {folder}/metrics.jsonl")
     print(f"settings  {folder}/{SETTINGS}")
-    print(f"next      exlstm generate {folder}\n          exlstm plot {folder}", flush=True)
+    run = shlex.quote(str(folder))
+    print(f"next      exlstm generate {run}\n          exlstm plot {run}", flush=True)
     return result
 
 
@@ -215,7 +217,11 @@ def _write_settings(folder: Path, config: RunConfig, model: LanguageConfig, fing
     settings |= {"model": asdict(model), "data": asdict(config.data), "train": asdict(config.train)}
     aside = folder / f".tmp-{os.getpid()}-{SETTINGS}"
     try:
-        aside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        with open(aside, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(settings, indent=1) + "\n")
+            stream.flush()
+            # Without it a power cut could leave an empty file under the name.
+            os.fsync(stream.fileno())
         aside.replace(folder / SETTINGS)
     finally:
         aside.unlink(missing_ok=True)

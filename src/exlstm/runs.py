@@ -133,6 +133,8 @@ def device_of(name: str) -> str:
     """A device that can be used here; "auto" is the accelerator if there is one. ValueError: it cannot."""
     if name == "auto":
         return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if name == "meta":
+        raise ValueError("device 'meta' cannot be used here: it holds no numbers")
     try:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:
