@@ -261,10 +261,16 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @every
-def test_training_leaves_the_memory_of_weights_free_to_go(name):
+def test_training_leaves_the_memory_of_weights_free_to_go(name, monkeypatch):
     """Sharded training (FSDP) gives a block's whole weights back after every use, which storage seen by NumPy refuses."""
     stack = build(name, dtype=torch.float32)
-    stack(sample(2, 9, dtype=torch.float32))[0].square().sum().backward()
+    y, state = stack(sample(2, 9, dtype=torch.float32))
+    y.square().sum().backward()
+    # The samples of such a training, too.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with torch.no_grad():
+        for steps in (9, 1):
+            stack(sample(2, steps, dtype=torch.float32), state)
     assert all(p.untyped_storage().resizable() for p in stack.parameters())
 
 

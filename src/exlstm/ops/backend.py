@@ -48,6 +48,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def distributed() -> bool:
+    """Whether processes work together: sharded weights are given back after every use, which storage seen by NumPy refuses."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def autocasts(device) -> bool:
     """Whether autocast is on for a device; the meta device knows of none, and would raise."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
