@@ -417,6 +417,19 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),
         (lambda: StackConfig(dropout=1.0), "dropout is 1.0"),
         (lambda: Stack(StackConfig(mlstm=OPTIONS["mlstm"](i_gate="exq"))), "i_gate is 'exq', wanted exp or sigmoid"),
+        *(
+            (
+                lambda kind=kind, size=size: BLOCKS[kind][0](size),
+                f"d_model is {size}, wanted a whole number of at least 1",
+            )
+            for kind in BLOCKS
+            for size in (0, -8, 8.0)
+        ),
+        *(
+            (lambda kind=kind: BLOCKS[kind][0](8, 0), "n_heads is 0, wanted a whole number of at least 1")
+            for kind in BLOCKS
+            if BLOCKS[kind][1]
+        ),
         (lambda: build("mlstm")(sample(2, 5)[..., :-1]), r"x has shape \(2, 5, 31\), wanted \(B, T, 32\)"),
         (lambda: build("slstm")(sample(2, 5)[:, :0]), "with no axis empty"),
         (lambda: build("mlstm")(sample(2, 5)[0]), r"x has shape \(5, 32\)"),

@@ -3,16 +3,15 @@
 y_t = W_out Σ_j softmax_j(q_t · k_j / sqrt(D)) v_j over t's document so far (its last `window`, first `sinks`).
 """
 
-from typing import NamedTuple
-
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exlstm.layers.basic import check_input, init_linear, maps, valid_mask
+from exlstm.layers.basic import check_input, check_sizes, init_linear, maps, valid_mask
 from exlstm.ops import backend as backends
 
 
@@ -60,6 +59,7 @@ class Attention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(d_model=d_model, n_heads=n_heads)
         n_kv_heads = n_kv_heads or n_heads
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")

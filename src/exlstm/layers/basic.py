@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -327,6 +328,13 @@ class CausalConv(nn.Module):
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     """cap · tanh(x / cap): x where it is small, never beyond ±cap; a cap of 0 leaves x as it is."""
     return cap * torch.tanh(x / cap) if cap else x
+
+
+def check_sizes(**sizes):
+    """ValueError where one of a layer's sizes is no whole number of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}, wanted a whole number of at least 1")
 
 
 def check_input(x: Tensor, d_model: int, reader: nn.Module | None = None, name: str = "weight"):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.basic import check_input, init_linear, valid_mask
+from exlstm.layers.basic import check_input, check_sizes, init_linear, valid_mask
 from exlstm.ops import backend as backends
 
 
@@ -36,6 +36,7 @@ class LSTM(nn.Module):
 
     def __init__(self, d_model: int, *, device=None, dtype=None):
         super().__init__()
+        check_sizes(d_model=d_model)
         self.d_model = d_model
         new = {"device": device, "dtype": dtype}
         # Rows as in nn.LSTM: the gates i, f, g, o.

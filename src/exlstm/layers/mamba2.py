@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.basic import CausalConv, RMSNorm, check_input, init_linear, maps, parts, valid_mask, wide_map
+from exlstm.layers.basic import (
+    CausalConv,
+    RMSNorm,
+    check_input,
+    check_sizes,
+    init_linear,
+    maps,
+    parts,
+    valid_mask,
+    wide_map,
+)
 from exlstm.ops.backend import blanked, exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
@@ -44,6 +54,7 @@ class Mamba2(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(d_model=d_model, d_state=d_state, head_dim=head_dim)
         inner = round(expand * d_model)
         if inner < 1 or d_state < 1 or head_dim < 1:
             raise ValueError(

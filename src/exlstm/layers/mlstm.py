@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, maps, parts, soft_cap, valid_mask
+from exlstm.layers.basic import (
+    CausalConv,
+    HeadNorm,
+    check_input,
+    check_sizes,
+    ends,
+    init_linear,
+    maps,
+    parts,
+    soft_cap,
+    valid_mask,
+)
 from exlstm.layers.token import array, is_token, parameter, project, token_errors
 from exlstm.ops.backend import blanked, exact
 from exlstm.ops.mlstm import MLSTMState, mlstm
@@ -70,6 +81,7 @@ class mLSTM(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(d_model=d_model, n_heads=n_heads)
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         check_gate(i_gate)

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask, wide_map, width
+from exlstm.layers.basic import (
+    CausalConv,
+    HeadNorm,
+    check_input,
+    check_sizes,
+    ends,
+    init_linear,
+    parts,
+    valid_mask,
+    wide_map,
+    width,
+)
 from exlstm.layers.mlstm import INPUT_GATES, check_gate, token_gates
 from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
 from exlstm.ops.backend import autocasts, blanked, cast, exact, traced
@@ -90,6 +101,7 @@ class mLSTMUp(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(d_model=d_model, n_heads=n_heads)
         inner = width(up_ratio, d_model, multiple)
         if inner < 1:
             raise ValueError(f"up_ratio {up_ratio} leaves no inner width, wanted more than 0")

@@ -18,6 +18,7 @@ from exlstm.layers.basic import (
     CausalConv,
     HeadNorm,
     check_input,
+    check_sizes,
     ends,
     init_linear,
     parts,
@@ -61,6 +62,7 @@ class mLSTMWindow(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(d_model=d_model, n_heads=n_heads)
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         head = d_model // n_heads

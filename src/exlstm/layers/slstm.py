@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import CausalConv, HeadNorm, check_input, ends, init_linear, parts, valid_mask
+from exlstm.layers.basic import CausalConv, HeadNorm, check_input, check_sizes, ends, init_linear, parts, valid_mask
 from exlstm.layers.token import array, is_token, parameter, token_errors
 from exlstm.ops.backend import blanked
 from exlstm.ops.slstm import SLSTMState, slstm
@@ -41,6 +41,7 @@ class sLSTM(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_sizes(d_model=d_model, n_heads=n_heads)
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         head = d_model // n_heads

@@ -53,8 +53,9 @@ def mlstm(
     Args:
         q, k: queries and keys (B, T, H, K), any strides with a contiguous last axis.
         v: values (B, T, H, V), of q's dtype.
-        log_i, log_f: input and forget gates (B, T, H) in log space, in nats, finite, or -inf for a gate of 0: an exponential gate
-            is the pre-activation itself, a sigmoid gate the logsigmoid of it. Computed in float32, in float64 with float64 inputs.
+        log_i, log_f: input and forget gates (B, T, H) in log space, in nats, finite, or -inf for a gate of 0: an exponential
+            gate is the pre-activation itself, a sigmoid gate the logsigmoid of it. Computed in float32, or in float64 with
+            float64 inputs.
         state: the memory before the first token; None is an empty one.
         reset: (B, T) bool, the memory is emptied before token t.
         mask: (B, T) bool, False is padding, whatever stands there: the memory passes by, and the output there is 0.
