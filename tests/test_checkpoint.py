@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 
@@ -406,6 +407,20 @@ def test_a_state_survives_save_and_load(tmp_path, blocks):
     logits, _ = model(torch.tensor([[5], [6]]), model.load_state(str(tmp_path / "forward")))
     assert torch.equal(logits, model(torch.tensor([[5], [6]]), state)[0])
     assert sorted(f.name for f in tmp_path.iterdir()) == ["forward", "generate"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+def test_files_have_the_rights_of_any_new_file(tmp_path):
+    """What safetensors writes nobody but its owner may read: no server could serve the runs of somebody else."""
+    model = build()
+    before = os.umask(0o022)
+    try:
+        model.save_pretrained(tmp_path / "model")
+        model.save_state(model(tokens_of(1, 4))[1], tmp_path / "state")
+    finally:
+        os.umask(before)
+    files = [tmp_path / "state", *(tmp_path / "model").iterdir()]
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o644" for file in files}
 
 
 STATES = {

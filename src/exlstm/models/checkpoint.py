@@ -23,7 +23,7 @@ from torch import Tensor
 from exlstm.data.tokenizer import tokenizer_from_dict
 from exlstm.models.config import LanguageConfig, from_dict, nearest
 from exlstm.models.reading import GenerationState
-from exlstm.train.checkpoint import MANIFEST, step_folder, steps_in, verify, write_folder
+from exlstm.train.checkpoint import MANIFEST, share, step_folder, steps_in, verify, write_folder
 
 FORMAT, STATE_FORMAT, VERSION = "exlstm", "exlstm-state", 1
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -241,15 +241,18 @@ def save_state(model, state, path: str | os.PathLike):
     told = {"structure": _flatten(state, "state", tensors), "model": asdict(model.config)}
     told = {key: json.dumps(value) for key, value in told.items()}
     metadata = {"format": STATE_FORMAT, "version": str(VERSION), **told, "sha256": _digest(tensors, **told)}
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    aside, empty = (path.with_name(f".tmp-{os.getpid()}-{path.name}{end}") for end in ("", "-empty"))
     try:
         save_file(tensors, aside, metadata=metadata)
+        empty.touch()
+        share(aside, empty)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {getattr(error, 'strerror', None) or _first_line(error)}") from None
     finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        for left in (aside, empty):
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def load_state(model, path: str | os.PathLike):

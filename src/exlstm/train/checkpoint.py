@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,14 +60,22 @@ def write_folder(path: Path | str, writer: Callable[[Path], None]):
 
 def _write_manifest(folder: Path):
     """manifest.json: size and sha256 of every file below `folder`, all of them on the disk when it returns."""
-    files = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+    files, manifest = {}, folder / MANIFEST
+    manifest.touch()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f != manifest):
+        if file.suffix == ".safetensors":
+            share(file, manifest)
         files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
         _fsync(file)
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _fsync(folder / MANIFEST)
+    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _fsync(manifest)
     for inner in (folder, *(f for f in folder.rglob("*") if f.is_dir())):
         _fsync(inner)
+
+
+def share(file: Path, like: Path):
+    """Gives a file the rights of another: what safetensors writes nobody but its owner may read, whatever the umask."""
+    file.chmod(stat.S_IMODE(like.stat().st_mode))
 
 
 def _sha256(file: Path) -> str:
