@@ -344,6 +344,21 @@ def test_transforms_see_what_autograd_sees(name):
         assert_same([torch.vmap(lambda t: stack(t, state)[0])(more)[2]], [stack(more[2], state)[0]])
 
 
+@every
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_many_gradients_at_once_are_those_one_by_one(name):
+    """As a Jacobian by `vectorize=True` asks for them."""
+    stack, x = build(name), sample(2, 7).requires_grad_()
+    y, _ = stack(x, reset=flags(2, 7, 0.2, 2), mask=flags(2, 7, 0.8, 3))
+    inputs, wanted = (x, *stack.parameters()), sample(6, 7, seed=4).view(3, 2, 7, D)
+    options = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(y, inputs, wanted, is_grads_batched=True, **options)
+    for i in range(3):
+        assert_same(
+            [None if g is None else g[i] for g in found], torch.autograd.grad(y, inputs, wanted[i], **options)
+        )
+
+
 class Adapter(torch.nn.Module):
     """A map with something learnt beside it, as LoRA puts it in place of a linear one; `weight` is still the old one."""
 

@@ -48,6 +48,12 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def batched(x) -> bool:
+    """Whether x stands for many tensors, as in a backward pass for many gradients at once (is_grads_batched)."""
+    functorch = torch._C._functorch
+    return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
+
+
 def distributed() -> bool:
     """Whether processes work together: sharded weights are given back after every use, which storage seen by NumPy refuses."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -171,24 +171,24 @@ class _Convolution(torch.autograd.Function):
         dtype, columns, time = _wide(joined, weight), weight.shape[1], dy.shape[1]
         taps, dy = weight.to(dtype).t().contiguous(), dy.to(dtype)
         dbias = None if bias is None else dy.sum((0, 1)).to(bias.dtype)
-        dx = torch.zeros_like(joined, dtype=dtype)  # (B, W-1+T, D)
-        dweight = torch.empty_like(taps)
+        # Of dy's kind, which may stand for many gradients at once: nothing in place then but what is so too.
+        dx, dweight, apart = dy.new_zeros(joined.shape), [], torch.is_grad_enabled() or backends.batched(dy)
         if first is not None:
             dy = dy.clone(memory_format=torch.contiguous_format)  # `_drop` may write on it
-        product = torch.empty_like(dy, memory_format=torch.contiguous_format)
+        product = None if apart else torch.empty_like(dy, memory_format=torch.contiguous_format)
         for j in reversed(range(columns)):
             x = joined[:, j : j + time]
             dx[:, j : j + time].addcmul_(dy, taps[j])
-            product = dy * x if torch.is_grad_enabled() else torch.mul(dy, x, out=product)
-            dweight[j] = product.flatten(0, 1).sum(0)
+            product = dy * x if apart else torch.mul(dy, x, out=product)
+            dweight.append(product.sum((0, 1)) if apart else product.flatten(0, 1).sum(0))
             if first is not None:
                 dy = _drop(dy, first[:, j : j + time])
-        return dx.to(joined.dtype), dweight.t().to(weight.dtype), dbias, None
+        return dx.to(joined.dtype), torch.stack(dweight[::-1], -1).to(weight.dtype), dbias, None
 
 
 def _drop(y, where):
     """y (B, T, D), perhaps overwritten, with 0 at the tokens `where` (B, T)."""
-    if y.device.type != "cpu" or backends.traced() or torch.is_grad_enabled():
+    if y.device.type != "cpu" or backends.traced() or torch.is_grad_enabled() or backends.batched(y):
         return y.masked_fill(where[..., None], 0)
     # Resets are rare: to write their rows costs nothing beside a pass over all.
     return y.view(-1, y.shape[-1]).index_fill_(0, where.flatten().nonzero().squeeze(1), 0).view(y.shape)

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exlstm.ops.backend import exact
+from exlstm.ops.backend import batched, exact
 
 # exp(-m) would underflow far above this, and 0 / 0 follow where q_tᵀ n_t vanishes: it is held at e^-60, as in the reference.
 M_MAX = 60.0
@@ -527,8 +527,8 @@ class _Chunked(torch.autograd.Function):
         memory = any(ctx.needs_input_grad[5:7])
         tensors = ctx.saved_tensors
         saved, kept = tensors[:15], tensors[15:]
-        if torch.is_grad_enabled():
-            # Somebody means to differentiate twice: the operator refuses.
+        if torch.is_grad_enabled() or any(map(batched, (dh, dc, dn))):
+            # Somebody means to differentiate twice, which the operator refuses, or for many gradients at once, one by one.
             grads = _mlstm_chunked_backward(dh, dc, dn, *saved, *ctx.settings, memory)
         else:
             cut = len(Gates._fields)
