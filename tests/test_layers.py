@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -318,6 +319,19 @@ def test_shapes_are_known_without_numbers(name):
             assert a is b is None or (a.device.type, a.shape, a.dtype) == ("meta", b.shape, b.dtype)
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_fake_tensors_go_all_the_way(kind):
+    """As estimates of memory send them: tensors that say they are on a CPU and hold no numbers."""
+    with FakeTensorMode():
+        stack, x = Stack(StackConfig(d_model=D, n_heads=2, n_layers=1, blocks=kind)), torch.randn(2, 9, D)
+        flag = torch.zeros(2, 9, dtype=torch.bool)
+        y, state = stack(x, reset=flag, mask=flag)
+        y.sum().backward()
+        with torch.no_grad():
+            step, _ = stack(x[:, :1], state)
+    assert (y.shape, step.shape) == (x.shape, (2, 1, D)) and all(p.grad.shape == p.shape for p in stack.parameters())
+
+
 def to_meta(state):
     return tree_map(lambda t: None if t is None else t.to("meta"), state)
 
@@ -354,9 +368,7 @@ def test_many_gradients_at_once_are_those_one_by_one(name):
     options = {"retain_graph": True, "allow_unused": True}
     found = torch.autograd.grad(y, inputs, wanted, is_grads_batched=True, **options)
     for i in range(3):
-        assert_same(
-            [None if g is None else g[i] for g in found], torch.autograd.grad(y, inputs, wanted[i], **options)
-        )
+        assert_same([None if g is None else g[i] for g in found], torch.autograd.grad(y, inputs, wanted[i], **options))
 
 
 class Adapter(torch.nn.Module):

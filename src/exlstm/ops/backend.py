@@ -11,6 +11,9 @@ TRITON = find_spec("triton") is not None
 # Asked for before triton is imported, or not at all; read once, as a step of decoding would feel it.
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
+# A name of its own, as decoding asks often.
+FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 # A plain global and no ContextVar: torch.compile traces it, and compiles anew when it changes.
 _chosen: str | None = None
 
@@ -43,9 +46,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def faked() -> bool:
+    """Whether tensors have shapes and no numbers (FakeTensorMode), whatever their device says."""
+    return torch._C._get_dispatch_mode(FAKE) is not None
+
+
 def traced() -> bool:
     """Whether somebody looks through the operations, a compiler or a transform: no NumPy then, and no gradient by hand."""
-    return torch.compiler.is_compiling() or transformed()
+    return torch.compiler.is_compiling() or transformed() or faked()
 
 
 def batched(x) -> bool:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exlstm.ops.backend import batched, exact
+from exlstm.ops.backend import batched, exact, faked
 
 # exp(-m) would underflow far above this, and 0 / 0 follow where q_tᵀ n_t vanishes: it is held at e^-60, as in the reference.
 M_MAX = 60.0
@@ -105,7 +105,7 @@ def chunked(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=
     tensors = (q, k, v, log_i, log_f, c, n)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     # A compiler sees one operator; without one its machinery would cost half a millisecond a call.
-    if torch.compiler.is_compiling() or q.device.type == "meta":
+    if torch.compiler.is_compiling() or q.device.type == "meta" or faked():
         # The operator itself chooses the chunk, so that a graph may leave the length open.
         return _mlstm_chunked(*tensors, m, reset, scale, normalize, eps, chunk or 0, save)[:4]
     return _Chunked.apply(*tensors, m, reset, scale, normalize, eps, _chunk_length(q, v, chunk), save)[:4]
