@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -344,6 +345,18 @@ def test_a_prepared_corpus_is_reused_and_a_changed_one_made_anew(tmp_path):
     os.utime(f"{folder}/d0/0.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = load_corpus(config, cache)
     assert after.fingerprint != before.fingerprint and b"SAYS" in after.train.bytes() + after.held_out.bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot ask whether a process lives")
+def test_what_a_killed_preparation_left_goes_and_that_of_a_living_one_stays(tmp_path):
+    folder, cache = many(tmp_path / "t"), tmp_path / "data"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (cache / f".tmp-{pid}").mkdir(parents=True)
+        (cache / f".tmp-{pid}" / "tokens").write_bytes(b"x")
+    load_corpus(DataConfig(files=folder), cache)
+    assert [left.name for left in cache.glob(".tmp-*")] == [f".tmp-{os.getppid()}"]
 
 
 def test_a_run_on_a_changed_corpus_is_refused(tmp_path):

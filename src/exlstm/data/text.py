@@ -275,9 +275,23 @@ def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, hea
             old.unlink()
 
 
+def _sweep(cache: Path):
+    """Removes what preparations left behind that were killed: as much as the text itself takes, each time."""
+    for left in cache.glob(".tmp-*"):
+        # Windows has no signal that only asks.
+        if left.name[5:].isdigit() and os.name != "nt":
+            try:
+                os.kill(int(left.name[5:]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+            except (OSError, OverflowError):
+                continue
+
+
 @contextlib.contextmanager
 def _aside(cache: Path) -> Iterator[Path]:
     """A folder inside `cache` to write in; after a failure no trace of it is left, nor of folders made on the way."""
+    _sweep(cache)
     made = [folder for folder in (cache, *cache.parents) if not folder.exists()]
     aside = cache / f".tmp-{os.getpid()}"
     try:
