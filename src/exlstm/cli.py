@@ -335,10 +335,10 @@ def _parse(kind, prog: str, argv: list[str], default=None):
 
 
 def _nearest_flag(flag: str, kind) -> str:
-    """', did you mean --model.d-model?' for --d-model or --model.d-modle; '' when nothing is near."""
+    """', did you mean --model.d-model?' for --d-model or --model.d-modle; '' when nothing is near, or what is has no flag."""
     name, known = flag.lstrip("-").replace("_", "-"), _known_flags(kind)
     close = [k for k in known if k.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f", did you mean --{close[0]}?" if close else ""
+    return f", did you mean --{close[0]}?" if close and close[0] != name else ""
 
 
 def _known_flags(kind, prefix: str = "") -> list[str]:

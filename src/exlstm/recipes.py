@@ -89,7 +89,7 @@ def train_language(config: RunConfig):
     # torch and all that needs it is loaded from here on.
     from exlstm import runs
 
-    with _nothing_on_failure(folder):
+    with _nothing_on_failure(folder), _memory_told():
         result, model, corpus = _train(folder, config, stored)
     if result.interrupted is None:
         runs.report(model, corpus.held_out.head(runs.REPORT_BYTES), f"held-out text of {folder}")
@@ -244,6 +244,25 @@ def _nothing_on_failure(folder: Path):
                 for parent in made[1:]:
                     parent.rmdir()
         raise
+
+
+# How PyTorch says it, on every device.
+NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+
+
+@contextlib.contextmanager
+def _memory_told():
+    """ValueError of one sentence where memory runs out: what takes less is the user's to choose."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and not any(sign in told for sign in NO_MEMORY):
+            raise
+        less = (
+            "a smaller --data.batch-size, --data.context or --size takes less, as does --train.gradient-checkpointing"
+        )
+        raise ValueError(f"there is not enough memory: {less} ({told})") from None
 
 
 class _Preparing:

@@ -83,6 +83,8 @@ class TrainConfig:
             _whole(name, getattr(self, name), least)
         for name in ("eval_every", "save_every", "sample_every"):
             _whole(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, wanted a whole number below 2^63")
         _number("lr", self.lr, lambda x: x > 0, "above 0")
         _number("final_lr", self.final_lr, lambda x: 0 <= x <= 1, "from 0 to 1")
         _number("warmup", self.warmup, lambda x: 0 <= x < 1, "from 0 to below 1 (a share of the steps)")
