@@ -229,16 +229,18 @@ def _write_settings(folder: Path, config: RunConfig, model: LanguageConfig, fing
 
 @contextlib.contextmanager
 def _nothing_on_failure(folder: Path):
-    """A run that fails before its first checkpoint leaves no folder that was not there before."""
+    """A run that fails before its first checkpoint leaves no folder that was not there before; nor does one that is refused
+    before it has learnt anything, so that the same command with other settings may begin there."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
-    except BaseException:
-        from exlstm.train.checkpoint import only_writer
+    except BaseException as error:
+        from exlstm.train.checkpoint import only_writer, steps_in
 
         # Another training may have begun there in the meantime.
         with contextlib.suppress(OSError, ValueError):
-            if made and not any(folder.glob("checkpoints/step-*")):
+            steps = steps_in(folder / "checkpoints")
+            if made and (not steps or (steps == [0] and isinstance(error, ValueError))):
                 with only_writer(folder):
                     shutil.rmtree(folder)
                 for parent in made[1:]:
