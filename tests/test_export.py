@@ -1,5 +1,7 @@
 """What is exported gives what the model gives: the step in ONNX Runtime and as pt2, the forward at any length."""
 
+import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -11,18 +13,19 @@ import torch
 from exlstm.cli import main
 from exlstm.data.tokenizer import Bytes
 from exlstm.export import export, parts
-from exlstm.models.config import LanguageConfig, SLSTMOptions
+from exlstm.models.config import AttentionOptions, LanguageConfig, SLSTMOptions
 from exlstm.models.language import LanguageModel
+from exlstm.models.stack import BLOCKS
 
 RECURRENT = ("mlstm", "slstm", "mlstm_up", "mamba2", "lstm")
 
 
-def build(blocks):
-    torch.manual_seed(0)
+def build(blocks, seed=0, d_model=32):
+    torch.manual_seed(seed)
     config = LanguageConfig(
-        d_model=32,
+        d_model=d_model,
         n_layers=len(blocks),
-        n_heads=2,
+        n_heads=2 if d_model == 32 else 4,
         blocks=blocks,
         vocab_size=61,
         slstm=SLSTMOptions(conv=3),
@@ -51,24 +54,13 @@ def stepped(call, model, steps, rows=3):
     return worst
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("blocks", "limit"),
-    [
-        (("mlstm", "slstm"), 1e-6),
-        pytest.param(("mlstm_up",), 1e-6, marks=pytest.mark.slow),
-        pytest.param(("mlstm_up", "mamba2", "lstm"), 1.2e-6, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_the_step_in_onnx_runtime(blocks, limit, tmp_path, caplog):
+def in_runtime(model, folder):
+    """The exported step as a function of tokens and the state by name, in ONNX Runtime."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = build(blocks)
-    (path,) = export(model, tmp_path / "out", "onnx")
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    (path,) = export(model, folder, "onnx")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    told = json.loads((tmp_path / "out" / "export.json").read_text())["files"]["step.onnx"]
+    told = json.loads((folder / "export.json").read_text())["files"]["step.onnx"]
     assert [i.name for i in session.get_inputs()] == list(told["inputs"])
 
     def call(tokens, state):
@@ -76,8 +68,67 @@ def test_the_step_in_onnx_runtime(blocks, limit, tmp_path, caplog):
         logits, *after = (torch.from_numpy(np.array(x)) for x in session.run(told["outputs"], given))
         return logits, dict(zip(state, after, strict=True))
 
+    return call
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ("mlstm", "slstm"),
+        *(pytest.param((kind,), marks=pytest.mark.slow) for kind in RECURRENT),
+        pytest.param(("mlstm_up", "mamba2", "lstm"), marks=pytest.mark.slow),
+    ],
+    ids="+".join,
+)
+def test_the_step_in_onnx_runtime(blocks, tmp_path, caplog):
+    model = build(blocks)
+    call = in_runtime(model, tmp_path / "out")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     for rows in (1, 5):
-        assert stepped(call, model, 100, rows) < limit
+        assert stepped(call, model, 100, rows) < 1e-6
+
+
+@torch.no_grad()
+def apart(call, model, rows, steps=100):
+    """‖difference‖ / ‖logits‖ over all steps: of `call` from the model, and of both from the model in float64."""
+    wide, ours, truth, found = copy.deepcopy(model).double(), None, None, []
+    held = {name: torch.zeros_like(t) for name, t in parts(model(tokens_of(rows, 1))[1])}
+    for t in range(steps):
+        tokens = tokens_of(rows, 1, seed=t)
+        logits, held = call(tokens, held)
+        (mine, ours), (exact, truth) = model(tokens, ours), wide(tokens, truth)
+        found.append((logits.double(), mine[:, 0].double(), exact[:, 0]))
+    there, here, exact = map(torch.stack, zip(*found, strict=True))
+    return tuple(((a - b).norm() / exact.norm()).item() for a, b in ((there, here), (there, exact), (here, exact)))
+
+
+# Blocks, d_model, bias of the forget gates where it is not the one they start with, and how far from the model: the numbers of
+# a step are 32 bits wide there and here, and sums of 256 products are added in another order.
+EXACT = [
+    (("mlstm_up",), 32, 12.0, 1e-6),
+    *[pytest.param((kind,), d, None, 1e-6, marks=pytest.mark.slow) for kind in RECURRENT for d in (32, 256)],
+    *[
+        pytest.param(blocks, d, None, limit, marks=pytest.mark.slow)
+        for blocks in (("mlstm_up", "mamba2", "lstm"), ("mlstm", "slstm", "mlstm_up"), ("mlstm_up",) * 3)
+        for d, limit in ((32, 1e-6), (64, 1e-6), (256, 2e-6))
+    ],
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("blocks", "d_model", "forget", "limit"), EXACT)
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_runtime_is_as_near_to_exact_numbers_as_torch(blocks, d_model, forget, limit, seed, tmp_path):
+    """A gate that remembers for 160,000 tokens has its logarithm from 1 - sigmoid, not from sigmoid."""
+    model = build(blocks, seed, d_model)
+    if forget is not None:
+        with torch.no_grad():
+            model.stack.blocks[0].mixer.gate.bias[2:] = forget
+    call = in_runtime(model, tmp_path / "out")
+    for rows in (1, 5):
+        between, there, here = apart(call, model, rows)
+        assert between < limit and there < 1.8 * here, (between, there, here)
 
 
 @pytest.mark.slow
@@ -122,11 +173,37 @@ def test_the_forward_at_any_length(blocks, tmp_path):
             torch.testing.assert_close(torch.load(f"{path}.{length}"), model(tokens)[0], atol=5e-5, rtol=1e-4)
 
 
+PARTS = {  # of every kind of block: what can be had as pt2
+    **{kind: ["step", "forward"] for kind in RECURRENT},
+    "attention": ["forward"],
+    "lstm": ["step"],
+    "mlstm_window": [],
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_block_has_its_parts_or_says_why_not(kind, tmp_path, monkeypatch):
+    """What is to be written is known before anything is; where there is no step there is no ONNX."""
+    written = []
+    monkeypatch.setattr("exlstm.export._write", lambda model, folder, format, wanted: written.append(wanted))
+    pytest.importorskip("onnxscript")
+    told = f"no step of {kind}: its state grows"
+    for format, wanted in (("pt2", PARTS[kind]), ("onnx", [part for part in PARTS[kind] if part == "step"])):
+        with contextlib.nullcontext() if wanted else pytest.raises(ValueError, match=told):
+            export(build((kind,)), tmp_path / format, format)
+            assert written.pop() == wanted
+
+
 def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'onnx'"):
         export(build(("mlstm",)), tmp_path / "out", "onx")
     with pytest.raises(ValueError, match="no step of attention: its state grows"):
         export(build(("attention", "lstm")), tmp_path / "out", "pt2")
+    windowed = LanguageModel(
+        LanguageConfig(d_model=32, n_layers=1, blocks="attention", attention=AttentionOptions(window=9))
+    )
+    with pytest.raises(ValueError, match="no forward of attention: sequences within the window and beyond it"):
+        export(windowed, tmp_path / "out", "pt2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other things than an export"):

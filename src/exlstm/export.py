@@ -26,8 +26,14 @@ from exlstm.train.checkpoint import write_folder
 
 FORMATS = ("onnx", "pt2")
 # Why a part of a model with these blocks cannot be had.
-NO_STEP = {"attention": "its state grows with every token"}
-NO_FORWARD = {"lstm": "a compiled graph unrolls it over one length"}
+NO_STEP = {
+    "attention": "its state grows with every token",
+    "mlstm_window": "its state grows up to the window",
+}
+NO_FORWARD = {
+    "lstm": "a compiled graph unrolls it over one length",
+    "mlstm_window": "sequences within the window and beyond it have two graphs",
+}
 # The shortest sequence that a forward takes, beside the widest convolution: what a graph of open length may assume.
 SHORTEST = 4
 
@@ -100,7 +106,10 @@ def _wanted(model, format: str) -> list[str]:
     """Of "step" and "forward" those that this format and the model's blocks allow."""
     if format == "onnx" and find_spec("onnxscript") is None:
         raise ModuleNotFoundError("ONNX needs the package onnxscript: pip install 'exlstm[onnx]'")
-    tables = {"step": NO_STEP} if format == "onnx" else {"step": NO_STEP, "forward": NO_FORWARD}
+    no_forward = dict(NO_FORWARD)
+    if model.config.attention.window:
+        no_forward["attention"] = NO_FORWARD["mlstm_window"]
+    tables = {"step": NO_STEP} if format == "onnx" else {"step": NO_STEP, "forward": no_forward}
     kinds, wanted, reasons = dict.fromkeys(model.config.layers()), [], []
     for name, table in tables.items():
         why = [f"no {name} of {kind}: {table[kind]}" for kind in kinds if kind in table]
@@ -156,12 +165,33 @@ def _unheard():
         logging.disable(before)
 
 
+def _forms() -> dict:
+    """Operators of torch in the operators of ONNX that lose least; its own table makes logsigmoid the logarithm of a sigmoid,
+    which near 1 keeps no digit of a forget gate that remembers for long, and is -inf where the sigmoid underflows."""
+    from onnxscript import opset18 as op
+
+    def rms_norm(x, shape, weight=None, eps=None):
+        axes = [-n - 1 for n in range(len(shape))]
+        y = op.Div(x, op.Sqrt(op.Add(op.ReduceMean(op.Mul(x, x), axes), op.CastLike(eps, x))))
+        return y if weight is None else op.Mul(y, weight)
+
+    aten = torch.ops.aten
+    return {
+        aten.log_sigmoid.default: lambda x: op.Neg(op.Softplus(op.Neg(x))),
+        # ONNX Runtime's own sigmoid is a quotient of polynomials: where it is small, the fourth digit is wrong.
+        aten.sigmoid.default: lambda x: op.Reciprocal(op.Add(op.Exp(op.Neg(x)), op.CastLike(1.0, x))),
+        aten.silu.default: lambda x: op.Div(x, op.Add(op.Exp(op.Neg(x)), op.CastLike(1.0, x))),
+        aten.rms_norm.default: rms_norm,
+    }
+
+
 def _write_onnx(traced, path: Path, state: list[str]):
     with _unheard():
         program = torch.onnx.export(
             traced,
             input_names=["tokens", *state],
             output_names=["logits", *(f"next_{name}" for name in state)],
+            custom_translation_table=_forms(),
             dynamo=True,
             verbose=False,
         )

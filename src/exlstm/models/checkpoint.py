@@ -180,11 +180,17 @@ def _read_weight(path: Path, file, name: str, dtype) -> Tensor:
         tensor = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged at {name}: {_first_line(error)}") from None
-    if not tensor.is_floating_point():
-        raise ValueError(f"{path} holds {name} as {tensor.dtype}, wanted a floating dtype")
-    if not tensor.isfinite().all():
-        raise ValueError(f"{path} holds NaN or infinities in {name}")
+    _check_numbers(path, name, tensor)
     return tensor if dtype is None else tensor.to(dtype)
+
+
+def _check_numbers(where: Path | str, name: str, tensor: Tensor):
+    """Floating numbers, all of them finite, found without a copy: `isfinite` of a large tensor is three of them."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ValueError(f"{where} holds {name} as {tensor.dtype}, wanted a floating dtype of 16 bits or more")
+    # The ends of a tensor with a NaN are NaN.
+    if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+        raise ValueError(f"{where} holds NaN or infinities in {name}")
 
 
 def _read_tokenizer(path: Path, config: LanguageConfig):

@@ -21,6 +21,7 @@ from exlstm.models import names, names_large, names_stack
 from exlstm.models.checkpoint import (
     CONFIG,
     FORMAT,
+    _check_numbers,
     _checked_device,
     _first_line,
     _opened,
@@ -152,10 +153,7 @@ def _finish(weights: Weights, name: str, take, device: str, dtype) -> Tensor:
         read = take(weights.read)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{weights.where} is damaged at {name}: {_first_line(error)}") from None
-    if not read.is_floating_point():
-        raise ValueError(f"{weights.where} holds {name} as {read.dtype}, wanted a floating dtype")
-    if not read.isfinite().all():
-        raise ValueError(f"{weights.where} holds NaN or infinities in {name}")
+    _check_numbers(weights.where, name, read)
     # A state dict goes on belonging to whoever handed it in.
     ours = read.to(device=device, dtype=dtype or read.dtype, copy=weights.copies)
     return ours.clone(memory_format=torch.contiguous_format) if not ours.is_contiguous() else ours
