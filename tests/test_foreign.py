@@ -453,3 +453,31 @@ def test_a_large_one_is_loaded_within_its_own_size(fused, tmp_path):
     assert done.returncode == 0, done.stderr
     grown, size = map(int, done.stdout.split())
     assert size > 60e6 and grown < 1.1 * size + 20e6
+
+
+def peak_of(call) -> int:
+    """Bytes that torch holds at the most while `call` runs, beyond what it held before, files that it has mapped included."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        kept = call()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert kept is not None
+    return peak
+
+
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+def test_nothing_is_held_beside_the_files_and_the_model(weight_mode, tmp_path):
+    """In the dtype that is stored the model is the files, mapped, and no check copies a tensor; in another it is itself."""
+    settings = {"embedding_dim": 256, "num_heads": 4, "num_blocks": 4, "vocab_size": 4096, "weight_mode": weight_mode}
+    net = xLSTMLarge(xLSTMLargeConfig(**settings, **NATIVE)).bfloat16()
+    weights = sorted(net.state_dict().items())
+    for n in range(4):
+        save_file({name: t.contiguous() for name, t in weights[n::4]}, tmp_path / f"model_{n}.safetensors")
+    sizes = [file.stat().st_size for file in tmp_path.iterdir()]
+    model, small = sum(t.numel() for _, t in weights), max(t.numel() for _, t in weights) // 10
+    for dtype, own in ((None, 0), (torch.float32, 4 * model), (torch.float16, 2 * model)):
+        beside = peak_of(lambda dtype=dtype: load_checkpoint(tmp_path, dtype=dtype)) - sum(sizes)
+        assert beside < own + small < own + max(sizes), (dtype, beside, own)
