@@ -149,6 +149,21 @@ def test_what_does_not_fit_raises_what_nn_lstm_raises(wrong):
     assert errors[0] == errors[1]
 
 
+@both
+def test_a_packed_sequence_that_does_not_fit(kind):
+    """The same kinds of error there and here; ours say what is wrong."""
+    rnn, packed = kind(IN, D, 2), pack_sequence([torch.randn(3, IN), torch.randn(2, IN)])
+    told = (
+        {"4": "", "5": ""}
+        if kind is nn.LSTM
+        else {"4": "Expected 5, got 4", "5": r"size \(2, 2, 32\), got \[2, 3, 32\]"}
+    )
+    with pytest.raises(RuntimeError, match=told["4"]):
+        rnn(pack_sequence([torch.randn(3, 4)]))
+    with pytest.raises(RuntimeError, match=told["5"]):
+        rnn(packed, (torch.zeros(2, 3, D), torch.zeros(2, 3, D)))
+
+
 def test_dropout_without_a_second_layer_warns_as_there():
     for kind in (nn.LSTM, xLSTM):
         with pytest.warns(UserWarning, match="dropout"):

@@ -143,6 +143,7 @@ class xLSTM(nn.Module):
         if lengths is not None or mask is not None or reset is not None:
             raise ValueError("a PackedSequence says itself which tokens there are, wanted no lengths, mask or reset")
         x, lengths = pad_packed_sequence(input, batch_first=True)
+        self._check_input(x)
         y, state = self._run(x, self._memory(x, hx, True), valid_mask(lengths, None, *x.shape[:2], x.device), None)
         order = input.sorted_indices
         if order is not None:
