@@ -203,6 +203,21 @@ def test_a_large_one_trains_in_every_mode_at_any_length(mode, batch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_widths_that_are_no_multiples_of_64():
+    """Theirs keeps states of rounded widths beside layers of others."""
+    model = ours.xLSTMLarge(ours.xLSTMLargeConfig(**{**LARGE, "embedding_dim": 96})).eval()
+    tokens = torch.randint(VOCABULARY, (2, 9))
+    (whole, _), (first, state) = model(tokens), model(tokens[:, :5])
+    same(torch.cat([first, model(tokens[:, 5:], state)[0]], 1), whole, 1e-5)
+    assert model.generate(tokens, 4)[0].shape == (2, 4)
+
+
+def test_a_feed_forward_is_not_shut_at_the_start():
+    """transformers starts its gates with zeros, and nothing comes out."""
+    block = ours.xLSTMLarge(ours.xLSTMLargeConfig(**LARGE)).model.stack.blocks[0]
+    assert block.ffn(torch.randn(9, 64)).std() > 0.05 and block.mixer.o.weight.std() > 0.05
+
+
 def test_a_forward_gives_the_state_and_takes_one():
     stack, x = ours.xLSTMBlockStack(config(ours)).double().eval(), sample(2, 10, 32)
     y, state = stack(x[:, :6], return_last_state=True)

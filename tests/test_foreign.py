@@ -150,6 +150,10 @@ def test_an_lm_model_gives_the_same(name, tied):
     assert isinstance(ours, LanguageModel) and ours.config.tie_embeddings == tied
     with torch.no_grad():
         same(ours(tokens)[0], net(tokens), 1e-10)
+        written = tokens
+        for _ in range(6):
+            written = torch.cat([written, net(written)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ours.generate(tokens, 6, temperature=0), written[:, 33:])
     wrapped = {"state_dict": {f"model.net.{key}": value for key, value in net.state_dict().items()}, "epoch": 3}
     assert torch.equal(load_checkpoint(wrapped, config)(tokens)[0], ours(tokens)[0])
 
@@ -259,10 +263,16 @@ def test_transformers_gives_the_same(settings, tmp_path):
     net, tokens = hf(**settings), tokens_of(2, 40)
     net.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    more = tokens_of(2, 1, seed=2)
     with torch.no_grad():
-        wanted = net(tokens).logits
         for ours in (load_checkpoint(tmp_path), load_checkpoint(net.state_dict(), net.config)):
-            same(ours(tokens)[0], wanted, 1e-5)
+            (found, state), theirs = ours(tokens), net(tokens)
+            same(found, theirs.logits, 1e-5)
+            for (_, memory), their in zip(state, theirs.cache.rnn_state.values(), strict=True):
+                for mine, wanted in zip(memory, their, strict=True):
+                    same(mine, wanted.reshape(mine.shape), 1e-5)
+            # Their step writes into the state that it is given.
+            same(ours(more, state)[0], net(more, cache=theirs.cache).logits, 1e-5)
             assert torch.equal(ours.generate(tokens[:, :7], 16, temperature=0), hf_generate(net, tokens[:, :7], 16))
 
 

@@ -152,16 +152,13 @@ def test_what_does_not_fit_raises_what_nn_lstm_raises(wrong):
 @both
 def test_a_packed_sequence_that_does_not_fit(kind):
     """The same kinds of error there and here; ours say what is wrong."""
-    rnn, packed = kind(IN, D, 2), pack_sequence([torch.randn(3, IN), torch.randn(2, IN)])
-    told = (
-        {"4": "", "5": ""}
-        if kind is nn.LSTM
-        else {"4": "Expected 5, got 4", "5": r"size \(2, 2, 32\), got \[2, 3, 32\]"}
-    )
-    with pytest.raises(RuntimeError, match=told["4"]):
-        rnn(pack_sequence([torch.randn(3, 4)]))
-    with pytest.raises(RuntimeError, match=told["5"]):
-        rnn(packed, (torch.zeros(2, 3, D), torch.zeros(2, 3, D)))
+    rnn, packed, zeros = kind(IN, D, 2), pack_sequence([torch.randn(3, IN), torch.randn(2, IN)]), torch.zeros(2, 3, D)
+    for call, told in (
+        (lambda: rnn(pack_sequence([torch.randn(3, 4)])), "Expected 5, got 4"),
+        (lambda: rnn(packed, (zeros, zeros)), r"size \(2, 2, 32\), got \[2, 3, 32\]"),
+    ):
+        with pytest.raises(RuntimeError, match=told if kind is xLSTM else None):
+            call()
 
 
 def test_dropout_without_a_second_layer_warns_as_there():
