@@ -148,6 +148,29 @@ def test_a_prompt_in_pieces_and_a_cache_that_goes_on(blocks):
     assert torch.equal(made, write(model, tokens, 5))
 
 
+@pytest.mark.parametrize("piece", [1, 4, 13, 50])
+def test_generate_may_read_the_prompt_in_pieces(piece):
+    """Also behind a cache that has read some of it, and with padding."""
+    model, tokens = wrapped(("slstm", "mlstm_up", "attention")), tokens_of(2, 13)
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, :3] = 0
+    for how in ({}, {"attention_mask": mask}, {"num_beams": 3}):
+        assert torch.equal(write(model, tokens, prefill_chunk_size=piece, **how), write(model, tokens, **how))
+    with torch.no_grad():
+        held = model(tokens[:, :5], attention_mask=mask[:, :5], use_cache=True)[CACHE]
+    wanted = write(model, tokens, attention_mask=mask)
+    for rest in (tokens, tokens[:, 5:]):
+        found = model.generate(
+            rest,
+            attention_mask=mask,
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            **{CACHE: copy.deepcopy(held)},
+        )
+        assert torch.equal(found[:, -12:], wanted)
+
+
 def test_logits_to_keep_and_tuples():
     model, tokens = wrapped(), tokens_of(2, 9)
     with torch.no_grad():

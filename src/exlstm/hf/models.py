@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from exlstm.layers.basic import LayerNorm, RMSNorm, init_linear, soft_cap
 from exlstm.models.config import LanguageConfig, from_dict
 from exlstm.models.language import LanguageModel
 from exlstm.models.stack import Stack, make_norm, set_eps
+
+# Later versions of transformers say how many of the tokens have not been read, earlier ones leave it to the model.
+COUNTS = "next_sequence_length" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 
 class ExlstmConfig(PreTrainedConfig):
@@ -238,6 +242,12 @@ class ExlstmForCausalLM(ExlstmPreTrainedModel, GenerationMixin):
         if inputs_embeds is not None:
             # Of what was given as vectors no tokens are told.
             seen = max(0, input_ids.shape[1] - 1)
+        elif COUNTS:
+            # A prompt that is read in pieces comes as pieces, and whatever is not to be read again is counted.
+            count = kwargs.get("next_sequence_length")
+            return {**told, "input_ids": input_ids if count is None else input_ids[:, -count:]}
+        elif attention_mask is not None and attention_mask.shape[1] == seen + input_ids.shape[1]:
+            return {**told, "input_ids": input_ids}
         return {**told, "input_ids": input_ids[:, seen:] if seen < input_ids.shape[1] else input_ids[:, -1:]}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *_, **__):
