@@ -61,7 +61,7 @@ def in_runtime(model, folder):
     (path,) = export(model, folder, "onnx")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     told = json.loads((folder / "export.json").read_text())["files"]["step.onnx"]
-    assert [i.name for i in session.get_inputs()] == list(told["inputs"])
+    assert {i.name: list(i.shape) for i in session.get_inputs()} == told["inputs"]
 
     def call(tokens, state):
         given = {"tokens": tokens.numpy(), **{name: t.numpy() for name, t in state.items()}}
@@ -128,7 +128,7 @@ def test_the_runtime_is_as_near_to_exact_numbers_as_torch(blocks, d_model, forge
     call = in_runtime(model, tmp_path / "out")
     for rows in (1, 5):
         between, there, here = apart(call, model, rows)
-        assert between < limit and there < 1.8 * here, (between, there, here)
+        assert between < limit and there < 2 * here, (between, there, here)
 
 
 @pytest.mark.slow
@@ -208,6 +208,10 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other things than an export"):
         export(build(("mlstm",)), tmp_path / "full", "pt2")
+    pytest.importorskip("onnxscript")
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=f"the model is {dtype}, for which ONNX Runtime lacks operators"):
+            export(build(("mlstm",)).to(dtype), tmp_path / "out", "onnx")
     monkeypatch.setattr("exlstm.export.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install 'exlstm"):
         export(build(("mlstm",)), tmp_path / "out", "onnx")

@@ -106,6 +106,9 @@ def _wanted(model, format: str) -> list[str]:
     """Of "step" and "forward" those that this format and the model's blocks allow."""
     if format == "onnx" and find_spec("onnxscript") is None:
         raise ModuleNotFoundError("ONNX needs the package onnxscript: pip install 'exlstm[onnx]'")
+    dtype = model.embedding.weight.dtype
+    if format == "onnx" and dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"the model is {dtype}, for which ONNX Runtime lacks operators; wanted model.float()")
     no_forward = dict(NO_FORWARD)
     if model.config.attention.window:
         no_forward["attention"] = NO_FORWARD["mlstm_window"]
@@ -191,6 +194,7 @@ def _write_onnx(traced, path: Path, state: list[str]):
             traced,
             input_names=["tokens", *state],
             output_names=["logits", *(f"next_{name}" for name in state)],
+            dynamic_shapes=({0: "batch"}, tuple({0: "batch"} for _ in state)),
             custom_translation_table=_forms(),
             dynamo=True,
             verbose=False,
