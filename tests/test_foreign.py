@@ -1,5 +1,6 @@
 """Weights of NX-AI's xlstm 2.0.6 and of transformers give on our blocks what they give there, and ours give it there."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch import nn
 from exlstm.models.checkpoint import load_checkpoint, save_checkpoint
 from exlstm.models.config import LanguageConfig, MLSTMOptions
 from exlstm.models.language import LanguageModel
+from exlstm.models.names_stack import FIELDS
 from exlstm.models.stack import Stack
 from exlstm.ops.mlstm import MLSTMState
 
@@ -399,6 +401,11 @@ def test_what_is_not_understood_is_named(tmp_path):
         (lambda c: c["slstm_block"]["slstm"].update(function="lstm"), "slstm.function 'lstm'"),
         (lambda c: c["slstm_block"]["feedforward"].update(act_fn="selu"), "feedforward.act_fn 'selu'"),
         (lambda c: c.update(num_blocks=7), "says num_blocks 7, the weights have 3"),
+        (lambda c: c.update(num_block=3), "unknown field 'num_block', did you mean 'num_blocks'"),
+        (
+            lambda c: c["slstm_block"]["slstm"].update(functoin="lstm"),
+            "unknown field 'slstm_block.slstm.functoin', did you mean 'function'",
+        ),
     ):
         settings = {"slstm_block": {"slstm": {}, "feedforward": {}}}
         change(settings)
@@ -416,6 +423,18 @@ def test_what_is_not_understood_is_named(tmp_path):
         load_checkpoint(weights, dtype=torch.int64)
     with pytest.raises(ValueError, match="cannot be used here"):
         load_checkpoint(weights, device="nowhere")
+
+
+def test_every_field_of_their_configurations_is_known():
+    for where, kind in {
+        "": xlstm.xLSTMLMModelConfig,
+        "mlstm_block": xlstm.mLSTMBlockConfig,
+        "mlstm_block.mlstm": xlstm.mLSTMLayerConfig,
+        "slstm_block": xlstm.sLSTMBlockConfig,
+        "slstm_block.slstm": xlstm.sLSTMLayerConfig,
+        "slstm_block.feedforward": xlstm.FeedForwardConfig,
+    }.items():
+        assert set(FIELDS[where].split()) == {f.name for f in dataclasses.fields(kind) if f.name[0] != "_"}, where
 
 
 def test_files_that_are_damaged_or_run_code(tmp_path):

@@ -6,8 +6,23 @@ from functools import partial
 
 import torch
 
-from exlstm.models.config import NO_MEMORY, LanguageConfig, MLSTMUpOptions, SLSTMOptions, StackConfig
+from exlstm.models.config import NO_MEMORY, LanguageConfig, MLSTMUpOptions, SLSTMOptions, StackConfig, nearest
 from exlstm.models.names import Family, Map, agree, depth, joined, rounding, rows, whole
+
+# The fields of their configurations, by where they stand; those with _ in front are filled in there.
+_MAP = "proj_factor round_proj_up_dim_up round_proj_up_to_multiple_of embedding_dim bias dropout"
+FIELDS = {
+    "": "mlstm_block slstm_block context_length num_blocks embedding_dim add_post_blocks_norm bias dropout slstm_at "
+    "vocab_size tie_weights weight_decay_on_embedding add_embedding_dropout",
+    "mlstm_block": "mlstm",
+    "mlstm_block.mlstm": f"{_MAP} conv1d_kernel_size qkv_proj_blocksize num_heads context_length",
+    "slstm_block": "slstm feedforward",
+    "slstm_block.slstm": "hidden_size num_heads num_states backend function bias_init recurrent_weight_init num_gates "
+    "gradient_recurrent_cut gradient_recurrent_clipval forward_clipval batch_size input_shape internal_input_shape "
+    "output_shape constants dtype dtype_b dtype_r dtype_w dtype_g dtype_s dtype_a enable_automatic_mixed_precision "
+    "initial_val embedding_dim conv1d_kernel_size group_norm_weight dropout",
+    "slstm_block.feedforward": f"{_MAP} act_fn ff_type",
+}
 
 
 def stack_config(shapes: dict, family: Family, given: dict) -> StackConfig:
@@ -61,7 +76,12 @@ def _slstm_options(shapes, block, d_model):
 
 
 def check_stack(given: dict):
-    """Settings that our blocks have not."""
+    """Settings that our blocks have not, and names that are none of theirs."""
+    for where, known in FIELDS.items():
+        for name in _inner(given, *filter(None, where.split("."))):
+            if not name.startswith("_") and name not in known.split():
+                place = f"{where}.{name}".lstrip(".")
+                raise ValueError(f"the configuration has the unknown field {place!r}{nearest(name, known.split())}")
     slstm, ffn = (_inner(given, "slstm_block", name) for name in ("slstm", "feedforward"))
     for where, values, name, wanted in (
         ("slstm", slstm, "function", "slstm"),
