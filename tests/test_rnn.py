@@ -346,6 +346,23 @@ def test_truncated_backpropagation_through_time(blocks):
             same(a, b, 1e-8)
 
 
+def repackaged(state):
+    """As the language model among PyTorch's examples does it between the pieces of a text."""
+    return state.detach() if isinstance(state, torch.Tensor) else tuple(repackaged(part) for part in state)
+
+
+@each_kind
+@pytest.mark.parametrize("change", [repackaged, list])
+def test_a_script_may_walk_through_a_state(blocks, change):
+    net, x = build(blocks, bidirectional=True), sample(5, 2, IN)
+    state = net(x)[1]
+    assert torch.equal(net(x, change(state))[0], net(x, state)[0])
+    h, c = state
+    emptied = h, c * torch.tensor([1, 0])
+    assert torch.equal(net(x, change(emptied))[0], net(x, emptied)[0])
+    assert not net(x, repackaged(state))[0].isnan().any()
+
+
 @each_kind
 def test_copies_pickles_state_dicts_and_states_on_disk(blocks):
     net, x = build(blocks, bidirectional=True), sample(5, 2, IN)

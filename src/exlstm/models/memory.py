@@ -13,12 +13,27 @@ class xLSTMMemory(NamedTuple):
     """What an xLSTM continues from, in the place of nn.LSTM's c_n: a state of every layer and direction, rows first.
 
     It takes what scripts do with c_n: `detach`, `data`, `clone`, `contiguous`, `to`, `cpu`, `cuda`, `index_select(1, rows)`,
-    `c[:, rows]`, and `c * keep` with ones and zeros, which empties the memory of the rows that are multiplied by 0.
+    `c[:, rows]`, and `c * keep` with ones and zeros, which empties the memory of the rows that are multiplied by 0. It is
+    tensors in tuples down to the last, () where there is none, so that a script may also walk through it and detach each.
     """
 
     layers: tuple
-    fresh: Tensor | None = None
-    """(B,) bool: rows that are emptied before the next token; None: no row"""
+    emptied: Tensor | tuple = ()
+    """(B,) bool: rows that are emptied before the next token; (): no row"""
+
+    @classmethod
+    def of(cls, states) -> xLSTMMemory:
+        """The memory of a state, or None, of every layer and direction."""
+        return cls(_stored(tuple(states)))
+
+    def states(self) -> list:
+        """A state, or None, of every layer and direction."""
+        return [_told(layer) for layer in self.layers]
+
+    @property
+    def fresh(self) -> Tensor | None:
+        """(B,) bool: rows that are emptied before the next token; None: no row."""
+        return self.emptied if isinstance(self.emptied, Tensor) else None
 
     @property
     def rows(self) -> int:
@@ -86,9 +101,25 @@ class xLSTMMemory(NamedTuple):
                 f"a memory of {rows} rows is multiplied by {tuple(keep.shape)} numbers, wanted {rows} ones and zeros"
             )
         emptied = (keep.reshape(-1) == 0).to(self.device).expand(rows)
-        return self._replace(fresh=emptied if self.fresh is None else self.fresh | emptied)
+        return self._replace(emptied=emptied if self.fresh is None else self.fresh | emptied)
 
     __rmul__ = __mul__
+
+
+def _stored(state):
+    """A state with () in the place of None."""
+    if state is None or isinstance(state, Tensor):
+        return () if state is None else state
+    inner = map(_stored, state)
+    return type(state)(*inner) if hasattr(state, "_fields") else tuple(inner)
+
+
+def _told(state):
+    """The inverse of `_stored`."""
+    if isinstance(state, Tensor):
+        return state
+    inner = [_told(part) for part in state]
+    return None if not inner else type(state)(*inner) if hasattr(state, "_fields") else tuple(inner)
 
 
 def _first(memory: xLSTMMemory) -> Tensor:

@@ -179,13 +179,13 @@ class xLSTM(nn.Module):
         h_before, memory = before
         x = blanked(x, mask)
         resets = [_begin(reset, memory.fresh, x), _begin(_from_behind(reset), memory.fresh, x)]
-        hs, states = [], []
+        hs, states, held = [], [], memory.states()
         for i in range(self.num_layers):
             if i and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             ys = []
             for layer in self.layers[i * self.n_directions : (i + 1) * self.n_directions]:
-                is_reverse, state = len(ys) == 1, memory.layers[len(states)]
+                is_reverse, state = len(ys) == 1, held[len(states)]
                 y, state = (
                     _reversed(layer, x, state, mask, resets[1]) if is_reverse else layer(x, state, mask, resets[0])
                 )
@@ -193,17 +193,20 @@ class xLSTM(nn.Module):
                 states.append(state)
                 hs.append(_last(y, mask, is_reverse, None if h_before is None else h_before[len(hs)]))
             x = sum(ys) if self.bidirectional == "sum" else torch.cat(ys, -1) if len(ys) > 1 else y
-        return blanked(x, mask), xLSTMState(torch.stack(hs), xLSTMMemory(tuple(states)))
+        return blanked(x, mask), xLSTMState(torch.stack(hs), xLSTMMemory.of(states))
 
     def _memory(self, x, hx, is_batched: bool):
         """(h or None, memory) of a state handed in."""
         depth, batch = len(self.layers), x.shape[0]
         if hx is None:
-            return None, xLSTMMemory((None,) * depth)
+            return None, xLSTMMemory.of([None] * depth)
         if not isinstance(hx, tuple | list) or len(hx) != 2 or not isinstance(hx[0], Tensor):
             came = f"{len(hx)} parts" if isinstance(hx, tuple | list) else type(hx).__name__
             raise ValueError(f"hx is {came}, wanted the pair (h, c) of an earlier call, or of zeros")
         h, c = hx
+        if isinstance(c, tuple | list) and not isinstance(c, xLSTMMemory) and len(c) == 2:
+            # A script has walked through the memory, as those do that detach a state of unknown depth.
+            c = xLSTMMemory(*c)
         _check_axes(h, c, is_batched)
         h = h if is_batched else h.unsqueeze(1)
         wanted = (depth, batch, self.proj_size or self.hidden_size)
@@ -223,7 +226,7 @@ class xLSTM(nn.Module):
             raise ValueError(
                 "hx holds numbers that are no state of this network, wanted the pair (h, c) of an earlier call, or of zeros"
             )
-        return None, xLSTMMemory((None,) * depth)
+        return None, xLSTMMemory.of([None] * depth)
 
     def _check_input(self, x):
         wanted = next(self.parameters()).dtype
