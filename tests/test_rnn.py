@@ -84,7 +84,7 @@ def test_one_script_for_both(kind, batch_first, bidirectional, proj_size):
     last = y[:, -1] if batch_first else y[-1]
     assert torch.equal(h[-directions], last[:, :out])
     chosen = torch.tensor([2, 0, 0])
-    beams = h.index_select(1, chosen), c.index_select(1, chosen)
+    beams = h.index_select(1, chosen), c.index_select(dim=1, index=chosen)
     rows = x[:3] if batch_first else x[:, :3]
     again = rnn(rows, (h[:, chosen], c[:, chosen]))[0]
     assert torch.equal(rnn(rows, beams)[0], again)

@@ -81,10 +81,10 @@ class xLSTMMemory(NamedTuple):
         rows = [rows] if isinstance(rows, int) else rows
         return tree_map_only(Tensor, lambda t: t[rows], self)
 
-    def index_select(self, dim: int, rows: Tensor) -> xLSTMMemory:
+    def index_select(self, dim: int, index: Tensor) -> xLSTMMemory:
         if dim not in (1, -2):
             raise ValueError(f"dim is {dim}, wanted 1: rows are the only axis of a memory that can be chosen from")
-        return self.index(rows)
+        return self.index(index)
 
     def __getitem__(self, key):
         if not isinstance(key, tuple):
