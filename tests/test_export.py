@@ -132,6 +132,20 @@ def test_the_runtime_is_as_near_to_exact_numbers_as_torch(blocks, d_model, forge
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["mlstm", "mlstm_up", "slstm"])
+def test_gates_that_are_open_or_shut_in_onnx_runtime(kind, tmp_path):
+    for i, f in ((90.0, -120.0), (-90.0, 120.0), (90.0, 120.0), (-90.0, -120.0)):
+        model = build((kind,))
+        gates = model.stack.blocks[0].mixer.b.mT if kind == "slstm" else model.stack.blocks[0].mixer.gate.bias
+        with torch.no_grad():
+            for part, value in zip(gates.chunk(4, -1) if kind == "slstm" else gates.chunk(2), (i, f)):
+                part.fill_(value)
+        between, _, _ = apart(in_runtime(model, tmp_path / f"{i} {f}"), model, 3, 40)
+        assert between < 1e-6, (i, f, between)
+
+
+@pytest.mark.slow
 def test_the_step_as_pt2(tmp_path):
     model = build(RECURRENT)
     step = torch.export.load(export(model, tmp_path / "out", "pt2")[0])
