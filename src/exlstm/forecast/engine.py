@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exlstm.data.panel import Panel
 from exlstm.data.windows import Batch, Windows, last, statistics_of
-from exlstm.forecast import baselines, combine, fitting, ridges, training
+from exlstm.forecast import baselines, combine, drift, fitting, ridges, training
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
@@ -44,6 +44,7 @@ class Engine:
     factors: Tensor | None = None  # (Q,)
     scores: dict[str, dict] = field(default_factory=dict)  # member -> its losses on validation
     notes: list[str] = field(default_factory=list)
+    drift: drift.Drift | None = None
 
     @property
     def device(self):
@@ -69,6 +70,12 @@ class Engine:
         linear = self.linear.config
         network = training.seen(self.network) if self.network is not None else 1
         return max(theta, self.season, linear.lookback, linear.past, network)
+
+    @property
+    def kept(self) -> int:
+        """Steps of history that a forecast, its intervals included, depends on."""
+        behind = self.drift.reach(self.season) if self.drift is not None else 0
+        return self.longest + self.config.horizon + behind
 
     def windows(self, panel: Panel, future=None) -> Windows:
         """The panel as this engine sees it; `future` (N, H, F) or None."""
@@ -110,6 +117,7 @@ class Engine:
         numbered `at`."""
         used = [m for m, w in self.weights.items() if w > 0]
         n = self._group(windows)
+        wide = drift.factors(self, windows, series, cuts)[:, None, None]
         for rows in torch.arange(len(series), device=windows.device).split(max(n, size // n * n)):
             s = series[rows]
             batch = windows.batch(s, cuts[rows], self.longest, self.config.horizon, dates="network" in (*used, *also))
@@ -120,7 +128,7 @@ class Engine:
             rest = [m for m in also if m not in used]
             alone = self.members(batch, offset, rest, n, at) if rest else {}
             out = {m: found[m][..., at] if m in found else alone[m] for m in also}
-            yield rows, {"blend": combine.stretched(mixed, self.factors)[..., at], **out}, batch
+            yield rows, {"blend": combine.stretched(mixed, self.factors * wide[rows])[..., at], **out}, batch
 
     def _group(self, windows: Windows) -> int:
         grouped = self.network is not None and self.network.config.grouped
@@ -221,8 +229,9 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
-    if recipe is not None:
-        engine.factors = engine.factors * _other_times(engine, found, recipe, stacked["linear"], target)
+    other = engine.plain if recipe is None else _other_times(engine, found, recipe, stacked["linear"], target)
+    engine.factors = engine.factors * other
+    engine.drift = drift.fit(engine, found, stacked["linear"], target, other)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
 

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from exlstm.data.panel import Columns, Panel
 from exlstm.forecast.config import FitConfig
+from exlstm.forecast.drift import Drift
 from exlstm.forecast.engine import Engine
 from exlstm.forecast.training import DESIGNS
 from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, from_dict, nearest
 from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
 
-# Version 1 knew one ridge, which was the linear path.
-FORMAT, VERSION, READS = "exlstm-forecaster", 2, (1, 2)
+# Version 1 knew one ridge, which was the linear path; versions 1 and 2 did not follow drift.
+FORMAT, VERSION, READS = "exlstm-forecaster", 3, (1, 2, 3)
 SETTINGS, TENSORS = "forecaster.json", "tensors.safetensors"
 
 
@@ -45,7 +46,7 @@ def save(model, folder: str | os.PathLike):
 
 def _pack(model) -> tuple[dict, dict]:
     engine, panel = model.engine, model.panel
-    keep = engine.longest + model.h
+    keep = engine.kept
     rows, lengths, firsts = [], [], []
     for n in range(len(panel)):
         a, b = int(panel.offsets[n]), int(panel.offsets[n + 1])
@@ -65,6 +66,8 @@ def _pack(model) -> tuple[dict, dict]:
         tensors[f"statistics.{kind}"] = torch.from_numpy(np.stack(engine.statistics[kind]))
     tensors |= {f"linear.{k}": v for k, v in engine.linear.state_dict().items()}
     tensors["ridge.weight"] = engine.ridge.weight
+    followed, more = _pack_drift(engine)
+    tensors |= more
     tensors["factors"] = engine.factors
     tensors |= {f"spread.{k}": v for k, v in engine.spreads.items()}
     if engine.network is not None:
@@ -78,6 +81,7 @@ def _pack(model) -> tuple[dict, dict]:
         "network": None if engine.network is None else asdict(engine.network.config),
         "season": engine.season,
         "year": engine.statistics["year"],
+        "drift": followed,
         "weights": engine.weights,
         "scores": engine.scores,
         "notes": engine.notes,
@@ -93,6 +97,31 @@ def _pack(model) -> tuple[dict, dict]:
         "firsts": firsts,
     }
     return settings, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+
+def _pack_drift(engine) -> tuple[dict | None, dict]:
+    if engine.drift is None:
+        return None, {}
+    found, tensors = engine.drift, {"drift.curve": engine.drift.curve}
+    if found.judge is not engine.linear:
+        tensors |= {f"judge.{k}": v for k, v in found.judge.state_dict().items()}
+    begins = [[_plain(name), str(first), step] for name, (first, step) in found.begins.items()]
+    return {"offset": found.offset, "begins": begins}, tensors
+
+
+def _unpack_drift(settings: dict, tensors: dict, linear: LinearPath, device: str) -> Drift | None:
+    import pandas as pd
+
+    found, judge = settings.get("drift"), linear
+    if found is None:
+        return None
+    held = {k[6:]: v for k, v in tensors.items() if k.startswith("judge.")}
+    if held:
+        judge = LinearPath(linear.config, device=device)
+        judge.load_state_dict(held)
+    time = int if isinstance(settings["freq"], int) else pd.Timestamp
+    begins = {name: (time(first), step) for name, first, step in found["begins"]}
+    return Drift(judge, tensors["drift.curve"].to(device), found["offset"], begins)
 
 
 def _plain(name):
@@ -151,6 +180,7 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     look = settings.get("ridge", linear.config.lookback)
     made = [fit, settings["season"], statistics, linear, ridge, look, network, settings["weights"], spreads]
     engine = Engine(*made, tensors["factors"].to(device), settings["scores"], settings["notes"])
+    engine.drift = _unpack_drift(settings, tensors, linear, device)
     columns = _dataclass(Columns, settings["columns"])
     numeric = isinstance(settings["freq"], int)
     firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]

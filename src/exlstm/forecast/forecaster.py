@@ -172,7 +172,7 @@ class Forecaster:
         if without_times(df):
             ends = (self.panel.times(n, int(length), int(length) + 1)[0] for n, length in enumerate(self.panel.lengths))
             new = replace(new, first=[int(end) for end, _ in zip(ends, new.ids)])
-        self.panel = _joined(self.panel, new, self.engine.longest + self.h)
+        self.panel = _joined(self.panel, new, self.engine.kept)
         return self
 
     def on(self, df) -> Forecaster:

@@ -1,0 +1,145 @@
+"""Forecasting: intervals follow the errors of late, by nothing but what is known, and alike however the forecasts are asked for."""
+
+import numpy as np
+import pytest
+import torch
+
+from exlstm import Forecaster
+from exlstm.data.series import panel_of
+from exlstm.forecast import drift, engine
+from exlstm.forecast.config import FitConfig
+
+pd = pytest.importorskip("pandas")
+SETTINGS = FitConfig(members=("linear",), lookback=8)
+H, SEASON, LEARNT = 4, 4, 900
+
+
+def table(after: float, n=2, steps=2400, seed=0):
+    """Series with a memory whose noise is `after` times as wide from the last step that is learnt from."""
+    draw = np.random.default_rng(seed)
+    noise = draw.normal(size=(steps, n)) * np.where(np.arange(steps) < LEARNT, 1.0, after)[:, None]
+    y = np.zeros((steps, n))
+    for t in range(1, steps):
+        y[t] = 0.5 * y[t - 1] + noise[t]
+    return pd.DataFrame(y, index=pd.date_range("2024-01-01", periods=steps), columns=[f"s{k}" for k in range(n)])
+
+
+def fitted(data, **more):
+    return Forecaster(H, season=SEASON, config=SETTINGS, **more).fit(data.iloc[:LEARNT])
+
+
+def coverage(model, data, cuts, follow=True):
+    """Shares of the true values within 80 and 95 % from origins `cuts` of every series."""
+    one = model.engine
+    if not follow:
+        one = engine.replace(one, drift=None)
+    w = one.windows(panel_of(data))
+    n = len(w.panel)
+    series, at = torch.arange(n).repeat_interleave(len(cuts)), torch.as_tensor(cuts).repeat(n)
+    parts = [(out["blend"], batch.target) for _, out, batch in one.forecast(w, series, at)]
+    q, y = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
+    return [float(((y >= q[..., k]) & (y <= q[..., -1 - k])).float().mean()) for k in (2, 0)]
+
+
+@pytest.mark.parametrize("after", [2.0, 0.5, 1.0])
+def test_coverage_comes_back_when_the_noise_grows_or_falls(after):
+    """Noise twice or half as wide behind what was learnt from: sixteen horizons later coverage is within 3 points again."""
+    data = table(after)
+    model = fitted(data)
+    cuts = np.arange(LEARNT + 16 * H, len(data) - H)
+    for share, wanted in zip(coverage(model, data, cuts), (0.8, 0.95)):
+        assert abs(share - wanted) < 0.03
+    before = coverage(model, data, cuts, follow=False)[0]
+    assert (abs(before - 0.8) > 0.1) == (after != 1)
+
+
+def test_what_is_not_known_yet_changes_nothing():
+    """Whatever stands behind an origin: its intervals stay, bit for bit."""
+    data = table(2.0)
+    model = fitted(data)
+    at = torch.tensor([1100, 1101, 1150])
+    other = data.copy()
+    other.iloc[1150:] *= 30
+    other.iloc[1160:1170] = np.nan
+
+    def found(frame):
+        w = model.engine.windows(panel_of(frame))
+        return drift.factors(model.engine, w, torch.arange(2).repeat_interleave(3), at.repeat(2))
+
+    assert torch.equal(found(data), found(other))
+    assert (found(data) > 1.3).all()
+    changed = data.copy()
+    changed.iloc[1140:1149] *= 30
+    after = found(changed)
+    assert torch.equal(after[:2], found(data)[:2])
+    assert after[2] > found(data)[2]
+
+
+def test_one_origin_many_origins_and_a_stream_agree():
+    data = table(2.0)
+    model = fitted(data)
+    panel, cuts = panel_of(data), torch.arange(1000, 1400, 7)
+    one = model.engine
+    w = one.windows(panel)
+    many = drift.factors(one, w, torch.zeros_like(cuts), cuts)
+    alone = torch.cat([drift.factors(one, w, torch.zeros(1, dtype=torch.int64), cut[None]) for cut in cuts])
+    assert torch.allclose(many, alone, rtol=1e-6)
+    stream = model.on(data.iloc[:LEARNT])
+    for start in range(LEARNT, 1400, 100):
+        stream.update(data.iloc[start : start + 100])
+    pd.testing.assert_frame_equal(stream.predict(), model.predict(data.iloc[:1400]))
+    assert stream.panel.lengths.max() == one.kept
+    assert one.kept == one.longest + H + one.drift.reach(SEASON)
+    # A whole history, and its last part that a forecast depends on.
+    width = (lambda f: (f["xLSTM-hi-80"] - f["xLSTM-lo-80"]).mean())
+    assert width(stream.predict()) > 1.4 * width(model.on(data.iloc[:LEARNT]).predict())
+
+
+def test_the_point_forecast_and_the_other_members_stay():
+    data = table(2.0)
+    model = fitted(data)
+    before = model.predict(data.iloc[:1400])
+    still = model.on(data.iloc[:1400])
+    still.engine = engine.replace(model.engine, drift=None)
+    after = still.predict()
+    moved = [c for c in after.columns if not after[c].equals(before[c])]
+    assert moved == [c for c in after.columns if c.startswith("xLSTM-")]
+
+
+def test_a_panel_of_short_series_has_the_intervals_of_validation():
+    data = table(1.0, n=5, steps=60)
+    model = Forecaster(H, season=SEASON, config=SETTINGS).fit(data)
+    w = model.engine.windows(model.panel)
+    assert model.engine.drift is not None
+    series, cuts = w.ends()
+    # The validation part has eight or nine steps, two spans are asked for.
+    few = w.lengths - torch.tensor([model.engine.drift.begins[i][1] for i in w.panel.ids]) < drift.LEAST * 2 * H
+    assert few.all()
+    assert drift.LEAST * H > 0
+    assert torch.equal(drift.factors(model.engine, w, series, torch.full_like(cuts, 50)), torch.ones(5))
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_saved_forecaster_follows_as_before(refit, tmp_path):
+    data = table(2.0)
+    settings = engine.replace(SETTINGS, refit=refit)
+    model = Forecaster(H, season=SEASON, config=settings).fit(data.iloc[:LEARNT])
+    assert (model.engine.drift.judge is model.engine.linear) != refit
+    model.update(data.iloc[LEARNT:1400])
+    model.save(tmp_path / "model")
+    loaded = Forecaster.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.predict(), model.predict())
+    pd.testing.assert_frame_equal(loaded.predict(data), model.predict(data))
+    later = data.iloc[1400:1450]
+    pd.testing.assert_frame_equal(loaded.update(later).predict(), model.update(later).predict())
+
+
+def test_gaps_say_nothing_of_the_errors():
+    data = table(2.0)
+    model = fitted(data)
+    hole = data.copy()
+    hole.iloc[LEARNT:1400] = np.nan
+    w = model.engine.windows(panel_of(hole))
+    found = drift.factors(model.engine, w, torch.arange(2), torch.tensor([1400, 1400]))
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found, torch.ones(2), atol=0.35)
