@@ -4,7 +4,7 @@ At an origin t the step j of a forecast made at s is known where s + j <= t. The
 validation forecasts again from origins t - g, t - 2g, ..., where neither it nor the calibration has learnt anything. Counted in
 half widths of the 80 % interval, z = |y - forecast| / width, what is known by t is averaged as clamp(z - 1/2, 0, 1) with weights
 exp(-age / m); the factor that validation's errors would have to be multiplied by for the same average is e^s. Of s the share
-n / (n + DOUBT) is believed, n the independent spans that the average holds. First with a memory m of one span; then what is
+n / (n + doubt) is believed, n the independent spans that the average holds. First with a memory m of one span; then what is
 left of s once the windows have that factor, with a memory of eight: a feedback on the intervals as they came out, as in adaptive
 conformal inference (Gibbs and Candès, 2021, arXiv 2106.00170), but of a scale, and delayed by what is not known yet.
 
@@ -26,10 +26,10 @@ from exlstm.data.windows import Windows
 from exlstm.forecast import combine
 from exlstm.models.linear import LinearPath
 
-# Spans that an average remembers, and how many of them it goes back.
-MEMORIES, BACK = (1.0, 8.0), (3, 2)
-# Spans that the factor 1 counts as much as.
-DOUBT = 1.0
+# Spans that an average remembers, how often them it goes back, and the spans that the factor 1 counts as much as.
+MEMORIES, BACK, DOUBTS = (1.0, 8.0), (3, 2), (1.0, 0.5)
+# Steps of a span at least: fewer tell little of a scale.
+FEW = 24
 # Origins a span; spans that must lie between the beginning of what was not learnt from and an origin.
 ORIGINS, LEAST = 8, 2
 # Logarithm of the factor at most, and where the curve of averages is known.
@@ -62,8 +62,8 @@ class Drift:
     begins: dict  # series -> its first time, and the step behind what the judge learnt from
 
     def span(self, season: int) -> int:
-        """Steps of an independent span: a horizon or a season."""
-        return max(self.judge.config.horizon, season)
+        """Steps of an independent span: a horizon or a season, and as many as tell a scale."""
+        return max(self.judge.config.horizon, season, FEW)
 
     def stride(self, season: int) -> int:
         return -(-self.span(season) // ORIGINS)
@@ -164,8 +164,9 @@ class _Backtest:
             [self._errors(part) for part in torch.arange(len(self.cuts), device=self.cuts.device).split(2048)]
         )
         found = torch.zeros(len(z), device=z.device)
-        for memory, count in zip(MEMORIES, self.drift.counts(self.windows.season)):
-            found = found + self._surprise(z / found.exp()[:, None], memory * self.span, count)
+        for memory, count, doubt in zip(MEMORIES, self.drift.counts(self.windows.season), DOUBTS):
+            off, spans = self._surprise(z / found.exp()[:, None], memory * self.span, count)
+            found = found + off * spans / (spans + doubt)
         return found[self.asked].clamp(-FURTHEST, FURTHEST)
 
     def _errors(self, part: Tensor) -> Tensor:
@@ -182,8 +183,8 @@ class _Backtest:
             1e-9
         )
 
-    def _surprise(self, z: Tensor, memory: float, count: int) -> Tensor:
-        """(U,): the share that is believed of the logarithm of the scale, as it is known at every origin."""
+    def _surprise(self, z: Tensor, memory: float, count: int) -> tuple[Tensor, Tensor]:
+        """(U,) twice: the logarithm of the scale as it is known at every origin, and the spans that say so."""
         known, g, h = ~z.isnan(), self.step, z.shape[1]
         pieces = -(-h // g)
         pad = (0, pieces * g - h)
@@ -204,8 +205,8 @@ class _Backtest:
             total += torch.where(real, sums[at, k - 1], 0.0)
             held += torch.where(real, numbers[at, k - 1], 0.0)
             spans += torch.where(real & (numbers[at, k - 1] > 0), fresh[k - 1] * g / self.span, 0.0)
-        off = torch.where(held > 0, _across(total / held.clamp_min(1e-9), self.drift.curve) + self.drift.offset, 0.0)
-        return off * spans / (spans + DOUBT)
+        off = _across(total / held.clamp_min(1e-9), self.drift.curve) + self.drift.offset
+        return torch.where(held > 0, off, 0.0), spans
 
 
 def _across(mean: Tensor, curve: Tensor) -> Tensor:
