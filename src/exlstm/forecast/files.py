@@ -46,11 +46,10 @@ def save(model, folder: str | os.PathLike):
 
 def _pack(model) -> tuple[dict, dict]:
     engine, panel = model.engine, model.panel
-    keep = engine.kept
     rows, lengths, firsts = [], [], []
     for n in range(len(panel)):
         a, b = int(panel.offsets[n]), int(panel.offsets[n + 1])
-        start = max(0, b - a - keep)
+        start = max(0, b - a - engine.kept)
         rows.append(np.arange(a + start, b))
         lengths.append(b - a - start)
         firsts.append(str(panel.times(n, start, start + 1)[0]))
@@ -65,10 +64,7 @@ def _pack(model) -> tuple[dict, dict]:
     for kind in ("futr", "hist", "static"):
         tensors[f"statistics.{kind}"] = torch.from_numpy(np.stack(engine.statistics[kind]))
     tensors |= {f"linear.{k}": v for k, v in engine.linear.state_dict().items()}
-    tensors["ridge.weight"] = engine.ridge.weight
-    followed, more = _pack_drift(engine)
-    tensors |= more
-    tensors["factors"] = engine.factors
+    tensors |= {"ridge.weight": engine.ridge.weight, "factors": engine.factors, **_drift_tensors(engine)}
     tensors |= {f"spread.{k}": v for k, v in engine.spreads.items()}
     if engine.network is not None:
         tensors |= {f"network.{k}": v for k, v in engine.network.state_dict().items()}
@@ -81,7 +77,7 @@ def _pack(model) -> tuple[dict, dict]:
         "network": None if engine.network is None else asdict(engine.network.config),
         "season": engine.season,
         "year": engine.statistics["year"],
-        "drift": followed,
+        "drift": _drift_settings(engine.drift),
         "weights": engine.weights,
         "scores": engine.scores,
         "notes": engine.notes,
@@ -99,14 +95,19 @@ def _pack(model) -> tuple[dict, dict]:
     return settings, {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
-def _pack_drift(engine) -> tuple[dict | None, dict]:
+def _drift_tensors(engine) -> dict:
     if engine.drift is None:
-        return None, {}
-    found, tensors = engine.drift, {"drift.curve": engine.drift.curve}
-    if found.judge is not engine.linear:
-        tensors |= {f"judge.{k}": v for k, v in found.judge.state_dict().items()}
-    begins = [[_plain(name), str(first), step] for name, (first, step) in found.begins.items()]
-    return {"offset": found.offset, "begins": begins}, tensors
+        return {}
+    judge = engine.drift.judge
+    held = {} if judge is engine.linear else {f"judge.{k}": v for k, v in judge.state_dict().items()}
+    return {"drift.curve": engine.drift.curve, **held}
+
+
+def _drift_settings(drift: Drift | None) -> dict | None:
+    if drift is None:
+        return None
+    begins = [[_plain(name), str(first), step] for name, (first, step) in drift.begins.items()]
+    return {"offset": drift.offset, "begins": begins}
 
 
 def _unpack_drift(settings: dict, tensors: dict, linear: LinearPath, device: str) -> Drift | None:
