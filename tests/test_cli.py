@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from exlstm import LanguageModel, __version__, cli
+from exlstm import LanguageModel, __version__, cli, runs
 from exlstm.bench import kernels
 from exlstm.cli import main
 from exlstm.data.config import DataConfig
@@ -40,6 +40,16 @@ def trained(text, tmp_path_factory):
     arguments = ["train", str(text), "--out", str(run), *TINY, *SHORT, "--train.steps", "6"]
     assert main(arguments) == 0
     return run, arguments
+
+
+def test_int8_writes_and_is_judged(trained, capsys):
+    run, _ = trained
+    assert main(["generate", str(run), "--prompt", "the quick", "--tokens", "5", "--seed", "0", "--int8"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("the quick") and not err
+    assert main(["evaluate", str(run), "--int8"]) == 0
+    plain, held = runs.evaluate(run), runs.evaluate(run, int8=True)
+    assert 0 < abs(held - plain) < 0.02 * plain
 
 
 def records(run):

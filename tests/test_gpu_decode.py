@@ -102,6 +102,48 @@ def test_maps_of_the_mlstm(rows, dtype):
             assert (outs[4][~alive][:, :3] == -math.inf).all() and not outs[4][~alive][:, 3:].any()
 
 
+class Held:
+    """A weight as torchao holds it: int8 and a scale a row."""
+
+    def __init__(self, w):
+        self.scale = w.float().abs().amax(1, keepdim=True).clamp_min(1e-6) / 127
+        self.qdata = (w.float() / self.scale).round().to(torch.int8)
+        self.scale, self.shape = self.scale.to(w.dtype), w.shape
+
+    def __len__(self):
+        return len(self.qdata)
+
+    @classmethod
+    def empty(cls, *shape):
+        held = object.__new__(cls)
+        held.qdata, held.scale, held.shape = torch.empty(shape, dtype=torch.int8), empty(shape[0], 1), torch.Size(shape)
+        return held
+
+    def plain(self):
+        return self.qdata.double() * self.scale.double()
+
+
+@law
+@pytest.mark.parametrize("rows", [1, 3])
+@dtypes
+def test_maps_in_int8(rows, dtype):
+    """Kernels read int8 weights and their scales as they read the weights that these stand for."""
+    from exlstm.ops import token_kernels as kernels
+
+    x, w, more = (normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(rows, 48), (37, 48), (37, 48)]))
+    w, more, norm = Held(w), Held(more), kernels.Norm(normal(48, seed=3, dtype=dtype), 1e-3)
+    n, y, space = normed(x, norm), room(rows, 37, dtype=dtype), room(rows, 48, dtype=dtype)
+    kernels.linear(x, w, y, norm=norm, room=space)
+    close([y], [n @ w.plain().t()], LIMITS[dtype])
+    kernels.gated(x, w, more, y, norm=norm, room=space)
+    close([y], [F.silu(n @ w.plain().t()) * (n @ more.plain().t())], 2 * LIMITS[dtype])
+    x, weights, alive, outs = gate_case(rows, dtype)
+    weights[:4] = [Held(w) for w in weights[:4]]
+    norm = kernels.Norm(normal(48, seed=7, dtype=dtype), 1e-6)
+    kernels.mlstm_maps(x, weights, alive, outs, cap=15.0, norm=norm, room=space)
+    close(outs[:4], [normed(x, norm) @ w.plain().t() for w in weights[:4]], LIMITS[dtype])
+
+
 @law
 def test_gates_keep_their_digits():
     from exlstm.ops import token_kernels as kernels
@@ -189,6 +231,30 @@ def test_a_step_equals_the_models_forward(conv, rows):
 
 
 @law
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_in_int8_equals_the_models_forward(rows):
+    from exlstm.models import step as steps
+    from exlstm.models.quantized import int8
+
+    model = int8(model_of(4, ("mlstm",)))
+    tokens = torch.randint(41, (rows, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.inference_mode():
+        with exlstm.backend("reference"):
+            start, state = model(tokens[:, :3])
+            wanted, after = model(tokens[:, 3:], state)
+        step = Step(model, rows)
+        assert {type(part) for part in step._parts} == {steps._MLSTM, steps._Gated}
+        assert step._head != step._plain_last
+        step.seat(torch.arange(rows, device=DEVICE), state, start[:, -1])
+        step.alive.fill_(True)
+        for t in range(3):
+            step.tokens.copy_(tokens[:, 3 + t])
+            step()
+            close([step.logits], [wanted[:, t].double()], 1e-5)
+        close(leaves(step.state), [x.double() for x in leaves(after)], 1e-5)
+
+
+@law
 @pytest.mark.parametrize("options", [{"i_gate": "sigmoid"}, {"normalize": False}], ids=str)
 def test_other_gates_go_the_ordinary_way(options):
     from exlstm.models import step as steps
@@ -262,26 +328,34 @@ def test_a_long_loop_in_a_graph_equals_the_model():
 # Compiled for the GPU they were written for
 
 
-@here
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("rows", [1, 32])
-@pytest.mark.parametrize(("width", "hidden", "heads"), [(4096, 10944, 8), (1024, 2752, 4), (768, 2048, 6)])
-def test_kernels_compile_without_spills(rows, width, hidden, heads, overlap, tmp_path, monkeypatch):
-    from exlstm.ops import token_kernels as kernels
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype)
 
-    def empty(*shape, dtype=torch.bfloat16):
-        return torch.empty(*shape, dtype=dtype)
+
+@here
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize(
+    ("overlap", "weight", "width", "hidden", "heads"),
+    [
+        (overlap, weight, *shape)
+        for overlap, weight in ((False, empty), (True, empty), (False, Held.empty))
+        for shape in [(4096, 10944, 8), (1024, 2752, 4), (768, 2048, 6)]
+    ],
+)
+def test_kernels_compile_without_spills(rows, overlap, weight, width, hidden, heads, tmp_path, monkeypatch):
+    from exlstm.ops import token_kernels as kernels
 
     monkeypatch.setattr(kernels, "OVERLAP", overlap)
     found = compile_only(monkeypatch)
     x, y, norm = empty(rows, width), empty(rows, width), kernels.Norm(empty(width), 1e-6)
     shapes = [(width // 2, width)] * 2 + [(width, width)] * 2 + [(2 * heads, width), (2 * heads,)]
-    weights, alive = [empty(*shape) for shape in shapes], torch.ones(rows, dtype=torch.bool)
+    weights = [weight(*shape) for shape in shapes[:4]] + [empty(*shape) for shape in shapes[4:]]
+    alive = torch.ones(rows, dtype=torch.bool)
     outs = [empty(rows, len(w)) for w in weights[:4]] + [empty(rows, 2 * heads, dtype=torch.float32)]
     kernels.mlstm_maps(x, weights, alive, outs, cap=15.0, norm=norm, room=y)
-    kernels.gated(x, empty(hidden, width), empty(hidden, width), empty(rows, hidden), norm=norm, room=y)
-    kernels.linear(empty(rows, hidden), empty(width, hidden), x, add=True)
-    kernels.linear(x, empty(1000, width), empty(rows, 1000, dtype=torch.float32), norm=norm, cap=30.0, room=y)
+    kernels.gated(x, weight(hidden, width), weight(hidden, width), empty(rows, hidden), norm=norm, room=y)
+    kernels.linear(empty(rows, hidden), weight(width, hidden), x, add=True)
+    kernels.linear(x, weight(1000, width), empty(rows, 1000, dtype=torch.float32), norm=norm, cap=30.0, room=y)
     kernels.conv_step(x, empty(width, 4), empty(width), empty(rows, 3, width), alive, y)
     n, m = (empty(rows, heads, *more, dtype=torch.float32) for more in ((width // heads // 2,), ()))
     kernels.settle(empty(rows, 1, heads, width // heads), empty(width), y, x, (n, m), (n, m), 1e-6)
@@ -290,7 +364,9 @@ def test_kernels_compile_without_spills(rows, width, hidden, heads, overlap, tmp
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
         name, ptx = kernel.__name__, built.asm["ptx"]
         registers, spilled = cost(built, tmp_path)
-        assert 16 < registers <= 128 and spilled == 0, (name, registers, spilled)
+        # Casts of int8 for a matrix product cost some.
+        most = 128 if weight is empty else 160
+        assert 16 < registers <= most and spilled == 0, (name, registers, spilled)
         assert ("griddepcontrol.wait" in ptx) == (overlap and rows == 1), name
         if name in ("map_kernel", "gated_kernel", "mlstm_maps_kernel"):
             # Weights in lines of 16 bytes a thread: into registers for one row, into shared memory for a matrix product.

@@ -93,6 +93,8 @@ class Generate:
     """the same seed writes the same text"""
     device: str = "auto"
     """cpu, cuda, ...; auto: the accelerator if there is one"""
+    int8: bool = False
+    """weights in int8, a scale a row: half the bytes of bfloat16; wants exlstm[int8]"""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Evaluate:
     """bytes that are read, at most; 0: all"""
     device: str = "auto"
     """cpu, cuda, ...; auto: the accelerator if there is one"""
+    int8: bool = False
+    """weights in int8, a scale a row: what they cost; wants exlstm[int8]"""
 
 
 @dataclass(frozen=True)
@@ -160,31 +164,26 @@ def _train_default(argv: list[str]) -> Train:
 def generate(command: Generate):
     from exlstm.runs import write
 
-    settings = {f.name: getattr(command, f.name) for f in fields(command)[3:-1]}
+    settings = {f.name: getattr(command, f.name) for f in fields(command)[3:]}
     # What a model writes may be any character, and the terminal's encoding may know few.
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")
-    for piece in write(_run(command), command.prompt, command.tokens, device=command.device, **settings):
+    for piece in write(_run(command), command.prompt, command.tokens, **settings):
         print(piece, end="", flush=True)
     print()
 
 
 def evaluate(command: Evaluate):
-    from exlstm import runs
-
-    runs.evaluate(_run(command), command.files, command.limit, command.device)
+    told = command.files, command.limit, command.device, command.int8
+    import_module("exlstm.runs").evaluate(_run(command), *told)
 
 
 def plot(command: Plot):
-    from exlstm import runs
-
-    runs.draw(_run(command), command.tokens)
+    import_module("exlstm.runs").draw(_run(command), command.tokens)
 
 
 def export(command: Export):
-    from exlstm.export import export_run
-
-    export_run(_run(command), command.out, command.format)
+    import_module("exlstm.export").export_run(_run(command), command.out, command.format)
 
 
 def _run(command) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from exlstm import plot
 from exlstm.data.text import documents, load_text, open_corpus, windows, xz_bits_per_byte
-from exlstm.models import probe
+from exlstm.models import probe, quantized
 from exlstm.models.language import LanguageModel
 
 # Bytes of held-out text that the last word on a run is measured on; tokens that a state lives there; tokens a batch.
@@ -63,21 +63,23 @@ def report(model, split, title: str) -> float:
     return whole
 
 
-def evaluate(run: Path, files: Sequence[str] = (), limit: int = REPORT_BYTES, device: str = "auto") -> float:
+def evaluate(
+    run: Path, files: Sequence[str] = (), limit: int = REPORT_BYTES, device: str = "auto", int8: bool = False
+) -> float:
     """`report` on files (the run's held-out text without any), on at most `limit` bytes of them, 0 for all."""
     if limit < 0:
         raise ValueError(f"limit is {limit}, wanted a number of bytes, or 0 for all")
-    model = load(run, device)
+    model = load(run, device, int8)
     split = load_text(files, model.tokenizer) if files else _corpus(run).held_out
     title = f"{', '.join(files[:3])}{' ...' * (len(files) > 3)}" if files else f"held-out text of {run}"
     return report(model, split.head(limit) if limit else split, title)
 
 
-def write(run: Path, prompt: str, tokens: int, device: str = "auto", **sampling) -> Iterator[str]:
+def write(run: Path, prompt: str, tokens: int, device: str = "auto", int8: bool = False, **sampling) -> Iterator[str]:
     """The prompt and what the run's model writes after it, piece by piece; `sampling` as in LanguageModel.generate."""
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}, wanted at least 0")
-    stream = load(run, device).generate(prompt or "\n", tokens, stream=True, **sampling)
+    stream = load(run, device, int8).generate(prompt or "\n", tokens, stream=True, **sampling)
 
     def pieces():
         yield prompt
@@ -142,12 +144,12 @@ def device_of(name: str) -> str:
         raise ValueError(f"device {name!r} cannot be used here: {told}") from None
 
 
-def load(run: Path, device: str = "auto") -> LanguageModel:
-    """The model of a run, or of one of its checkpoints, with its tokenizer."""
+def load(run: Path, device: str = "auto", int8: bool = False) -> LanguageModel:
+    """The model of a run, or of one of its checkpoints, with its tokenizer; with its maps in int8, if asked for."""
     model = LanguageModel.from_pretrained(run, device=device_of(device))
     if model.tokenizer is None:
         raise ValueError(f"{run} holds no tokenizer, so its model cannot read text")
-    return model
+    return quantized.int8(model) if int8 else model
 
 
 def _corpus(run: Path):

@@ -62,7 +62,7 @@ def project(linear: nn.Module, x):
     if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or len(held) != 2:
         return array(linear(torch.from_numpy(x)))
     weight, bias = held["weight"], held["bias"]
-    if len(x) * weight.numel() > SMALL_PRODUCT:
+    if type(weight) is not nn.Parameter or len(x) * weight.numel() > SMALL_PRODUCT:
         return array(F.linear(torch.from_numpy(x), weight, bias))
     y = np.matmul(x, array(weight).T)
     if bias is not None:

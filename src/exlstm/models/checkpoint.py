@@ -47,6 +47,9 @@ def write(model, folder: Path):
 def save(model, folder: str | os.PathLike):
     """A folder that `load` reads; replaces one that holds such a model and nothing else, or nothing at all."""
     folder = Path(folder)
+    held = next((name for name, p in model.named_parameters() if hasattr(p, "qdata")), None)
+    if held is not None:
+        raise ValueError(f"{held} is held in int8, which is not written; save the model before it is put into int8")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, wanted a folder to save the model in")
     if folder.is_dir():

@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
     def _plain_head(self) -> bool:
         """Whether the head is the matrix that it was built as, and no layer of somebody's, as a LoRA adapter is."""
-        return self.head is None or type(self.head) is nn.Linear
+        return self.head is None or (type(self.head) is nn.Linear and not hasattr(self.head.weight, "qdata"))
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight

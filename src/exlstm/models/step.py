@@ -13,6 +13,7 @@ from exlstm.layers import basic
 from exlstm.layers.mlstm import mLSTM
 from exlstm.models.reading import leaves, mapped
 from exlstm.ops import backend as backends
+from exlstm.ops import int8
 
 
 class Step:
@@ -91,9 +92,8 @@ class Step:
     def _last(self):
         model = self.model
         weight, cap = model._head_weight(), model.config.logit_cap
-        if not (
-            model._plain_head() and _kernels(self.x, weight, model.norm.weight) and type(model.norm) is basic.RMSNorm
-        ):
+        linear = model.head is None or type(model.head) is nn.Linear
+        if not (linear and _kernels(self.x, weight, model.norm.weight) and type(model.norm) is basic.RMSNorm):
             return self._plain_last
         from exlstm.ops import token_kernels as kernels
 
@@ -202,9 +202,18 @@ def _norm(kernels, norm):
 
 def _kernels(x, *weights) -> bool:
     """Whether kernels may read these weights as they are."""
-    return backends.kernels(x) and all(
-        type(w) is nn.Parameter and w.dtype == x.dtype and w.is_contiguous() and w.device == x.device for w in weights
-    )
+    return backends.kernels(x) and all(_reads(x, w) for w in weights)
+
+
+def _reads(x, weight) -> bool:
+    rows = int8.rows(weight)
+    fits = rows is not None and weight.dtype == x.dtype and weight.device == x.device
+    return fits and rows.numbers.is_contiguous()
+
+
+def _alike(*linears) -> bool:
+    """Whether all of these maps are in int8, or none."""
+    return len({int8.rows(linear.weight).scaled for linear in linears}) == 1
 
 
 def _plain(x, module, norm) -> bool:
@@ -227,7 +236,8 @@ def _takes_ffn(step, block) -> bool:
         return False
     from exlstm.ops import token_kernels as kernels
 
-    return kernels.takes(step.x.dtype, *block.ffn.gate.weight.shape)
+    ffn = block.ffn
+    return kernels.takes(step.x.dtype, *ffn.gate.weight.shape) and _alike(ffn.gate, ffn.up)
 
 
 def _takes_mlstm(step, block) -> bool:
@@ -244,6 +254,8 @@ def _takes_mlstm(step, block) -> bool:
     layer = type(block.norm) is basic.LayerNorm
     return (
         kernels.takes(step.x.dtype, mixer.d_model)
+        and _alike(mixer.q, mixer.k, mixer.v, mixer.o)
+        and not int8.rows(mixer.gate.weight).scaled
         and max(head, len(mixer.q.weight) // mixer.n_heads) <= LARGEST
         and not layer
     )

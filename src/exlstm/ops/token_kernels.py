@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from exlstm.ops import backend as backends
+from exlstm.ops import int8
 from exlstm.ops.kernels import DTYPES, sigmoid
 
 # Features of an input up to which a program holds a whole row of weights, and of a row that is normalised.
@@ -72,9 +74,11 @@ def _input(x, norm, eps, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def _dot(b_w, b_x, b_y):
-    """b_y + b_w b_x."""
+    """b_y + b_w b_x; b_w may be int8."""
     if WIDE:
         b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
+    else:
+        b_w = b_w.to(b_x.dtype)
     return tl.dot(b_w, b_x, b_y, input_precision="ieee")
 
 
@@ -94,11 +98,19 @@ def _dots(x, w, o_n, rows, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, B
 
 
 @triton.jit
+def _scaled(b_y, s, o_n, N: tl.constexpr, SCALED: tl.constexpr):
+    """(BN, BB) times the scales of its rows, where weights are int8."""
+    if SCALED:
+        b_y *= tl.load(s + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
+    return b_y
+
+
+@triton.jit
 def _product(
-    x, norm, w, o_n, rows, eps, N: tl.constexpr, K: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    x, norm, w, s, o_n, rows, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Rows o_n of w times x, normalised where NORM: (BN, BB)."""
+    """Rows o_n of w, which are times s where SCALED, times x, normalised where NORM: (BN, BB)."""
     if BB == 1:
         b_w = _whole(w, o_n, N, K, BK)
         _wait(OVERLAP)
@@ -107,7 +119,7 @@ def _product(
     else:
         _wait(OVERLAP)
         b_y = _dots(x, w, o_n, rows, N, K, BN, BB, BK)
-    return b_y
+    return _scaled(b_y, s, o_n, N, SCALED)
 
 
 @triton.jit
@@ -135,13 +147,14 @@ def _store(y, b_y, o_n, rows, N: tl.constexpr, BB: tl.constexpr):
 
 @triton.jit
 def map_kernel(
-    x, norm, w, y, rows, eps, cap, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
-    NORM: tl.constexpr, CAP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    x, norm, w, s, y, rows, eps, cap, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, NORM: tl.constexpr, CAP: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Programs (N / BN,): y = W n, soft-capped where CAP, added to what y holds where ADD."""
+    """Programs (N / BN,): y = W n, W = s ⊙ w where SCALED, soft-capped where CAP, added to what y holds where ADD."""
     _begin(OVERLAP)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    b_y = _product(x, norm, w, o_n, rows, eps, N, K, BN, BB, BK, NORM, OVERLAP)
+    b_y = _product(x, norm, w, s, o_n, rows, eps, N, K, BN, BB, BK, NORM, SCALED, OVERLAP)
     if CAP:
         b_y = cap * _tanh(b_y / cap)
     if ADD:
@@ -155,8 +168,8 @@ def map_kernel(
 
 @triton.jit
 def gated_kernel(
-    x, norm, gate, up, y, rows, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
-    BK: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    x, norm, gate, up, s_g, s_u, y, rows, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+    BK: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs (N / BN,): y = act(G n) ⊙ (U n)."""
     _begin(OVERLAP)
@@ -181,6 +194,7 @@ def gated_kernel(
             b_wu = tl.load(up + o_w + start, mask=keep, other=0.0, eviction_policy="evict_first")
             b_g = _dot(b_wg, b_x, b_g)
             b_u = _dot(b_wu, b_x, b_u)
+    b_g, b_u = _scaled(b_g, s_g, o_n, N, SCALED), _scaled(b_u, s_u, o_n, N, SCALED)
     if ACTIVATION == "silu":
         b_g *= sigmoid(b_g)
     else:
@@ -190,9 +204,9 @@ def gated_kernel(
 
 @triton.jit
 def mlstm_maps_kernel(
-    mixed, x, norm, w_q, w_k, w_v, w_o, w_g, bias, alive, q, k, v, o, gates, rows, eps, cap,
+    mixed, x, norm, w_q, w_k, w_v, w_o, w_g, s_q, s_k, s_v, s_o, bias, alive, q, k, v, o, gates, rows, eps, cap,
     H: tl.constexpr, NK: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
-    NORM: tl.constexpr, CAP: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs (2 NK / BN + 2 K / BN + 2 H / BN,): rows of q and k out of `mixed`, of v, o and the gates out of x."""
     _begin(OVERLAP)
@@ -201,19 +215,23 @@ def mlstm_maps_kernel(
     i, o_n = tl.program_id(0), tl.arange(0, BN)
     if i < keys:
         o_n += i * BN
-        _store(q, _product(mixed, norm, w_q, o_n, rows, eps, NK, K, BN, BB, BK, NORM, OVERLAP), o_n, rows, NK, BB)
+        b_y = _product(mixed, norm, w_q, s_q, o_n, rows, eps, NK, K, BN, BB, BK, NORM, SCALED, OVERLAP)
+        _store(q, b_y, o_n, rows, NK, BB)
     elif i < 2 * keys:
         o_n += (i - keys) * BN
-        _store(k, _product(mixed, norm, w_k, o_n, rows, eps, NK, K, BN, BB, BK, NORM, OVERLAP), o_n, rows, NK, BB)
+        b_y = _product(mixed, norm, w_k, s_k, o_n, rows, eps, NK, K, BN, BB, BK, NORM, SCALED, OVERLAP)
+        _store(k, b_y, o_n, rows, NK, BB)
     elif i < 2 * keys + values:
         o_n += (i - 2 * keys) * BN
-        _store(v, _product(x, norm, w_v, o_n, rows, eps, K, K, BN, BB, BK, NORM, OVERLAP), o_n, rows, K, BB)
+        b_y = _product(x, norm, w_v, s_v, o_n, rows, eps, K, K, BN, BB, BK, NORM, SCALED, OVERLAP)
+        _store(v, b_y, o_n, rows, K, BB)
     elif i < 2 * keys + 2 * values:
         o_n += (i - 2 * keys - values) * BN
-        _store(o, _product(x, norm, w_o, o_n, rows, eps, K, K, BN, BB, BK, NORM, OVERLAP), o_n, rows, K, BB)
+        b_y = _product(x, norm, w_o, s_o, o_n, rows, eps, K, K, BN, BB, BK, NORM, SCALED, OVERLAP)
+        _store(o, b_y, o_n, rows, K, BB)
     else:
         o_n += (i - 2 * keys - 2 * values) * BN
-        b_g = _product(x, norm, w_g, o_n, rows, eps, 2 * H, K, BN, BB, BK, NORM, OVERLAP)
+        b_g = _product(x, norm, w_g, w_g, o_n, rows, eps, 2 * H, K, BN, BB, BK, NORM, False, OVERLAP)
         b_g += tl.load(bias + o_n, mask=o_n < 2 * H, other=0.0).to(tl.float32)[:, None]
         _store(
             gates, _gates(b_g, alive, o_n[:, None], tl.arange(0, BB)[None, :], rows, cap, H, CAP), o_n, rows, 2 * H, BB
@@ -303,7 +321,7 @@ def takes(dtype: torch.dtype, *widths: int) -> bool:
     return dtype in DTYPES and max(widths) <= LARGEST
 
 
-def _cut(rows: int, count: int, features: int, matrices: int = 1) -> dict:
+def _cut(rows: int, count: int, features: int, matrices: int = 1, scaled: bool = False) -> dict:
     """Tiles and warps of a product of `rows` rows with `count` rows of weights of `features` columns, `matrices` at once."""
     width = triton.next_power_of_2(features)
     if rows == 1:
@@ -313,7 +331,9 @@ def _cut(rows: int, count: int, features: int, matrices: int = 1) -> dict:
     height = next((h for h in HEIGHTS if count >= PROGRAMS * h), HEIGHTS[-1])
     width = max(16, min(WIDTHS[matrices - 1], width))
     batch = max(16, triton.next_power_of_2(rows))
-    return {"BN": height, "BB": batch, "BK": width, "num_warps": WARPS, "num_stages": STAGES}
+    # int8 passes through registers on its way into a product.
+    warps = 2 * WARPS if scaled else WARPS
+    return {"BN": height, "BB": batch, "BK": width, "num_warps": warps, "num_stages": STAGES}
 
 
 def _launch(kernel, grid, *arguments, **options):
@@ -359,13 +379,14 @@ def linear(
     x, weight, eps, fused = _normed(x, norm, room)
     rows, (count, features) = len(x), w.shape
     if rows > WIDEST:
-        product = x @ w.t()
+        product = F.linear(x, w)
         y.copy_(y + product if add else cap * torch.tanh(product.float() / cap) if cap else product)
         return
-    cut = _cut(rows, count, features)
+    w, scale, scaled = int8.rows(w)
+    cut = _cut(rows, count, features, 1, scaled)
     _launch(
-        map_kernel, (triton.cdiv(count, cut["BN"]),), x, weight, w, y, rows, eps, cap or 1.0,
-        N=count, K=features, NORM=fused, CAP=bool(cap), ADD=add, **cut,
+        map_kernel, (triton.cdiv(count, cut["BN"]),), x, weight, w, scale, y, rows, eps, cap or 1.0,
+        N=count, K=features, NORM=fused, CAP=bool(cap), ADD=add, SCALED=scaled, **cut,
     )  # fmt: skip
 
 
@@ -374,13 +395,14 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, y: Tensor, *, norm, activation: s
     x, weight, eps, fused = _normed(x, norm, room)
     rows, (count, features) = len(x), gate.shape
     if rows > WIDEST:
-        act = torch.nn.functional.silu if activation == "silu" else torch.nn.functional.gelu
-        torch.mul(act(x @ gate.t()), x @ up.t(), out=y)
+        act = F.silu if activation == "silu" else F.gelu
+        torch.mul(act(F.linear(x, gate)), F.linear(x, up), out=y)
         return
-    cut = _cut(rows, count, features, 2)
+    (gate, s_g, scaled), (up, s_u, _) = int8.rows(gate), int8.rows(up)
+    cut = _cut(rows, count, features, 2, scaled)
     _launch(
-        gated_kernel, (triton.cdiv(count, cut["BN"]),), x, weight, gate, up, y, rows, eps,
-        N=count, K=features, NORM=fused, ACTIVATION=activation, **cut,
+        gated_kernel, (triton.cdiv(count, cut["BN"]),), x, weight, gate, up, s_g, s_u, y, rows, eps,
+        N=count, K=features, NORM=fused, ACTIVATION=activation, SCALED=scaled, **cut,
     )  # fmt: skip
 
 
@@ -394,18 +416,20 @@ def mlstm_maps(x: Tensor, weights, alive: Tensor, outs, *, cap: float, norm=None
     rows, features, keys, heads = len(x), x.shape[-1], len(weights[0]), len(weights[4]) // 2
     if rows > WIDEST:
         for source, w, y in zip((mixed, mixed, x, x), weights, outs, strict=False):
-            torch.mm(source, w.t(), out=y)
+            torch.mm(source, w.t(), out=y) if type(w) in (Tensor, nn.Parameter) else y.copy_(F.linear(source, w))
         pre = torch.addmm(weights[5].float(), x.float(), weights[4].float().t())
         with backends.on(x.device):
             size = triton.next_power_of_2(2 * heads)
             gates_kernel[(rows,)](pre, alive, outs[4], rows, cap or 1.0, H=heads, BH=size, CAP=bool(cap))
         return
     counts = (keys, keys, features, features, 2 * heads)
-    cut = _cut(rows, sum(counts), features)
+    held = [int8.rows(w) for w in weights[:4]]
+    cut = _cut(rows, sum(counts), features, 1, held[0].scaled)
     programs = sum(triton.cdiv(n, cut["BN"]) for n in counts)
     _launch(
-        mlstm_maps_kernel, (programs,), mixed, x, weight, *weights, alive, *outs, rows, eps, cap or 1.0,
-        H=heads, NK=keys, K=features, NORM=fused, CAP=bool(cap), **cut,
+        mlstm_maps_kernel, (programs,), mixed, x, weight, *(w.numbers for w in held), weights[4], *(w.scale for w in held),
+        weights[5], alive, *outs, rows, eps, cap or 1.0,
+        H=heads, NK=keys, K=features, NORM=fused, CAP=bool(cap), SCALED=held[0].scaled, **cut,
     )  # fmt: skip
 
 
