@@ -77,6 +77,26 @@ class Panel:
             static=self.static[keep],
         )
 
+    def begun(self) -> Panel:
+        """The panel without the gaps before the first value of every series; series without a value stay."""
+        seen, number = ~np.isnan(self.y), np.repeat(np.arange(len(self)), self.lengths)
+        place = np.arange(len(self.y)) - self.offsets[number]
+        lead = np.full(len(self), len(self.y))
+        np.minimum.at(lead, number[seen], place[seen])
+        lead = np.where(lead < self.lengths, lead, 0)
+        if not lead.any():
+            return self
+        rows = place >= lead[number]
+        firsts = [self.times(n, int(k), int(k) + 1)[0] if k else self.first[n] for n, k in enumerate(lead)]
+        return replace(
+            self,
+            y=self.y[rows],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths - lead)]),
+            first=[int(first) for first in firsts] if isinstance(self.freq, int) else firsts,
+            futr=self.futr[rows],
+            hist=self.hist[rows],
+        )
+
 
 def require_pandas():
     """pandas, or a ValueError in one sentence when the extra is not installed."""

@@ -69,14 +69,13 @@ class Windows:
         for a, part, (mean, scale) in zip(offsets, parts, self.norms):
             flat[a : a + len(part)] = (filled(part, season) - mean) / scale
         self.statistics = statistics or statistics_of(panel)
-        futr, hist = (_standard(getattr(panel, kind), *self.statistics[kind], offsets) for kind in ("futr", "hist"))
-        static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]
-        more = 0 if future is None else future.shape[1]
+        self.more = 0 if future is None else future.shape[1]
+        futr = panel.futr
         if future is not None:
-            mean, deviation = self.statistics["futr"]
-            tails = np.nan_to_num((future - mean) / deviation)
-            futr = np.concatenate([p for n in range(len(panel)) for p in (futr[offsets[n] : offsets[n + 1]], tails[n])])
-        self.more = more
+            futr = np.concatenate([p for n in range(len(panel)) for p in (futr[offsets[n] : offsets[n + 1]], future[n])])
+        futr = _standard(futr, *self.statistics["futr"], offsets + self.more * np.arange(len(offsets)))
+        hist = _standard(panel.hist, *self.statistics["hist"], offsets)
+        static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]
         place = {name: n for n, name in enumerate(self.statistics["series"])}
         self.numbers = torch.tensor([place.get(name, -1) for name in panel.ids], device=self.device)
         # Steps of room around the rows, grown as windows ask for them.

@@ -79,7 +79,7 @@ class Forecaster:
 
     def fit(self, df) -> Forecaster:
         """Learns from a long or wide frame (pandas, polars), a Series, an array (T,) or (N, T), or a list of arrays."""
-        panel = self._drop_empty(panel_of(df, self.columns, self.freq))
+        panel = self._usable(panel_of(df, self.columns, self.freq))
         season = self.season or frequency.seasons(panel.freq)[0]
         self._say(*panel.told, f"{len(panel)} series, {int(panel.lengths.sum()):,} steps, season {season}")
         self.engine = engine.fit(panel, self.config, season, self.device, self.report)
@@ -94,7 +94,7 @@ class Forecaster:
         self._fitted()
         h = self._horizon(h)
         wanted, endings = frames.check_levels(self.level if level is None and quantiles is None else level, quantiles)
-        panel = self.panel if df is None else self._drop_empty(self._same(df))
+        panel = self.panel if df is None else self._usable(self._same(df))
         future = frames.future_values(panel, futr_df, h)
         if future is not None and h < self.h:
             future = np.concatenate([future, np.repeat(future[:, -1:], self.h - h, 1)], 1)
@@ -110,25 +110,26 @@ class Forecaster:
 
         The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values.
         """
-        panel = self._drop_empty(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
+        panel = self._usable(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
         n_windows, step = _plain(n_windows), self.h if step_size is None else _plain(step_size)
         for name, value in (("n_windows", n_windows), ("step_size", step)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
         wanted, endings = frames.check_levels(self.level if level is None else level, None)
         season, whole = self.season or frequency.seasons(panel.freq)[0], []
-        model = copy.copy(self)
+        model, place = copy.copy(self), {name: n for n, name in enumerate(panel.ids)}
         for k in range(n_windows - 1, -1, -1):
             back = self.h + k * step
+            # What stands behind the cutoff is not there, but for what was known of it: not even scales go by it.
+            before = self._usable(panel.cut(back))
             if k == n_windows - 1 or refit:
-                model.engine = engine.fit(panel.cut(back), self.config, season, self.device, self.report)
-            windows = model.engine.windows(panel)
-            keep = torch.nonzero(windows.lengths > back)[:, 0]
-            cuts = windows.lengths[keep] - back
-            values = model._values(windows, keep, cuts, wanted, endings, BASELINES, self.h)
-            whole.append(
-                frames.rows(panel, keep.cpu().numpy(), cuts.cpu().numpy(), self.h, values, cutoff=True, y=True)
-            )
+                model.engine = engine.fit(before, self.config, season, self.device, self.report)
+            series = np.array([place[name] for name in before.ids])
+            cuts = panel.lengths[series] - back
+            future = panel.futr[(panel.offsets[series] + cuts)[:, None] + np.arange(self.h)]
+            windows = model.engine.windows(before, future)
+            values = model._values(windows, *windows.ends(), wanted, endings, BASELINES, self.h)
+            whole.append(frames.rows(panel, series, cuts, self.h, values, cutoff=True, y=True))
         import pandas as pd
 
         frame = pd.concat(whole, ignore_index=True)
@@ -179,13 +180,13 @@ class Forecaster:
         """The same model on another history: forecasts begin after the rows of `df`, which has the same columns."""
         self._fitted()
         other = copy.copy(self)
-        other.panel = self._drop_empty(self._same(df))
+        other.panel = self._usable(self._same(df))
         return other
 
     def finetune(self, df, steps: int = 200) -> Forecaster:
         """Goes on learning from other data with the same columns: the linear path is fitted to it, the network trained on."""
         self._fitted()
-        panel = self._drop_empty(self._same(df))
+        panel = self._usable(self._same(df))
         self.engine = engine.finetune(self.engine, panel, _plain(steps), self.report)
         self.panel = panel
         return self
@@ -258,17 +259,18 @@ class Forecaster:
         """New data with the columns and frequency of the data fitted."""
         return panel_of(df, known=self.panel)
 
-    def _drop_empty(self, panel: Panel) -> Panel:
-        seen = [not np.isnan(panel.y[a:b]).all() for a, b in zip(panel.offsets[:-1], panel.offsets[1:])]
-        if all(seen):
-            return panel
-        lost = [str(i) for i, s in zip(panel.ids, seen) if not s]
-        if not any(seen):
-            raise ValueError(
-                f"every value of the target is missing{'' if len(lost) > 1 else f' in series {lost[0]!r}'}"
-            )
-        self._say(f"{len(lost)} series without a single value are left out: {', '.join(lost[:5])}")
-        return panel.cut(np.where(seen, 0, panel.lengths))
+    def _usable(self, panel: Panel) -> Panel:
+        """The panel from the first value of every series on: before it, only what comes later could fill the gaps."""
+        seen = np.logical_or.reduceat(~np.isnan(panel.y), panel.offsets[:-1])
+        if not seen.all():
+            lost = [str(i) for i, s in zip(panel.ids, seen) if not s]
+            if not seen.any():
+                whose = "" if len(lost) > 1 else f" in series {lost[0]!r}"
+                raise ValueError(f"every value of the target is missing{whose}")
+            self._say(f"{len(lost)} series without a single value are left out: {', '.join(lost[:5])}")
+            panel = panel.cut(np.where(seen, 0, panel.lengths))
+        # Series that see each other stand on one clock, and those that begin later have gaps there.
+        return panel.begun() if self.config.variates == "none" else panel
 
     def _fitted(self) -> engine.Engine:
         if self.engine is None:
