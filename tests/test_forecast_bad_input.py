@@ -240,6 +240,42 @@ CALLS = {
         "column 'x' changes within a series",
     ),
     "complex numbers": (lambda m: Forecaster(3).fit(np.ones(40, complex)), "no number"),
+    "column twice but for a space": (
+        lambda m: Forecaster(3).fit(GOOD.assign(**{" y": 1.0})),
+        "column 'y' stands twice",
+    ),
+    "a future with a column twice": (
+        lambda m: (
+            Forecaster(7, target_col="y", futr_exog="x", config=LINEAR)
+            .fit(GOOD)
+            .predict(futr_df=GOOD[["ds", "x", "x"]].set_axis(["ds", "x", "x"], axis=1))
+        ),
+        "column 'x' stands twice",
+    ),
+    "a duration": (lambda m: Forecaster(3).fit(GOOD.assign(y=pd.to_timedelta(GOOD.y, "s"))), "holds timedelta64"),
+    "a complex column": (lambda m: Forecaster(3).fit(GOOD.assign(y=GOOD.y + 0j)), "holds complex128, wanted numbers"),
+    "times without days": (
+        lambda m: Forecaster(3).fit(GOOD.assign(ds=[f"{h % 24}:00" for h in range(40)])),
+        "a time without its day",
+    ),
+    "an infinite static one": (
+        lambda m: Forecaster(3, stat_exog="x", target_col="y").fit(GOOD.assign(x=np.inf)),
+        "column 'x' holds an infinity",
+    ),
+    "a level that was not forecast": (
+        lambda m: m.evaluate(m.cross_validation(), level=90),
+        "the forecasts lack column 'xLSTM-lo-90'",
+    ),
+    "forecasts without times": (
+        lambda m: m.evaluate(m.cross_validation().drop(columns="ds")),
+        "the forecasts lack column 'ds'",
+    ),
+    "truth of other times": (
+        lambda m: m.evaluate(m.predict(), df=GOOD[["ds", "y"]]),
+        "there is no true value at any time of the forecasts",
+    ),
+    "a picture of nothing": (lambda m: m.plot(max_series=0), "there is nothing to draw: max_series is 0"),
+    "a picture of no kind": (lambda m: m.plot(path="fc.doc"), "fc.doc names no kind of picture"),
     "covariates of text": (
         lambda m: Forecaster(3, futr_exog="x", target_col="y").fit(GOOD.assign(x="a")),
         "column 'x' holds 'a'",

@@ -51,7 +51,7 @@ def test_a_wide_frame_is_the_long_one_and_its_clock_is_read_once(change, exog, m
     long = frame.melt(["date", "help"], names, "unique_id", "y")
     wanted = panel_of(long, Columns("unique_id", "date", "y", **exog))
     read, parse = [], frequency.parse_times
-    monkeypatch.setattr(frequency, "parse_times", lambda v, c: read.append(len(v)) or parse(v, c))
+    monkeypatch.setattr(frequency, "parse_times", lambda v, c, **how: read.append(len(v)) or parse(v, c, **how))
     panel = panel_of(frame if exog else frame.drop(columns="help"), Columns(**exog))
     assert read[-1] == len(frame)
     assert (panel.ids, panel.freq, panel.first) == (wanted.ids, wanted.freq, wanted.first)

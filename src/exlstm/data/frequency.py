@@ -31,16 +31,21 @@ _WEEKDAYS = ["MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN"]
 _OFFSET = r"\s*(?:[+-]\d\d:?\d\d|Z)$"
 # Day or month first: only the whole column tells.
 _NUMERALS = r"\s*\d{1,2}([./-])\d{1,2}\1\d{2,4}(?:\D.*)?$"
+# pandas would take today's date.
+_NO_DATE = r"\s*\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?\s*(?:[AaPp][Mm])?\s*$"
 
 
-def parse_times(values, column: str):
+def parse_times(values, column: str, dates: bool = True, dayfirst: bool | None = None):
     """A column of timestamps as a DatetimeIndex (time zones: in UTC), or as int64 where the times are whole numbers.
 
-    Returns (times, zone); ValueError names the first value that is no time. Whole numbers as 20240131 and 202401 are dates.
+    Returns (times, zone); ValueError names the first value that is no time. With `dates` whole numbers as 20240131 and 202401
+    are such; `dayfirst` says how 01/02/2024 is read, None: as the column tells.
     """
     import pandas as pd
 
     series = pd.Series(values)
+    if isinstance(series.dtype, pd.ArrowDtype) and pd.api.types.is_datetime64_any_dtype(series):
+        series = pd.Series(pd.DatetimeIndex(series))
     if pd.api.types.is_bool_dtype(series) or pd.api.types.is_float_dtype(series):
         whole = series.notna().all() and not pd.api.types.is_bool_dtype(series) and (series % 1 == 0).all()
         if not whole:
@@ -50,14 +55,15 @@ def parse_times(values, column: str):
         row = int(np.flatnonzero(series.isna())[0])
         raise ValueError(f"column {column!r} has no time in row {row + 1}")
     if pd.api.types.is_integer_dtype(series):
-        dates = _dates_of(series.to_numpy(np.int64))
-        return (series.to_numpy(np.int64) if dates is None else dates), None
+        whole = series.to_numpy(np.int64)
+        read = _dates_of(whole) if dates else None
+        return (whole if read is None else read), None
     if isinstance(series.dtype, pd.PeriodDtype):
         series = series.dt.to_timestamp()
     if isinstance(series.dtype, pd.DatetimeTZDtype):
         return pd.DatetimeIndex(series.dt.tz_convert("UTC").dt.tz_localize(None)), str(series.dt.tz)
     if not pd.api.types.is_datetime64_any_dtype(series):
-        series = _from_text(series, column)
+        series = _from_text(series, column, dayfirst)
         if isinstance(series.dtype, pd.DatetimeTZDtype):
             return pd.DatetimeIndex(series.dt.tz_localize(None)), "UTC"
     times = pd.DatetimeIndex(series)
@@ -69,7 +75,23 @@ def parse_times(values, column: str):
     return times, None
 
 
-def wall_times(values, times, zone: str, column: str):
+def day_first(values) -> bool | None:
+    """Whether 01/02/2024 is the first of February in this column of text; None where no time is written so."""
+    import pandas as pd
+
+    series = pd.Series(pd.Series(values).unique())
+    if pd.api.types.is_numeric_dtype(series) or not series.astype(str).str.match(_NUMERALS).all():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        utc = bool(series.astype(str).str.contains(_OFFSET, regex=True).all())
+        read = (pd.to_datetime(series, errors="coerce", utc=utc, dayfirst=first) for first in (False, True))
+        times = min(read, key=_unevenness)
+    # pandas takes its argument for a hint, so that what it read has to say.
+    return bool((times.dt.day == series.astype(str).str.extract(r"(\d+)")[0].astype(int)).all())
+
+
+def wall_times(values, times, zone: str, column: str, dayfirst: bool | None = None):
     """`times` (of `parse_times`, in UTC) as clocks on the wall showed them: in their zone, text without its offset."""
     import pandas as pd
 
@@ -77,7 +99,7 @@ def wall_times(values, times, zone: str, column: str):
     if isinstance(series.dtype, pd.DatetimeTZDtype):
         return times.tz_localize("UTC").tz_convert(zone).tz_localize(None)
     text = series.astype(str).str.replace(_OFFSET, "", regex=True)
-    return pd.DatetimeIndex(_from_text(text, column))
+    return pd.DatetimeIndex(_from_text(text, column, dayfirst))
 
 
 def _dates_of(numbers: np.ndarray):
@@ -92,21 +114,21 @@ def _dates_of(numbers: np.ndarray):
     return None
 
 
-def _from_text(series, column: str):
+def _from_text(series, column: str, dayfirst: bool | None):
     """Text as times; what stands in many rows, as the times of many series do, is read once."""
     import pandas as pd
 
     codes, values = pd.factorize(series)
     if 2 * len(values) <= len(series):
         try:
-            return _read_text(pd.Series(values), column).take(codes).reset_index(drop=True)
+            return _read_text(pd.Series(values), column, dayfirst).take(codes).reset_index(drop=True)
         except ValueError:
             # In which row, the whole column says.
             pass
-    return _read_text(series, column)
+    return _read_text(series, column, dayfirst)
 
 
-def _read_text(series, column: str):
+def _read_text(series, column: str, dayfirst: bool | None):
     import pandas as pd
 
     text = series.astype(str)
@@ -114,13 +136,16 @@ def _read_text(series, column: str):
     if zoned.any() and not zoned.all():
         row = int(np.flatnonzero(~zoned)[0])
         raise ValueError(f"column {column!r} mixes times with and without a zone, row {row + 1} is {text[row]!r}")
+    if text.str.match(_NO_DATE).all():
+        raise ValueError(f"column {column!r} holds {series.iloc[0]!r} in row 1, which is a time without its day")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options = {"errors": "coerce", "utc": bool(zoned.any())}
-        times = pd.to_datetime(series, **options)
-        if text.str.match(_NUMERALS).all():
-            times = min(times, pd.to_datetime(series, **options, dayfirst=True), key=_unevenness)
-        elif times.isna().any():
+        told = day_first(text) if dayfirst is None else dayfirst
+        times = pd.to_datetime(series, **options, dayfirst=bool(told))
+        if times.isna().any() and dayfirst is not None:
+            times = pd.to_datetime(series, **options, dayfirst=bool(day_first(text)))
+        if told is None and times.isna().any():
             times = pd.to_datetime(series, **options, format="mixed")
     if times.isna().any():
         row = int(np.flatnonzero(times.isna())[0])
@@ -172,14 +197,13 @@ def _guess_months(times, months: int):
     """The alias of a step of `months` months, by the days the times fall on."""
     import pandas as pd
 
-    if months not in _MONTHLY:
-        fits = [m for m in _MONTHLY if months % m == 0]
-        start = _MONTHLY[max(fits)][0]
-        return f"{months // max(fits)}{start}"
-    start, end = _MONTHLY[months]
+    # Half a year is two quarters.
+    unit = max(m for m in _MONTHLY if months % m == 0)
+    start, end = _MONTHLY[unit]
+    many = str(months // unit) if months > unit else ""
     month = int(times.month[0])
     # Quarters that fall on the same months have one name.
-    first, last = (month, month) if months == 12 else ((month - 1) % 3 + 1, (month - 1) % 3 + 10)
+    first, last = (month, month) if unit == 12 else ((month - 1) % 3 + 1, (month - 1) % 3 + 10)
     at_start, at_end = bool((times.day == 1).all()), bool(times.is_month_end.all())
     name, month = (end, last) if at_end and not at_start else (start, first)
     if months == 1 and not at_start and not at_end:
@@ -187,7 +211,7 @@ def _guess_months(times, months: int):
         days = times.normalize()
         for alias, offset in (("BMS", pd.offsets.BMonthBegin(0)), ("BME", pd.offsets.BMonthEnd(0))):
             name = alias if (days + offset == days).all() else name
-    return name if months == 1 else f"{name}-{MONTHS[month - 1]}"
+    return many + (name if unit == 1 else f"{name}-{MONTHS[month - 1]}")
 
 
 def checked(freq, times):

@@ -44,6 +44,7 @@ class Panel:
     told: list = field(default_factory=list)  # what was guessed, a sentence each
     wide: bool = False
     wall: str | None = None  # the zone whose days these are, where steps are whole days of one
+    dayfirst: bool | None = None  # whether 01/02/2024 is in February, where times are written so
 
     def __len__(self):
         return len(self.ids)
@@ -51,6 +52,11 @@ class Panel:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def reading(self) -> dict:
+        """How `frequency.parse_times` reads more times of this panel."""
+        return {"dates": not isinstance(self.freq, int), "dayfirst": self.dayfirst}
 
     def times(self, n: int, start: int, stop: int):
         """Times of the steps start to stop of series n, in UTC where there is a zone; steps after the end are fine."""

@@ -30,19 +30,18 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
     columns = columns or Columns()
     if known is not None:
         columns, freq = known.columns, known.freq
-    if isinstance(data, pd.Series):
+    if isinstance(data, pd.Series) and data.index.nlevels == 1:
         return _of_series(data, columns, freq)
     if without_times(data):
         if known is not None and not isinstance(known.freq, int):
             wanted = f"the model was fitted on a frame with times in column {known.columns.time!r}"
             raise ValueError(f"the data is an array without times, {wanted}")
         return _of_arrays(data, freq)
+    if isinstance(data, pd.Series):
+        data = data.to_frame(TARGET if data.name is None else data.name)
     frame = columns_of(to_pandas(data), columns)
     if frame.empty or not len(frame.columns):
         raise ValueError("the data has no rows")
-    twice = frame.columns[frame.columns.duplicated()]
-    if len(twice):
-        raise ValueError(f"column {twice[0]!r} stands twice in the data")
     frame, time = _with_time(frame, columns)
     told = []
     columns, wide = _guess_columns(frame, replace(columns, time=time), told, known)
@@ -95,7 +94,15 @@ def _of_arrays(data, freq) -> Panel:
 
 
 def columns_of(frame, columns: Columns):
-    """The frame with what its index holds of ids and times as columns."""
+    """The frame with what its index holds of ids and times as columns, whose names are text and each there once."""
+    frame = _without_index(frame, columns)
+    frame = frame.set_axis([str(name).strip() for name in frame.columns], axis=1)
+    if len(twice := frame.columns[frame.columns.duplicated()]):
+        raise ValueError(f"column {twice[0]!r} stands twice in the data")
+    return frame
+
+
+def _without_index(frame, columns: Columns):
     pd = require_pandas()
     by_time = isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex)
     if by_time and frame.index.name is None and columns.time and columns.time not in frame.columns:
@@ -111,8 +118,6 @@ def columns_of(frame, columns: Columns):
 def _with_time(frame, columns: Columns):
     """The frame with its time as a column, and the column's name."""
     pd = require_pandas()
-    names = [str(c) for c in frame.columns]
-    frame = frame.set_axis([n.strip() for n in names], axis=1)
     names = list(frame.columns)
     if columns.time:
         _present(names, columns.time, "time")
@@ -173,9 +178,9 @@ def _guess_columns(frame, columns: Columns, told: list, known):
             _present(names, name, "covariate")
     rest = [c for c in names if c not in (columns.time, *covariates)]
     if known is not None and known.wide:
-        if lacking := [i for i in known.ids if i not in rest]:
-            raise ValueError(f"the data lacks the column {lacking[0]!r} that the model was fitted on")
-        return columns, list(known.ids)
+        if not (fitted := set(known.ids) & set(rest)):
+            raise ValueError(f"the data lacks the column {known.ids[0]!r} that the model was fitted on")
+        return columns, [c for c in rest if c in {*fitted, *_of_numbers(frame, rest, told)}]
     if columns.id:
         _present(names, columns.id, "id")
     else:
@@ -246,7 +251,8 @@ def _counts_rows(column) -> bool:
 
 def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
     pd = require_pandas()
-    times, zone = frequency.parse_times(frame[columns.time], columns.time)
+    reading = {"dayfirst": frequency.day_first(frame[columns.time])} if known is None else known.reading
+    times, zone = frequency.parse_times(frame[columns.time], columns.time, **reading)
     ids = frame[columns.id] if columns.id else pd.Series([TARGET] * len(frame))
     if ids.isna().any():
         raise ValueError(f"column {columns.id!r} has no id in row {int(np.flatnonzero(ids.isna())[0]) + 1}")
@@ -289,7 +295,7 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
     firsts = [times[s] for s in starts] if not isinstance(times, np.ndarray) else [int(times[s]) for s in starts]
     return Panel(
         list(names), spread(y), offsets, firsts, freq, none if futr is None else futr, none if hist is None else hist,
-        static, columns, zone, levels, told, wall=wall,
+        static, columns, zone, levels, told, wall=wall, dayfirst=reading["dayfirst"],
     )  # fmt: skip
 
 
@@ -297,7 +303,8 @@ def numbers(frame, column: str) -> np.ndarray:
     """A column as float64; the first text that is no number, or an infinity, is a ValueError."""
     pd = require_pandas()
     values = frame[column]
-    if pd.api.types.is_datetime64_any_dtype(values) or isinstance(values.dtype, pd.CategoricalDtype):
+    kind = getattr(values.dtype, "kind", "O")
+    if kind in "mMc" or isinstance(values.dtype, pd.CategoricalDtype | pd.DatetimeTZDtype):
         raise ValueError(f"column {column!r} holds {values.dtype}, wanted numbers")
     if not pd.api.types.is_numeric_dtype(values):
         coerced = pd.to_numeric(values, errors="coerce")
@@ -345,8 +352,9 @@ def _clock(column, times, zone, order, starts, known):
     if not _are_days(times, starts, known):
         return times, zone, None
     zone = known.wall if known is not None and known.wall is not None else zone
-    wall = frequency.wall_times(column, times[np.argsort(order)], zone, column.name)[order]
-    return wall, None, zone if hasattr(column.dtype, "tz") else None
+    read = None if known is None else known.dayfirst
+    wall = frequency.wall_times(column, times[np.argsort(order)], zone, column.name, read)[order]
+    return wall, None, zone if require_pandas().api.types.is_datetime64_any_dtype(column) else None
 
 
 def _are_days(times, starts, known) -> bool:
@@ -379,13 +387,14 @@ def _static(frame, columns: Columns, order, starts, known):
         _present(list(frame.columns), name, "static")
         whole = frame[name].iloc[order].reset_index(drop=True)
         _refuse_changes(whole, np.diff(np.r_[starts, len(whole)]), name)
-        values = whole.iloc[starts]
-        if pd.api.types.is_numeric_dtype(values):
-            parts.append(values.to_numpy(dtype=np.float64, na_value=np.nan)[:, None])
+        values = whole.iloc[starts].infer_objects()
+        counted = pd.api.types.is_numeric_dtype(values) if known is None else name not in known.levels
+        if counted:
+            parts.append(numbers(values.to_frame(), name)[:, None])
             continue
         seen = known.levels[name] if known is not None else sorted(values.dropna().astype(str).unique())
         if len(seen) > 100:
             raise ValueError(f"column {name!r} has {len(seen)} values, too many for a static one (at most 100)")
         parts.append((values.astype(str).to_numpy()[:, None] == np.array(seen)[None]).astype(np.float64))
         levels[name] = list(seen)
-    return np.nan_to_num(np.concatenate(parts, 1)), levels
+    return np.concatenate(parts, 1), levels

@@ -72,10 +72,13 @@ class Windows:
         self.more = 0 if future is None else future.shape[1]
         futr = panel.futr
         if future is not None:
-            futr = np.concatenate([p for n in range(len(panel)) for p in (futr[offsets[n] : offsets[n + 1]], future[n])])
+            futr = np.concatenate(
+                [p for n in range(len(panel)) for p in (futr[offsets[n] : offsets[n + 1]], future[n])]
+            )
         futr = _standard(futr, *self.statistics["futr"], offsets + self.more * np.arange(len(offsets)))
         hist = _standard(panel.hist, *self.statistics["hist"], offsets)
-        static = (panel.static - self.statistics["static"][0]) / self.statistics["static"][1]
+        # What is missing of a series is as in the mean of all.
+        static = np.nan_to_num((panel.static - self.statistics["static"][0]) / self.statistics["static"][1])
         place = {name: n for n, name in enumerate(self.statistics["series"])}
         self.numbers = torch.tensor([place.get(name, -1) for name in panel.ids], device=self.device)
         # Steps of room around the rows, grown as windows ask for them.

@@ -85,6 +85,7 @@ def _pack(model) -> tuple[dict, dict]:
         "freq": panel.freq,
         "zone": panel.zone,
         "wall": panel.wall,
+        "dayfirst": panel.dayfirst,
         "wide": panel.wide,
         "columns": asdict(panel.columns),
         "levels": panel.levels,
@@ -190,7 +191,7 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     panel = Panel(
         settings["ids"], arrays["y"], offsets, firsts, settings["freq"], arrays["futr"], arrays["hist"], arrays["static"],
         columns, settings["zone"], settings["levels"], [], settings["wide"],
-        settings.get("wall"),
+        settings.get("wall"), settings.get("dayfirst"),
     )  # fmt: skip
     names = (columns.futr, columns.hist, columns.static, columns.id, columns.time, columns.target)
     model = kind(fit.horizon, settings["freq"], None, settings["level"], *names, settings["season"], fit, device)

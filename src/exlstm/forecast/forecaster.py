@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -95,9 +96,7 @@ class Forecaster:
         h = self._horizon(h)
         wanted, endings = frames.check_levels(self.level if level is None and quantiles is None else level, quantiles)
         panel = self.panel if df is None else self._usable(self._same(df))
-        future = frames.future_values(panel, futr_df, h)
-        if future is not None and h < self.h:
-            future = np.concatenate([future, np.repeat(future[:, -1:], self.h - h, 1)], 1)
+        future = frames.future_values(panel, futr_df, h, self.h)
         windows = self.engine.windows(panel, future)
         values = self._values(windows, *windows.ends(), wanted, endings, BASELINES if baselines else (), h)
         frame = frames.rows(panel, np.arange(len(panel)), panel.lengths, h, values)
@@ -138,11 +137,15 @@ class Forecaster:
 
     def evaluate(self, forecasts, df=None, metrics=frames.METRICS, level=None):
         """One row a model of mae, rmse, smape, mase, wql and coverage; `forecasts` from `cross_validation`, or from
-        `predict` with the true values in `df`."""
+        `predict` with the true values in `df`. mae, rmse, smape, mase and coverage as utilsforecast has them, means over the
+        series; wql over all rows, of the median and the ends of the intervals."""
         from exlstm.data.panel import to_pandas
 
         panel, cv = self._panel(), to_pandas(forecasts)
+        levels = frames.listed(self.level if level is None else level)
         ids, time, target = frames.id_column(panel), panel.columns.time, panel.columns.target or TARGET
+        metrics = (metrics,) if isinstance(metrics, str) else metrics
+        frames.check_forecasts(cv, (ids, time, MODEL), levels if {"wql", "coverage"} & set(metrics) else ())
         if cv[time].dtype == object:
             # Days of polars.
             cv = cv.assign(**{time: frequency.parse_times(cv[time], time)[0]})
@@ -150,6 +153,8 @@ class Forecaster:
             if df is None:
                 raise ValueError(f"the forecasts have no column {target!r}; give the true values as df")
             cv = cv.merge(frames.history(self._same(df)), on=[ids, time], how="inner")
+        if not cv[target].notna().any():
+            raise ValueError("there is no true value at any time of the forecasts")
         before = frames.history(panel)
         first = cv[time].min()
         kept = before[before[time] < first]
@@ -159,7 +164,7 @@ class Forecaster:
             if kept.empty
             else panel_of(kept, replace(panel.columns, id=ids, futr=(), hist=(), static=()), panel.freq)
         )
-        return frames.evaluated(cv, models, trained, self._season(), self.level if level is None else level, metrics)
+        return frames.evaluated(cv, models, trained, self._season(), levels, metrics)
 
     def update(self, df) -> Forecaster:
         """Appends new rows to the series that are known; a forecast then begins after them. Costs the same at any age.
@@ -206,15 +211,23 @@ class Forecaster:
         return pd.DataFrame(rows)
 
     def plot(self, forecasts=None, path=None, max_series: int = 8):
-        """Draws history, forecast, intervals and baselines; returns the matplotlib figure, or writes it to `path`."""
+        """Draws history, forecast, intervals and baselines of the first series that `forecasts` hold, those of `predict`
+        without; returns the matplotlib figure, or writes it to `path`."""
         from exlstm.data.panel import to_pandas
-        from exlstm.plot import draw_forecasts
+        from exlstm.plot import check_picture, draw_forecasts
 
+        if path is not None:
+            check_picture(Path(path))
         panel, fc = self._panel(), to_pandas(self.predict() if forecasts is None else forecasts)
         ids, time = frames.id_column(panel), panel.columns.time
         past = frames.history(panel, last=max(4 * self.h, 3 * self._season()))
         pieces = []
-        for name in panel.ids[:max_series]:
+        held = set(fc[ids])
+        if max_series < 1 or not (names := [name for name in panel.ids if name in held]):
+            raise ValueError(
+                f"there is nothing to draw: max_series is {max_series}, known series {len(held & {*panel.ids})}"
+            )
+        for name in names[:max_series]:
             own = fc[fc[ids] == name]
             lines = {c: own[c].to_numpy() for c in own.columns if c not in (ids, time)}
             seen = past[past[ids] == name]

@@ -31,8 +31,9 @@ def id_column(panel: Panel) -> str:
     return panel.columns.id or ID
 
 
-def future_values(panel: Panel, futr, horizon: int) -> np.ndarray | None:
-    """(N, horizon, F) of the covariates known for the future; every step of every series has to be there."""
+def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | None:
+    """(N, most, F) of the covariates known for the future; the first `horizon` steps of every series have to be there, the
+    first that lacks after them, and all behind it, are as the step before."""
     names = panel.columns.futr
     if not names:
         return None
@@ -40,19 +41,19 @@ def future_values(panel: Panel, futr, horizon: int) -> np.ndarray | None:
         told = ", ".join(names)
         raise ValueError(f"the model was fitted with {told} known for the future; give their next {horizon} steps")
     pd, frame = require_pandas(), columns_of(to_pandas(futr), panel.columns)
-    frame = frame.set_axis([str(c).strip() for c in frame.columns], axis=1)
     time, ids = panel.columns.time, id_column(panel)
     shared = panel.wide or not panel.columns.id
     for name in (time, *names, *(() if shared else (ids,))):
         if name not in frame.columns:
             have = ", ".join(repr(c) for c in frame.columns)
             raise ValueError(f"the future covariates lack column {name!r}; they have {have}")
-    times, zone = frequency.parse_times(frame[time], time)
+    times, zone = frequency.parse_times(frame[time], time, **panel.reading)
     if panel.zone is None and zone is not None:
-        times = frequency.wall_times(frame[time], times, panel.wall or zone, time)
+        times = frequency.wall_times(frame[time], times, panel.wall or zone, time, panel.dayfirst)
     if panel.zone is not None and zone is None:
         raise ValueError(f"the times of the future covariates have no zone, those of the data are in {panel.zone}")
     values = np.stack([numbers(frame, name) for name in names], 1)
+    whole = ~np.isnan(values).any(1)
     keys = [None] * len(frame) if shared else frame[ids].tolist()
     stamps = times.tolist() if isinstance(times, np.ndarray) else times.as_unit("ns").asi8.tolist()
     table = pd.Series(np.arange(len(frame)), index=pd.MultiIndex.from_arrays([keys, stamps]))
@@ -60,19 +61,20 @@ def future_values(panel: Panel, futr, horizon: int) -> np.ndarray | None:
         row = int(np.flatnonzero(twice)[0])
         raise ValueError(f"the future covariates hold {times[row]} twice{'' if shared else f' for {keys[row]!r}'}")
     table = dict(zip(zip(keys, stamps), range(len(frame))))
-    out = np.empty((len(panel), horizon, len(names)))
+    out = np.empty((len(panel), most, len(names)))
     for n, name in enumerate(panel.ids):
-        wanted = ahead(panel, n, horizon)
+        wanted = ahead(panel, n, most)
         marks = wanted.tolist() if isinstance(wanted, np.ndarray) else wanted.as_unit("ns").asi8.tolist()
         rows = [table.get((None if shared else name, mark)) for mark in marks]
-        if None in rows:
-            lacking = [str(wanted[i]) for i, row in enumerate(rows) if row is None]
+        if None in rows[:horizon]:
+            lacking = [str(wanted[i]) for i, row in enumerate(rows[:horizon]) if row is None]
             whose = "" if len(panel) == 1 else f" of series {name!r}"
             raise ValueError(f"the future covariates lack {len(lacking)} of {horizon} rows{whose}: {_few(lacking)}")
-        out[n] = values[rows]
-        if np.isnan(out[n]).any():
-            step, column = np.argwhere(np.isnan(out[n]))[0]
+        given = next((i for i, row in enumerate(rows) if row is None or not whole[row]), most)
+        if given < horizon:
+            step, column = given, int(np.flatnonzero(np.isnan(values[rows[given]]))[0])
             raise ValueError(f"the future covariate {names[column]!r} is missing at {wanted[step]} of series {name!r}")
+        out[n] = values[[rows[min(i, given - 1)] for i in range(most)]]
     return out
 
 
@@ -95,7 +97,7 @@ def check_levels(level, quantiles) -> tuple[list[float], list[str]]:
         bad = [q for q in quantiles if not isinstance(q, Real) or not 0 < q < 1]
         if bad:
             raise ValueError(f"quantiles hold {bad[0]!r}, wanted numbers between 0 and 1")
-        return [float(q) for q in quantiles], [f"_ql{q:g}" for q in quantiles]
+        return [float(q) for q in quantiles], [f"_ql{q:.12g}" for q in quantiles]
     level = [80, 95] if level is None else listed(level)
     bad = [x for x in level if not isinstance(x, Real) or isinstance(x, bool) or not 0 < x < 100]
     if bad:
@@ -103,7 +105,7 @@ def check_levels(level, quantiles) -> tuple[list[float], list[str]]:
     wanted, names = [], []
     for x in sorted(map(float, level)):
         wanted += [0.5 - x / 200, 0.5 + x / 200]
-        names += [f"-lo-{x:g}", f"-hi-{x:g}"]
+        names += [f"-lo-{x:.12g}", f"-hi-{x:.12g}"]
     return wanted, names
 
 
@@ -178,6 +180,15 @@ def like(frame, sample, keys=()):
     return made.with_columns(*(nw.col(name).cast(kind) for name, kind in kinds.items())).to_native()
 
 
+def check_forecasts(frame, wanted, levels):
+    """ValueError where forecasts lack one of the columns `wanted`, or an end of the intervals of `levels`."""
+    endings = check_levels(levels, None)[1]
+    for name in (*wanted, *(wanted[-1] + ending for ending in endings)):
+        if name not in frame.columns:
+            have = ", ".join(map(repr, frame.columns[:8]))
+            raise ValueError(f"the forecasts lack column {name!r}; they have {have}")
+
+
 METRICS = ("mae", "rmse", "smape", "mase", "wql", "coverage")
 
 
@@ -203,7 +214,7 @@ def evaluated(frame, models, panel_before: Panel, season: int, levels, metrics=M
     total = known[target].abs().sum()
     for level in levels:
         if "coverage" in metrics:
-            found[f"coverage {level:g}"] = losses.coverage(known, **common, level=f"{level:g}")[models].mean()
+            found[f"coverage {level:.12g}"] = losses.coverage(known, **common, level=f"{level:.12g}")[models].mean()
     if "wql" in metrics:
         found["wql"] = pd.Series({m: _wql(known, m, target, levels) / max(total, 1e-12) for m in models})
     return pd.DataFrame(found).rename_axis("model").reset_index()
@@ -214,7 +225,7 @@ def _wql(frame, model: str, target: str, levels) -> float:
     y, parts = frame[target].to_numpy(), []
     columns = [(0.5, model)]
     for x in levels:
-        columns += [(0.5 - x / 200, f"{model}-lo-{x:g}"), (0.5 + x / 200, f"{model}-hi-{x:g}")]
+        columns += [(0.5 - x / 200, f"{model}-lo-{x:.12g}"), (0.5 + x / 200, f"{model}-hi-{x:.12g}")]
     for q, column in columns:
         error = y - frame[column].to_numpy()
         parts.append(2 * np.maximum(q * error, (q - 1) * error).sum())
