@@ -62,7 +62,7 @@ def test_a_wide_frame_is_the_long_one_and_its_clock_is_read_once(change, exog, m
 def test_texts_that_many_series_share_are_read_once(monkeypatch):
     texts = pd.Series(["13/01/2024", "14/01/2024", "01/02/2024"] * 50)
     read, plain = [], frequency._read_text
-    monkeypatch.setattr(frequency, "_read_text", lambda v, c: read.append(len(v)) or plain(v, c))
+    monkeypatch.setattr(frequency, "_read_text", lambda v, *a: read.append(len(v)) or plain(v, *a))
     times, _ = frequency.parse_times(texts, "ds")
     assert read == [3]
     assert list(times[:4]) == [*pd.to_datetime(["2024-01-13", "2024-01-14", "2024-02-01", "2024-01-13"])]
