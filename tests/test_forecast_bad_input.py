@@ -252,6 +252,12 @@ CALLS = {
         ),
         "column 'x' stands twice",
     ),
+    "a target named as the forecast": (
+        lambda m: Forecaster(3, target_col="xLSTM").cross_validation(GOOD.rename(columns={"y": "xLSTM"})),
+        "column 'xLSTM' has the name of a column of forecasts",
+    ),
+    "steps of nothing": (lambda m: Forecaster(3, freq="0D").fit(GOOD[["ds", "y"]]), "freq is '0D', wanted"),
+    "steps backwards": (lambda m: Forecaster(3, freq="-1D").fit(GOOD[["ds", "y"]]), "freq is '-1D', wanted"),
     "a duration": (lambda m: Forecaster(3).fit(GOOD.assign(y=pd.to_timedelta(GOOD.y, "s"))), "holds timedelta64"),
     "a complex column": (lambda m: Forecaster(3).fit(GOOD.assign(y=GOOD.y + 0j)), "holds complex128, wanted numbers"),
     "times without days": (

@@ -184,6 +184,13 @@ def test_a_wide_frame_may_hold_fewer_series_or_more():
     assert fitted.update(day).panel.lengths.tolist() == [81, 80, 80]
 
 
+def test_ids_may_be_of_several_parts(fitted):
+    frame = long()
+    found = model().fit(frame.assign(unique_id=[(i[0], i[1]) for i in frame.unique_id])).predict()
+    assert found.unique_id.unique().tolist() == [("s", "0"), ("s", "1"), ("s", "2")]
+    assert found.xLSTM.equals(fitted.predict().xLSTM)
+
+
 def test_copies_stand_alone(fitted):
     before = fitted.predict()
     rows = long(steps=81).groupby("unique_id").tail(1)

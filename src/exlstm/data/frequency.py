@@ -237,11 +237,12 @@ def checked(freq, times):
         warnings.simplefilter("ignore")
         try:
             name = freq.strip()
-            return to_offset(old.get(name, name)).freqstr
+            offset = to_offset(old.get(name, name))
         except (ValueError, AttributeError):
-            raise ValueError(
-                f"freq is {freq!r}, wanted a pandas alias as 'h', '15min', 'D', 'W-SUN', 'MS' or 'ME'"
-            ) from None
+            offset = None
+        if offset is None or offset.n < 1:
+            raise ValueError(f"freq is {freq!r}, wanted a pandas alias as 'h', '15min', 'D', 'W-SUN', 'MS' or 'ME'")
+    return offset.freqstr
 
 
 def _tick(freq):

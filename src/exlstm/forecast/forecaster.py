@@ -274,6 +274,9 @@ class Forecaster:
 
     def _usable(self, panel: Panel) -> Panel:
         """The panel from the first value of every series on: before it, only what comes later could fill the gaps."""
+        ours = {MODEL, *TITLES.values(), "cutoff"} & {panel.columns.id, panel.columns.time, panel.columns.target}
+        if ours:
+            raise ValueError(f"column {min(ours)!r} has the name of a column of forecasts; rename it")
         seen = np.logical_or.reduceat(~np.isnan(panel.y), panel.offsets[:-1])
         if not seen.all():
             lost = [str(i) for i, s in zip(panel.ids, seen) if not s]

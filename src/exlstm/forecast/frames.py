@@ -114,7 +114,7 @@ def rows(
 ):
     """A long frame of windows (series[b], cuts[b]); `values` name -> (B, H). Adds y and the cutoff where asked for."""
     pd = require_pandas()
-    blocks = {id_column(panel): np.repeat(np.array(panel.ids, dtype=object)[series], horizon)}
+    blocks = {id_column(panel): np.repeat(pd.Series(panel.ids, dtype=object).to_numpy()[series], horizon)}
     times = [panel.times(int(n), int(t) - (1 if cutoff else 0), int(t) + horizon) for n, t in zip(series, cuts)]
     skip = 1 if cutoff else 0
     flat = np.concatenate([np.asarray(t[skip:]) for t in times])
