@@ -139,6 +139,15 @@ def test_more_times_are_read_as_those_of_the_fit(tmp_path):
     assert model(3).fit(hours).predict(day).ds[0] == pd.Timestamp("2024-02-06")
 
 
+@pytest.mark.parametrize("form", ["%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M", "%d.%m.%y %H:%M", "%d/%m/%Y %H:%M+01:00"])
+def test_days_and_months_are_told_apart_with_and_without_a_zone(form):
+    times = pd.date_range("2024-01-01", periods=600, freq="h")
+    fitted = model(3).fit(pd.DataFrame({"ds": times.strftime(form), "y": np.arange(600) % 5.0}))
+    assert fitted.panel.dayfirst == form.startswith("%d")
+    last = times[-1] + pd.Timedelta("1h")
+    assert fitted.predict().ds[0] == (last.tz_localize("+01:00") if "+" in form else last)
+
+
 def test_a_counter_stays_a_counter():
     """1900-01 is written 190001 too."""
     frame = pd.DataFrame({"ds": np.arange(189901, 190001), "y": np.arange(100) % 7.0})

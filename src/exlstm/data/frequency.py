@@ -80,15 +80,16 @@ def day_first(values) -> bool | None:
     import pandas as pd
 
     series = pd.Series(pd.Series(values).unique())
-    if pd.api.types.is_numeric_dtype(series) or not series.astype(str).str.match(_NUMERALS).all():
+    text = series.astype(str)
+    # The year of 01-02-2024 is no offset.
+    text = text.mask(text.str.contains(":"), text.str.replace(_OFFSET, "", regex=True))
+    if pd.api.types.is_numeric_dtype(series) or not text.str.match(_NUMERALS).all():
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        utc = bool(series.astype(str).str.contains(_OFFSET, regex=True).all())
-        read = (pd.to_datetime(series, errors="coerce", utc=utc, dayfirst=first) for first in (False, True))
-        times = min(read, key=_unevenness)
+        times = min((pd.to_datetime(text, errors="coerce", dayfirst=first) for first in (False, True)), key=_unevenness)
     # pandas takes its argument for a hint, so that what it read has to say.
-    return bool((times.dt.day == series.astype(str).str.extract(r"(\d+)")[0].astype(int)).all())
+    return bool((times.dt.day == text.str.extract(r"(\d+)")[0].astype(int)).all())
 
 
 def wall_times(values, times, zone: str, column: str, dayfirst: bool | None = None):
