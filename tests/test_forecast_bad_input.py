@@ -134,6 +134,8 @@ COMMANDS = {
     "forecast good.csv --target y --plot fc.doc": "fc.doc names no kind of picture by its ending",
     "forecast good.csv --model kept --target x --future future.csv": "holds a model with target 'y', --target is 'x'",
     "forecast good.csv --model kept --exog z --future future.csv": "a model with covariates x, --exog is z",
+    "forecast good.csv --model kept --freq W --future future.csv": "a model of frequency 'D', --freq is 'W'",
+    "forecast good.csv --model kept --static x --future future.csv": "with static columns none, --static is x",
     "forecast fake.csv.gz": "fake.csv.gz cannot be read as a table: Not a gzipped file",
     "forecast fake.zip": "fake.zip cannot be read as a table: File is not a zip file",
     "forecast book.xlsx": "book.xlsx is a spreadsheet, wanted CSV or Parquet",

@@ -225,8 +225,15 @@ def _model(command: Forecast, frame, future, saved: Path | None):
 
 
 def _check_columns(command: Forecast, model, saved: Path):
-    """ValueError where the command names other columns than the saved model was fitted on."""
-    columns = model.panel.columns
+    """ValueError where the command names other columns, or another frequency, than the saved model was fitted on."""
+    from exlstm.data import frequency
+
+    panel, columns = model.panel, model.panel.columns
+    if command.freq and frequency.checked(command.freq, panel.times(0, 0, 1)) != panel.freq:
+        raise ValueError(f"{saved} holds a model of frequency {panel.freq!r}, --freq is {command.freq!r}")
+    if command.static and set(command.static) != set(columns.static):
+        told = ", ".join(columns.static) or "none"
+        raise ValueError(f"{saved} holds a model with static columns {told}, --static is {', '.join(command.static)}")
     for option, held in (("id", columns.id), ("time", columns.time), ("target", columns.target)):
         given = getattr(command, option)
         if given and given != held:
