@@ -31,7 +31,7 @@ MEMORIES, BACK, DOUBTS = (1.0, 8.0), (3, 2), (1.0, 0.5)
 # Steps of a span at least: fewer tell little of a scale.
 FEW = 24
 # Origins a span; spans that must lie between the beginning of what was not learnt from and an origin.
-ORIGINS, LEAST = 8, 2
+ORIGINS, LEAST = 4, 2
 # Logarithm of the factor at most, and where the curve of averages is known.
 FURTHEST, GRID = 1.0, torch.linspace(-2, 2, 81)
 # Errors held at once.
@@ -163,11 +163,13 @@ class _Backtest:
         z = torch.cat(
             [self._errors(part) for part in torch.arange(len(self.cuts), device=self.cuts.device).split(2048)]
         )
-        found = torch.zeros(len(z), device=z.device)
-        for memory, count, doubt in zip(MEMORIES, self.drift.counts(self.windows.season), DOUBTS):
-            off, spans = self._surprise(z / found.exp()[:, None], memory * self.span, count)
-            found = found + off * spans / (spans + doubt)
-        return found[self.asked].clamp(-FURTHEST, FURTHEST)
+        found, everywhere = torch.zeros(len(z), device=z.device), torch.arange(len(z), device=z.device)
+        for k, (memory, count, doubt) in enumerate(zip(MEMORIES, self.drift.counts(self.windows.season), DOUBTS)):
+            # What follows the last average is asked for alone.
+            wanted = self.asked if k == len(MEMORIES) - 1 else everywhere
+            off, spans = self._surprise(z / found.exp()[:, None], memory * self.span, count, wanted)
+            found = found[wanted] + off * spans / (spans + doubt)
+        return found.clamp(-FURTHEST, FURTHEST)
 
     def _errors(self, part: Tensor) -> Tensor:
         """(U, H) in half widths of the 80 % interval."""
@@ -175,16 +177,15 @@ class _Backtest:
         batch = self.windows.batch(
             self.series[part], self.cuts[part], engine.longest, judge.config.horizon, dates=False
         )
-        scale = judge.units(batch)[1]
+        level, scale = judge.units(batch)
+        point = level + scale * judge.map(judge.features(batch, level, scale), batch.series)
         spread = engine.spreads["linear"]
         low, high = sides(spread.shape[-1])
         wide = scale * combine.width(engine.moves(batch, scale), engine.spreads["linear.width"])
-        return (batch.target - judge.predict(batch)).abs() / (wide * (spread[:, high] - spread[:, low]) / 2).clamp_min(
-            1e-9
-        )
+        return (batch.target - point).abs() / (wide * (spread[:, high] - spread[:, low]) / 2).clamp_min(1e-9)
 
-    def _surprise(self, z: Tensor, memory: float, count: int) -> tuple[Tensor, Tensor]:
-        """(U,) twice: the logarithm of the scale as it is known at every origin, and the spans that say so."""
+    def _surprise(self, z: Tensor, memory: float, count: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """(A,) twice: the logarithm of the scale as it is known at the origins numbered `wanted`, and the spans that say so."""
         known, g, h = ~z.isnan(), self.step, z.shape[1]
         pieces = -(-h // g)
         pad = (0, pieces * g - h)
@@ -196,15 +197,16 @@ class _Backtest:
         # Of the window k strides back the first k pieces are known; the last of them for no time.
         weight = torch.where(piece < back, torch.exp(-(back - piece - 1) * g / memory), 0.0).to(z.dtype)  # (pieces, K)
         fresh = torch.exp(-(back - 1) * g / memory).to(z.dtype)
-        sums, numbers = sums @ weight, numbers @ weight
-        total, held, spans = (torch.zeros(len(z), device=z.device) for _ in range(3))
+        series, cuts = self.series[wanted], self.cuts[wanted]
+        total, held, spans = (torch.zeros(len(wanted), device=z.device) for _ in range(3))
         for k in range(1, count + 1):
-            past = self.cuts - k * g
-            real = past >= self.first[self.series]
-            at = self.place[self.begin[self.series] + past.clamp_min(0)].clamp_min(0)
-            total += torch.where(real, sums[at, k - 1], 0.0)
-            held += torch.where(real, numbers[at, k - 1], 0.0)
-            spans += torch.where(real & (numbers[at, k - 1] > 0), fresh[k - 1] * g / self.span, 0.0)
+            past = cuts - k * g
+            real = past >= self.first[series]
+            at = self.place[self.begin[series] + past.clamp_min(0)].clamp_min(0)
+            here = (numbers[at] * weight[:, k - 1]).sum(1)
+            total += torch.where(real, (sums[at] * weight[:, k - 1]).sum(1), 0.0)
+            held += torch.where(real, here, 0.0)
+            spans += torch.where(real & (here > 0), fresh[k - 1] * g / self.span, 0.0)
         off = _across(total / held.clamp_min(1e-9), self.drift.curve) + self.drift.offset
         return torch.where(held > 0, off, 0.0), spans
 
