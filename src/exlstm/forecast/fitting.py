@@ -13,6 +13,8 @@ from exlstm.models.linear import LinearPath
 
 # Windows that a choice is made by.
 CHOOSE_BY = 4096
+# Share of the median series' naive error that the error of a series is counted in at least.
+STILL = 0.1
 
 
 class Cuts:
@@ -89,7 +91,8 @@ def split(windows: Windows, config: FitConfig) -> Split:
 
 
 def _naive_error(windows: Windows, begins: Tensor) -> Tensor:
-    """(N, 1): mean |y[t] - y[t - season]| before the validation part, at least a hundredth of a deviation."""
+    """(N, 1): mean |y[t] - y[t - season]| before the validation part, at least a hundredth of a deviation and STILL of the
+    panel's median: by a series that repeats itself to the last digit alone nothing is chosen."""
     found = []
     for start, length in zip(windows.starts.tolist(), begins.tolist()):
         y = windows.y[start : start + length]
@@ -97,7 +100,8 @@ def _naive_error(windows: Windows, begins: Tensor) -> Tensor:
         found.append(
             (y[lag:] - y[:-lag]).abs().mean().nan_to_num(1.0) if length > 1 else torch.ones((), device=y.device)
         )
-    return torch.stack(found).clamp_min(0.01)[:, None]
+    sizes = torch.stack(found).clamp_min(0.01)
+    return sizes.clamp_min(STILL * float(sizes.median()))[:, None]
 
 
 def lookbacks(config: FitConfig, season: int, lengths: Tensor) -> list[int]:
