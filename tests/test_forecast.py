@@ -285,16 +285,41 @@ def test_baselines_continue_what_they_are_made_for():
     assert torch.allclose(ahead, ((2 + 0.5 * torch.arange(48.0, 52.0) + 25.5) / 2)[None], atol=0.05)
 
 
-def test_the_blend_finds_the_good_member_and_averages_two_halves():
+def judged_windows(windows=200):
+    """Levels, truth, and two members: one near it, one far from it."""
     torch.manual_seed(0)
-    levels, unit = torch.tensor([0.1, 0.5, 0.9]), torch.ones(200, 1)
-    target, spread = torch.randn(200, 5), torch.tensor([-1.3, 0.0, 1.3])
-    good, bad = target[..., None] + 0.1 * torch.randn(200, 5, 1) + spread, torch.full((200, 5, 3), 3.0) + spread
-    assert combine.blend(torch.stack([bad, good]), target, unit, levels, "mae") == [0, 1]
+    levels, unit = torch.tensor([0.1, 0.5, 0.9]), torch.ones(windows, 1)
+    target, spread = torch.randn(windows, 5), torch.tensor([-1.3, 0.0, 1.3])
+    good, bad = target[..., None] + 0.1 * torch.randn(windows, 5, 1), torch.full((windows, 5, 3), 3.0)
+    return (target, unit, levels), good + spread, bad + spread
+
+
+def test_the_blend_finds_the_good_member_and_averages_two_halves():
+    given, good, bad = judged_windows()
+    target, spread, every = given[0], torch.tensor([-1.3, 0.0, 1.3]), torch.arange(200)
     noise = torch.randn(200, 5, 1)
     halves = torch.stack([target[..., None] + noise + spread, target[..., None] - noise + spread])
     for metric in ("mae", "mse"):
-        assert combine.blend(halves, target, unit, levels, metric) == pytest.approx([0.5, 0.5], abs=0.051)
+        assert combine.blend(torch.stack([bad, good]), (*given, metric), every, ["theta", "linear"]) == [0, 1]
+        found = combine.blend(halves, (*given, metric), every, ["naive", "linear"])
+        assert found == pytest.approx([0.5, 0.5], abs=0.051)
+
+
+def test_members_that_validation_cannot_tell_apart_share_the_weight():
+    """Of two that are alike each has about half; of two that are not the worse has nothing, with as many groups."""
+    given, _, _ = judged_windows(400)
+    groups, spread = torch.arange(400) // 10, torch.tensor([-1.3, 0.0, 1.3])
+    off = torch.randn(400, 5, 1)
+    # One member's errors are the other's with the sign turned in half of the windows, or a fifth larger everywhere.
+    alike = torch.where(torch.rand(400, 1, 1) < 0.5, off.abs(), off)
+    shares = [
+        combine.blend(
+            given[0][..., None] + torch.stack([off, other]) + spread, (*given, "mse"), groups, ["naive", "theta"]
+        )
+        for other in (alike, 1.2 * off)
+    ]
+    assert 0.2 < shares[0][0] < 0.8
+    assert shares[1] == [1, 0]
 
 
 def test_calibration_covers_what_it_says():
@@ -315,15 +340,12 @@ def test_calibration_covers_what_it_says():
 
 
 def test_the_network_gets_three_quarters_of_what_validation_gives_it():
-    torch.manual_seed(0)
-    levels, unit = torch.tensor([0.1, 0.5, 0.9]), torch.ones(200, 1)
-    target, spread = torch.randn(200, 5), torch.tensor([-1.3, 0.0, 1.3])
-    good, bad = target[..., None] + 0.1 * torch.randn(200, 5, 1) + spread, torch.full((200, 5, 3), 3.0) + spread
-    given = target, unit, levels, "mae"
-    assert combine.cautious(torch.stack([bad, good]), *given, ["linear", "network"]) == [0.25, 0.75]
-    assert combine.cautious(torch.stack([good, bad]), *given, ["linear", "network"]) == [1, 0]
-    assert combine.cautious(torch.stack([bad, good]), *given, ["naive", "linear"]) == [0, 1]
-    assert combine.cautious(good[None], *given, ["network"]) == [1]
+    given, good, bad = judged_windows()
+    given, every = (*given, "mae"), torch.arange(200)
+    assert combine.blend(torch.stack([bad, good]), given, every, ["linear", "network"]) == [0.25, 0.75]
+    assert combine.blend(torch.stack([good, bad]), given, every, ["linear", "network"]) == [1, 0]
+    assert combine.blend(torch.stack([bad, good]), given, every, ["naive", "linear"]) == [0, 1]
+    assert combine.blend(good[None], given, every, ["network"]) == [1]
 
 
 def test_a_gain_counts_as_far_as_it_is_more_than_chance():

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 STRETCH = (0.25, 6.0)
-# Share of the weights that validation gives with the network; the rest is what it gives without.
-TRUST = 0.75
+# Steps of a weight from 0 to 1, draws of the groups, numbers of quantiles that weights are judged by, and windows at least.
+STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
+# Share of the weights that validation gives with the network; the rest is what it gives without. Weights below LEAST are none.
+TRUST, LEAST = 0.75, 0.05
 # Standard errors to the bound that a gain lies above in 19 of 20 cases.
 SURE = 1.645
 # Logarithm of the factor that a window's moves may make of the spread.
@@ -90,41 +92,42 @@ def losses(mixed: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: 
     return each.sum(1), known.sum(1)
 
 
-def blend(members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str) -> list[float]:
-    """Weights of the members (M, W, H, Q), which add up to 1, with the least loss on target (W, H); unit (W, 1)."""
+def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> list[float]:
+    """Weights of the members (M, W, H, Q), which add up to 1: the mean of those with the least loss on DRAWS draws of the groups.
 
-    def loss(weights) -> float:
-        mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=members.device), members)
-        total, count = losses(mixed, target, unit, levels, metric)
-        return float(total.sum() / count.sum().clamp_min(1))
+    `judged` is what `losses` takes behind the quantiles. Windows of one group (W,) say one thing, so that groups are drawn, not
+    windows (bagged stacking: Breiman, 1996; the draws: Rubin, 1981). Members that validation cannot tell apart share the
+    weight, and what it rejects has none. Of the network's weight TRUST is kept: the same windows chose its last update, so
+    that they speak too well of it.
+    """
+    target, unit, levels, metric = judged
+    most = max(FEWEST, NUMBERS // members[0, 0].numel())
+    some = torch.arange(min(most, len(target)), device=members.device) * len(target) // min(most, len(target))
+    part, given = members[:, some], (target[some], unit[some], levels, metric)
+    shares = torch.tensor([c for c in itertools.product(range(STEPS + 1), repeat=len(names)) if sum(c) == STEPS])
+    shares = shares.double() / STEPS  # (C, M)
+    total = [losses(torch.einsum("m,mwhq->whq", c.to(part), part), *given) for c in shares]
+    loss, count = torch.stack([x for x, _ in total], 1).double().cpu(), total[0][1].double().cpu()  # (W, C), (W,)
+    ids, place = group[some].cpu().unique(return_inverse=True)
+    loss = torch.zeros(len(ids), loss.shape[1], dtype=torch.float64).index_add_(0, place, loss)
+    count = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, place, count)
+    found = _drawn(loss, count, shares)
+    if "network" in names and len(names) > 1:
+        without = shares[:, names.index("network")] == 0
+        found = TRUST * found + (1 - TRUST) * _drawn(loss[:, without], count, shares[without])
+    found = torch.where(found < LEAST, 0.0, found)
+    return (found / found.sum()).tolist()
 
-    n = len(members)
-    coarse = [tuple(x / 4 for x in c) for c in itertools.product(range(5), repeat=n) if sum(c) == 4]
-    best = min((loss(w), w) for w in coarse)
-    for step in (0.1, 0.05):
-        better = True
-        while better:
-            near = [
-                _moved(best[1], a, b, step) for a in range(n) for b in range(n) if a != b and best[1][a] >= step - 1e-9
-            ]
-            found = min(((loss(w), w) for w in near), default=best)
-            # A change that gains next to nothing is left: weights that validation cannot tell apart stay simple.
-            better = found[0] < best[0] * (1 - 1e-4)
-            best = found if better else best
-    return list(best[1])
 
-
-def cautious(
-    members: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: str, names: list[str]
-) -> list[float]:
-    """The weights of `blend`, and a quarter of those it finds without the network: the same windows chose the network's last
-    update, so that they speak too well of it."""
-    weights = blend(members, target, unit, levels, metric)
-    others = [k for k, name in enumerate(names) if name != "network"]
-    if len(others) in (0, len(names)) or not any(w for w, name in zip(weights, names) if name == "network"):
-        return weights
-    without = dict(zip(others, blend(members[others], target, unit, levels, metric)))
-    return [TRUST * w + (1 - TRUST) * without.get(k, 0.0) for k, w in enumerate(weights)]
+def _drawn(loss: Tensor, count: Tensor, shares: Tensor) -> Tensor:
+    """(M,): the mean of the best of shares (C, M) over draws, by loss (G, C) summed over count (G,) known numbers."""
+    weights = torch.rand(DRAWS, len(count), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log().neg()
+    found = shares[((weights @ loss) / (weights @ count)[:, None].clamp_min(1e-9)).argmin(1)].mean(0)
+    if len(count) > 1:
+        return found
+    # A single group knows no error: halfway to the best member alone.
+    alone = (shares == 1).any(1)
+    return (found + shares[alone][loss[0, alone].argmin()]) / 2
 
 
 def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
@@ -144,12 +147,6 @@ def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
         return 0.5
     error = float(((gains - mean) * weights).square().sum()) * len(ids) / (len(ids) - 1)
     return max(0.0, 1 - SURE * error**0.5 / mean)
-
-
-def _moved(weights, giver: int, taker: int, step: float) -> tuple[float, ...]:
-    moved = list(weights)
-    moved[giver], moved[taker] = round(moved[giver] - step, 4), round(moved[taker] + step, 4)
-    return tuple(max(0.0, w) for w in moved)
 
 
 def stretch(quantiles: Tensor, target: Tensor, levels: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
             )
             stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
     whole = torch.stack([stacked[m] for m in mixed_in])
-    weights = _weights(whole, (target, unit, levels, config.metric), mixed_in, torch.cat(groups))
+    weights = combine.blend(whole, (target, unit, levels, config.metric), torch.cat(groups), mixed_in)
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
@@ -234,17 +234,6 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
     engine.drift = drift.fit(engine, found, stacked["linear"], target, other)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
-
-
-def _weights(members: Tensor, judged: tuple, names: list[str], groups: Tensor) -> list[float]:
-    """Weights of the members (M, W, H, Q), as far from the linear path alone as their gain over it is more than chance."""
-    weights = combine.cautious(members, *judged, names)
-    if "linear" not in names:
-        return weights
-    mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=members.device), members)
-    alone, count = combine.losses(members[names.index("linear")], *judged)
-    share = combine.backed(alone - combine.losses(mixed, *judged)[0], count, groups)
-    return [share * x + (1 - share) * (name == "linear") for x, name in zip(weights, names)]
 
 
 def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, held: Tensor, target: Tensor) -> Tensor:
