@@ -311,7 +311,7 @@ def test_members_that_validation_cannot_tell_apart_share_the_weight():
     groups, spread = torch.arange(400) // 10, torch.tensor([-1.3, 0.0, 1.3])
     off = torch.randn(400, 5, 1)
     # One member's errors are the other's with the sign turned in half of the windows, or a fifth larger everywhere.
-    alike = torch.where(torch.rand(400, 1, 1) < 0.5, off.abs(), off)
+    alike = torch.where(torch.rand(400, 1, 1) < 0.5, -off, off)
     shares = [
         combine.blend(
             given[0][..., None] + torch.stack([off, other]) + spread, (*given, "mse"), groups, ["naive", "theta"]
