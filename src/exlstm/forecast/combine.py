@@ -17,7 +17,7 @@ STRETCH = (0.25, 6.0)
 # Steps of a weight from 0 to 1, draws of the groups, numbers of quantiles that weights are judged by, and windows at least.
 STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 # Share of the weights that validation gives with the network; the rest is what it gives without. Weights below LEAST are none.
-TRUST, LEAST = 0.75, 0.05
+TRUST, LEAST = 0.75, 0.02
 # Standard errors to the bound that a gain lies above in 19 of 20 cases.
 SURE = 1.645
 # Logarithm of the factor that a window's moves may make of the spread.
