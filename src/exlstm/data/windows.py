@@ -61,6 +61,8 @@ class Windows:
 
     def __init__(self, panel: Panel, season: int, statistics: dict | None = None, future=None, device="cpu"):
         self.panel, self.season, self.device = panel, season, torch.device(device)
+        # Of the scale that y stands on (forecast/arcsinh.py); 0: the plain one.
+        self.bend = 0.0
         lengths, offsets = panel.lengths, panel.offsets
         parts = [panel.y[a:b] for a, b in itertools.pairwise(offsets)]
         known = (statistics or {}).get("series", {})

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 STRETCH = (0.25, 6.0)
-# Steps of a weight from 0 to 1, draws of the groups, numbers of quantiles that weights are judged by, and windows at least.
+# Steps of a weight from 0 to 1 (half as many among more than four members), draws of the groups, numbers of quantiles that
+# weights are judged by, and windows at least.
 STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 # Share of the weights that validation gives with the network; the rest is what it gives without. Weights below LEAST are none.
 TRUST, LEAST = 0.75, 0.02
@@ -104,8 +105,9 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
     most = max(FEWEST, NUMBERS // members[0, 0].numel())
     some = torch.arange(min(most, len(target)), device=members.device) * len(target) // min(most, len(target))
     part, given = members[:, some], (target[some], unit[some], levels, metric)
-    shares = torch.tensor([c for c in itertools.product(range(STEPS + 1), repeat=len(names)) if sum(c) == STEPS])
-    shares = shares.double() / STEPS  # (C, M)
+    steps = STEPS if len(names) <= 4 else STEPS // 2
+    shares = torch.tensor([c for c in itertools.product(range(steps + 1), repeat=len(names)) if sum(c) == steps])
+    shares = shares.double() / steps  # (C, M)
     total = [losses(torch.einsum("m,mwhq->whq", c.to(part), part), *given) for c in shares]
     loss, count = torch.stack([x for x, _ in total], 1).double().cpu(), total[0][1].double().cpu()  # (W, C), (W,)
     ids, place = group[some].cpu().unique(return_inverse=True)

@@ -9,9 +9,16 @@ from tyro.conf import Suppress
 
 from exlstm.models.config import OPTIONS, nearest
 
-MEMBERS = ("naive", "theta", "linear", "network")
+MEMBERS = ("naive", "theta", "linear", "arcsinh", "network")
 # Names of the columns of the members, and of the single ridge that stands beside them, as NeuralForecast names its models.
-TITLES = {"naive": "SeasonalNaive", "theta": "Theta", "ridge": "Linear", "linear": "LinearPath", "network": "Network"}
+TITLES = {
+    "naive": "SeasonalNaive",
+    "theta": "Theta",
+    "ridge": "Linear",
+    "linear": "LinearPath",
+    "arcsinh": "Arcsinh",
+    "network": "Network",
+}
 MODEL = "xLSTM"
 
 
@@ -26,7 +33,7 @@ class FitConfig:
     max_lookback: int = 720
     """longest look-back that is tried"""
     members: tuple[str, ...] = MEMBERS
-    """what may enter the forecast: naive, theta, linear, network"""
+    """what may enter the forecast: naive, theta, linear, arcsinh, network"""
     metric: Literal["mae", "mse"] = "mae"
     """what the choices on validation are made by: absolute errors and quantiles over the error of the naive forecast in
     the past, or squared errors in deviations of the series"""

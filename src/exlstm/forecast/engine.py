@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exlstm.data.panel import Panel
 from exlstm.data.windows import Batch, Windows, last, statistics_of
-from exlstm.forecast import baselines, combine, drift, fitting, ridges, training
+from exlstm.forecast import arcsinh, baselines, combine, drift, fitting, ridges, training
 from exlstm.forecast.config import FitConfig
 from exlstm.models.config import ForecasterConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
@@ -45,6 +45,8 @@ class Engine:
     scores: dict[str, dict] = field(default_factory=dict)  # member -> its losses on validation
     notes: list[str] = field(default_factory=list)
     drift: drift.Drift | None = None
+    bent: LinearPath | None = None  # on the scale of arcsinh with this bend
+    bend: float = 0.0
 
     @property
     def device(self):
@@ -103,6 +105,7 @@ class Engine:
                 "theta": lambda: baselines.theta(last(batch, self.theta_steps), self.season, h, offset),
                 "linear": lambda: self.linear.predict(batch),
                 "ridge": lambda: self.ridge.predict(batch),
+                "arcsinh": lambda: arcsinh.predict(self.bent, batch, self.bend),
             }[name]()
             spread = self.spreads.get(name)
             point = point[..., None].expand(-1, -1, len(LEVELS))[..., at]
@@ -153,6 +156,13 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     linear, ridge, recipe, tried = ridges.choose(found, config, say)
     engine = Engine(config, season, statistics, linear, ridge, recipe.single.lookback, notes=[_told(recipe, tried)])
     say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
+    bent = ridges.choose_bent(found, recipe, config) if "arcsinh" in config.members else None
+    if bent:
+        engine.bend, engine.bent = bent[0].windows.bend, ridges.fit(*bent, config, whole=False)[0]
+        engine.notes.append(
+            f"spikes: a linear path on the scale of arcsinh, straight within {engine.bend:.2g} deviations"
+        )
+        say(engine.notes[-1])
     story = None
     if "network" in config.members:
         engine.network = training.build_network(found, linear, config)
@@ -168,6 +178,8 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
             say(engine.notes[-1])
     _combine(engine, found, recipe)
     if config.refit:
+        if bent:
+            engine.bent = ridges.fit(*bent, config, whole=True)[0]
         _refit(engine, found, recipe, story)
     return engine
 
@@ -194,7 +206,8 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
         cuts = val.some(max(1, min(4096, most) // n) * n)[::n] // n
         numbers = (torch.arange(n, device=w.device) * int(val.counts[0]) + cuts[:, None] % int(val.counts[0])).flatten()
     engine.spreads = {}
-    mixed_in = [m for m in config.members if m != "network" or engine.network is not None] or ["linear"]
+    lacking = [m for m, made in (("network", engine.network), ("arcsinh", engine.bent)) if made is None]
+    mixed_in = [m for m in config.members if m not in lacking] or ["linear"]
     # The simplest are measured even where they may not enter the blend.
     names = list(dict.fromkeys((*mixed_in, "naive", "ridge", "linear")))
     gathered, targets, units, scales, moved, groups = {m: [] for m in names}, [], [], [], [], []

@@ -66,6 +66,8 @@ def _pack(model) -> tuple[dict, dict]:
     tensors |= {f"linear.{k}": v for k, v in engine.linear.state_dict().items()}
     tensors |= {"ridge.weight": engine.ridge.weight, "factors": engine.factors, **_drift_tensors(engine)}
     tensors |= {f"spread.{k}": v for k, v in engine.spreads.items()}
+    if engine.bent is not None:
+        tensors |= {f"bent.{k}": v for k, v in engine.bent.state_dict().items()}
     if engine.network is not None:
         tensors |= {f"network.{k}": v for k, v in engine.network.state_dict().items()}
     settings = {
@@ -78,6 +80,7 @@ def _pack(model) -> tuple[dict, dict]:
         "season": engine.season,
         "year": engine.statistics["year"],
         "drift": _drift_settings(engine.drift),
+        "bent": None if engine.bent is None else [engine.bend, asdict(engine.bent.config)],
         "weights": engine.weights,
         "scores": engine.scores,
         "notes": engine.notes,
@@ -183,6 +186,9 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     made = [fit, settings["season"], statistics, linear, ridge, look, network, settings["weights"], spreads]
     engine = Engine(*made, tensors["factors"].to(device), settings["scores"], settings["notes"])
     engine.drift = _unpack_drift(settings, tensors, linear, device)
+    if settings.get("bent"):
+        engine.bend, engine.bent = settings["bent"][0], LinearPath(LinearConfig(**settings["bent"][1]), device=device)
+        engine.bent.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("bent.")})
     columns = _dataclass(Columns, settings["columns"])
     numeric = isinstance(settings["freq"], int)
     firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from exlstm.forecast.arcsinh import bent_split, straight
 from exlstm.forecast.combine import backed
 from exlstm.forecast.config import FitConfig
-from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, error_sum, lookbacks, spans, window_errors
+from exlstm.forecast.fitting import CHOOSE_BY, Split, batches, lookbacks, spans, window_errors
 from exlstm.models.config import LinearConfig
 from exlstm.models.linear import Gram, LinearPath
 from exlstm.train.progress import Pace
@@ -27,6 +28,8 @@ CHOOSE_FROM, JUDGED, EVERY = 24576, 2**20, 10**7
 WORTH = 10**7
 # What a choice has to gain on validation; less may well be chance.
 GAIN, SCALE_GAIN = 0.01, 0.03
+# What the scale of arcsinh has to gain: spikes give far more, and up to 9 % have turned into losses later.
+BEND_GAIN = 0.1
 # Excess of the error over the least one at which a look-back counts a third of what it would.
 SOFT = 0.1
 # Numbers that the linear path sees at most.
@@ -73,21 +76,23 @@ class Held:
     series: Tensor  # (W,)
     group: Tensor  # (W,) windows that say one thing (fitting.spans)
     metric: str
+    bend: float = 0.0
 
     def error(self, mapped: Tensor) -> float:
         """The error by the metric of forecasts (W, H) in units of the windows."""
-        total, count = error_sum(self.level + self.scale * mapped, self.target, self.unit, self.metric)
+        total, count = (x.sum() for x in self.errors(mapped))
         return float((total / count).nan_to_num(math.inf))
 
     def errors(self, mapped: Tensor) -> tuple[Tensor, Tensor]:
         """(W,) twice: the error of every window, and the number of its targets."""
-        return window_errors(self.level + self.scale * mapped, self.target, self.unit, self.metric)
+        point, target = (straight(x, self.bend) for x in (self.level + self.scale * mapped, self.target))
+        return window_errors(point, target, self.unit, self.metric)
 
     def of(self, series: int) -> Held:
         """The windows of one series."""
         at = self.series == series
         columns = (self.x, self.level, self.scale, self.target, self.unit, self.series, self.group)
-        return Held(*(column[at] for column in columns), self.metric)
+        return Held(*(column[at] for column in columns), self.metric, self.bend)
 
 
 @dataclass
@@ -142,6 +147,17 @@ def choose(found: Split, config: FitConfig, say=None) -> tuple[LinearPath, Linea
         best = row if sure and row.error < best.error * (1 - gain) else best
     recipe = _with_own(found, best.recipe, looks, config, say)
     return *fit(found, recipe, config, whole=False), recipe, tries
+
+
+def choose_bent(found: Split, recipe: Recipe, config: FitConfig) -> tuple[Split, Recipe] | None:
+    """The split on the scale of arcsinh and a recipe with the settings of the plain one, where a ridge of the longest look-back
+    gains BEND_GAIN from it and more than chance."""
+    other, settings = bent_split(found), replace(recipe.settings, own=0)
+    plain, bent = (_attempt(split, settings, [settings.lookback], config) for split in (found, other))
+    if bent.error > plain.error * (1 - BEND_GAIN) or not backed(plain.errors - bent.errors, plain.count, plain.group):
+        return None
+    looks = [part.lookback for part in recipe.parts]
+    return other, _attempt(other, settings, looks, config).recipe
 
 
 def fit(
@@ -236,7 +252,7 @@ def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
         level, scale = path.units(batch)
         x = path.features(batch, level, scale)
         columns.append((x, level, scale, batch.target, found.unit[series], series, spans(found, series, at, h)))
-    return Held(*(torch.cat(column) for column in zip(*columns)), config.metric)
+    return Held(*(torch.cat(column) for column in zip(*columns)), config.metric, found.windows.bend)
 
 
 def _parts(gram: Gram, held: Held, looks: list[int]) -> tuple[tuple[Part, ...], list[tuple[float, Part]], Tensor]:
