@@ -61,6 +61,12 @@ class Engine:
         return torch.ones(len(LEVELS), device=self.device)
 
     @property
+    def made(self) -> list[str]:
+        """The members that are there to be mixed; the linear path always is."""
+        lacking = [m for m, part in (("network", self.network), ("arcsinh", self.bent)) if part is None]
+        return [m for m in self.config.members if m not in lacking] or ["linear"]
+
+    @property
     def theta_steps(self) -> int:
         """Steps of the past that the theta method is fitted to."""
         return min(512, max(96, 8 * self.season))
@@ -206,8 +212,7 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
         cuts = val.some(max(1, min(4096, most) // n) * n)[::n] // n
         numbers = (torch.arange(n, device=w.device) * int(val.counts[0]) + cuts[:, None] % int(val.counts[0])).flatten()
     engine.spreads = {}
-    lacking = [m for m, made in (("network", engine.network), ("arcsinh", engine.bent)) if made is None]
-    mixed_in = [m for m in config.members if m not in lacking] or ["linear"]
+    mixed_in = engine.made
     # The simplest are measured even where they may not enter the blend.
     names = list(dict.fromkeys((*mixed_in, "naive", "ridge", "linear")))
     gathered, targets, units, scales, moved, groups = {m: [] for m in names}, [], [], [], [], []

@@ -63,13 +63,11 @@ def _pack(model) -> tuple[dict, dict]:
     tensors["series"] = torch.tensor(list(series.values()), dtype=torch.float64)
     for kind in ("futr", "hist", "static"):
         tensors[f"statistics.{kind}"] = torch.from_numpy(np.stack(engine.statistics[kind]))
-    tensors |= {f"linear.{k}": v for k, v in engine.linear.state_dict().items()}
     tensors |= {"ridge.weight": engine.ridge.weight, "factors": engine.factors, **_drift_tensors(engine)}
     tensors |= {f"spread.{k}": v for k, v in engine.spreads.items()}
-    if engine.bent is not None:
-        tensors |= {f"bent.{k}": v for k, v in engine.bent.state_dict().items()}
-    if engine.network is not None:
-        tensors |= {f"network.{k}": v for k, v in engine.network.state_dict().items()}
+    for part in ("linear", "bent", "network"):
+        if (made := getattr(engine, part)) is not None:
+            tensors |= {f"{part}.{k}": v for k, v in made.state_dict().items()}
     settings = {
         "format": FORMAT,
         "version": VERSION,
