@@ -19,6 +19,8 @@ STRETCH = (0.25, 6.0)
 STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 # Share of the weights that validation gives with the network; the rest is what it gives without. Weights below LEAST are none.
 TRUST, LEAST = 0.75, 0.02
+# Groups from which on the draws know how far validation is by chance; with fewer a step from the best member has to be sure.
+SPANS = 32
 # Standard errors to the bound that a gain lies above in 19 of 20 cases.
 SURE = 1.645
 # Logarithm of the factor that a window's moves may make of the spread.
@@ -117,6 +119,12 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
     if "network" in names and len(names) > 1:
         without = shares[:, names.index("network")] == 0
         found = TRUST * found + (1 - TRUST) * _drawn(loss[:, without], count, shares[without])
+    if len(ids) < SPANS:
+        alone = shares[(shares == 1).any(1)]
+        alone = alone[loss[:, (shares == 1).any(1)].sum(0).argmin()]
+        before, after = (losses(torch.einsum("m,mwhq->whq", w.to(part), part), *given)[0] for w in (alone, found))
+        share = backed(before - after, total[0][1], group[some])
+        found = share * found + (1 - share) * alone
     found = torch.where(found < LEAST, 0.0, found)
     return (found / found.sum()).tolist()
 
@@ -124,12 +132,7 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
 def _drawn(loss: Tensor, count: Tensor, shares: Tensor) -> Tensor:
     """(M,): the mean of the best of shares (C, M) over draws, by loss (G, C) summed over count (G,) known numbers."""
     weights = torch.rand(DRAWS, len(count), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log().neg()
-    found = shares[((weights @ loss) / (weights @ count)[:, None].clamp_min(1e-9)).argmin(1)].mean(0)
-    if len(count) > 1:
-        return found
-    # A single group knows no error: halfway to the best member alone.
-    alone = (shares == 1).any(1)
-    return (found + shares[alone][loss[0, alone].argmin()]) / 2
+    return shares[((weights @ loss) / (weights @ count)[:, None].clamp_min(1e-9)).argmin(1)].mean(0)
 
 
 def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
