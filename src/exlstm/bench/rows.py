@@ -19,6 +19,12 @@ MODELS = {
     "hybrid[1:1]": (("matrix", "attention"), {"attention": {"rope_base": 0.0}}),
     "hybrid[7:1]": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
     "mlstm_window": (("mlstm_window",), {}),
+    # As the memories started before: nearly closed, and their output maps as large as the others.
+    "xlstm[7:1]-closed-loud": (
+        ("matrix", "slstm", *["matrix"] * 6),
+        {"matrix": {"i_bias": -10.0, "out_start": 1.0}},
+    ),
+    "xlstm[7:1]-wide-keys": (("matrix", "slstm", *["matrix"] * 6), {"matrix": {"qk_ratio": 1.0}}),
     "transformer": (("attention",), {}),
     "mamba2": (("mamba2",), {}),
     "lstm": (("lstm",), {}),
@@ -27,6 +33,9 @@ MODELS = {
     "mlstm": (("mlstm",), {}),
     "mlstm_up": (("mlstm_up",), {}),
     "mlstm-no-conv": (("mlstm",), {"mlstm": {"conv": 0}}),
+    "mlstm-closed": (("mlstm",), {"mlstm": {"i_bias": -10.0}}),
+    "mlstm-loud": (("mlstm",), {"mlstm": {"out_start": 1.0}}),
+    "mlstm-closed-loud": (("mlstm",), {"mlstm": {"i_bias": -10.0, "out_start": 1.0}}),
     "mlstm-i-bias-0": (("mlstm",), {"mlstm": {"i_bias": 0.0}}),
     "mlstm-no-cap": (("mlstm",), {"mlstm": {"gate_cap": 0.0}}),
     "mlstm-sigmoid": (("mlstm",), {"mlstm": {"i_gate": "sigmoid"}}),
@@ -160,6 +169,7 @@ _CODE = Case(
 _SMALL = {"steps": 4000, "batch": 32, "lrs": (1e-3,), "seeds": (0, 1, 2), "d_model": 256, "n_layers": 8, "n_heads": 4}
 _ABLATED = (
     *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-i-bias-0", "mlstm-no-cap"),
+    *("mlstm-closed", "mlstm-loud", "mlstm-closed-loud"),
     *("mlstm-sigmoid", "mlstm-no-normaliser", "mlstm-sigmoid-no-normaliser"),
     *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", "mamba2"),
 )

@@ -183,12 +183,12 @@ def _wide(x):
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def init_linear(weight: Tensor):
-    """Normal with std sqrt(2 / (5 · inputs)) (Nguyen and Salazar, arXiv 1910.05895), the start of every linear map.
+def init_linear(weight: Tensor, gain: float = 1.0):
+    """Normal with std gain · sqrt(2 / (5 · inputs)) (Nguyen and Salazar, arXiv 1910.05895), the start of every linear map.
 
     Inputs come from a norm with unit variance, so outputs start with std 0.63: no gate and no softmax saturates.
     """
-    nn.init.normal_(weight, std=(2 / (5 * weight.shape[-1])) ** 0.5)
+    nn.init.normal_(weight, std=gain * (2 / (5 * weight.shape[-1])) ** 0.5)
 
 
 def ends(forget_bias) -> tuple:

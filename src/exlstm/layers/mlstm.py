@@ -56,8 +56,10 @@ class mLSTM(nn.Module):
         qk_ratio: width of queries and keys over the width of values.
         conv: width of the causal convolution in front of q and k, 0 for none.
         gate_cap: soft cap of the gates' pre-activations in nats, 0 for none.
-        i_bias: bias of the input gate at the start, in nats.
+        i_bias: bias of the input gate at the start, in nats. Far below -5 what is read is smaller than the root of the head
+            norm's epsilon, and the gradients of q, k and v with it.
         forget_bias: bias of the forget gates at the start, at the first head and at the last, even steps between.
+        out_start: size of the output map at the start, over that of the other maps.
         i_gate: "exp", or "sigmoid" for an input gate that never exceeds 1.
         normalize: divide what is read by max(|q·n|, 1); without it the memory is gated linear attention.
 
@@ -72,8 +74,9 @@ class mLSTM(nn.Module):
         qk_ratio: float = 0.5,
         conv: int = 4,
         gate_cap: float = 15.0,
-        i_bias: float = -10.0,
+        i_bias: float = -2.0,
         forget_bias: tuple[float, float] = (0.0, 6.0),
+        out_start: float = 0.1,
         eps: float = 0.0,
         i_gate: str = "exp",
         normalize: bool = True,
@@ -91,7 +94,8 @@ class mLSTM(nn.Module):
                 f"qk_ratio {qk_ratio} leaves no features to the keys of {n_heads} heads in d_model {d_model}"
             )
         self.d_model, self.n_heads, self.gate_cap, self.i_bias, self.eps = d_model, n_heads, gate_cap, i_bias, eps
-        self.forget_bias, self.i_gate, self.normalize = ends(forget_bias), i_gate, normalize
+        self.forget_bias, self.out_start = ends(forget_bias), out_start
+        self.i_gate, self.normalize = i_gate, normalize
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -106,8 +110,10 @@ class mLSTM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        for linear in (self.q, self.k, self.v, self.o, self.out):
+        for linear in (self.q, self.k, self.v, self.o):
             init_linear(linear.weight)
+        # Behind the head norm even what an untrained memory mixes up has its full size: heard aloud it hides what is near.
+        init_linear(self.out.weight, self.out_start)
         # At the start the gates ignore the input: heads differ by how long they remember (0: 2 tokens, 6: 400).
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():

@@ -5,8 +5,8 @@ g = sigmoid(W_g [q, k, v])  (a number a head)        m = norm_head(mlstm(q, k, v
 a = norm_head(softmax over the window and the sinks of rotated q, k, v)
 y = W_out ((g m + (1 - g) a) ⊙ sigmoid(o))
 
-Both sides read the same queries, keys and values. There they have no norm; here each side has one, because the mLSTM's memory
-starts nearly closed (i_bias), and the gate would otherwise have to bridge e¹⁰.
+Both sides read the same queries, keys and values. There they have no norm; here each side has one, because what the mLSTM reads
+grows with its input gate, and the gate between the sides would otherwise have to bridge powers of e.
 """
 
 import torch
@@ -40,7 +40,7 @@ class mLSTMWindow(nn.Module):
         window: tokens that the attention sees, itself included.
         sinks: first tokens of the document that stay visible beyond the window (arXiv 2309.17453).
         rope_base: base of the window's rotary positions, 0 for none; the memory reads no positions.
-        qk_ratio, conv, gate_cap, i_bias, forget_bias: as in mLSTM.
+        qk_ratio, conv, gate_cap, i_bias, forget_bias, out_start: as in mLSTM.
 
     >>> y, state = mLSTMWindow(64)(torch.randn(2, 10, 64))
     """
@@ -56,8 +56,9 @@ class mLSTMWindow(nn.Module):
         qk_ratio: float = 0.5,
         conv: int = 4,
         gate_cap: float = 15.0,
-        i_bias: float = -10.0,
+        i_bias: float = -2.0,
         forget_bias: tuple[float, float] = (0.0, 6.0),
+        out_start: float = 0.1,
         device=None,
         dtype=None,
     ):
@@ -74,7 +75,7 @@ class mLSTMWindow(nn.Module):
         if window < 1:
             raise ValueError(f"window is {window}, wanted at least 1 token")
         self.d_model, self.n_heads, self.gate_cap = d_model, n_heads, gate_cap
-        self.i_bias, self.forget_bias = i_bias, ends(forget_bias)
+        self.i_bias, self.forget_bias, self.out_start = i_bias, ends(forget_bias), out_start
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -90,8 +91,9 @@ class mLSTMWindow(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        for linear in (self.q, self.k, self.v, self.o, self.out):
+        for linear in (self.q, self.k, self.v, self.o):
             init_linear(linear.weight)
+        init_linear(self.out.weight, self.out_start)
         # At the start the gates ignore the input: heads differ by how long they remember, and either side has half a say.
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.side.weight)

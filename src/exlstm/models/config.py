@@ -18,10 +18,12 @@ class MLSTMOptions:
     """width of the causal convolution in front of q and k; 0 leaves it out"""
     gate_cap: float = 15.0
     """soft cap of the gates' pre-activations, in nats; 0 leaves it out"""
-    i_bias: float = -10.0
+    i_bias: float = -2.0
     """bias of the input gate at the start, in nats"""
     forget_bias: tuple[float, float] = (0.0, 6.0)
     """the forget gates' bias at the start, at the first head and at the last, even steps: 0 remembers 2 tokens, 6 400"""
+    out_start: float = 0.1
+    """size of the output map at the start, over that of the other maps"""
     eps: float = 0.0
     """added to the stabilised denominator; only weights trained elsewhere want it"""
     i_gate: str = "exp"
@@ -74,10 +76,12 @@ class MLSTMWindowOptions:
     """width of the causal convolution in front of q and k; 0 leaves it out"""
     gate_cap: float = 15.0
     """soft cap of the memory's gates, in nats; 0 leaves it out"""
-    i_bias: float = -10.0
+    i_bias: float = -2.0
     """bias of the memory's input gate at the start, in nats"""
     forget_bias: tuple[float, float] = (0.0, 6.0)
     """bias of the memory's forget gates at the start, at the first head and at the last: 3 remembers 20 tokens, 6 400"""
+    out_start: float = 0.1
+    """size of the output map at the start, over that of the other maps"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
 
