@@ -148,6 +148,30 @@ def test_forget_gates_start_where_they_are_told(kind):
         mixer.reset_parameters()
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "mlstm_window"])
+def test_at_the_start_a_head_norm_hears_what_is_read_and_the_stream_hardly(kind):
+    torch.manual_seed(0)
+    mixer = Stack(StackConfig(d_model=64, n_layers=1, blocks=kind), dtype=torch.float64).blocks[0].mixer
+    x = torch.randn(4, 64, 64, dtype=torch.float64)
+    y = mixer(x)[0]
+    for part in mixer.children():
+        if isinstance(part, layers.basic.HeadNorm):
+            part.eps = 0.0
+    wanted = mixer(x)[0]
+    assert (y - wanted).norm() < 0.2 * wanted.norm()  # with an input bias of -10: 0.99
+    assert y.std() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["mlstm", "mlstm_window", "attention"])
+def test_the_output_map_starts_as_large_as_told(kind):
+    small, large = (
+        Stack(StackConfig(d_model=64, blocks=kind, **{kind: OPTIONS[kind](out_start=size)})) for size in (0.01, 1.0)
+    )
+    for one, other in zip(small.blocks, large.blocks, strict=True):
+        assert 0.009 < one.mixer.out.weight.std() / other.mixer.out.weight.std() < 0.011
+        assert 0.9 < one.mixer.v.weight.std() / other.mixer.v.weight.std() < 1.1
+
+
 @pytest.mark.parametrize("kind", ["mlstm", "mlstm_up"])
 def test_the_normaliser_cancels_in_the_norm_of_the_heads(kind):
     """A divisor a head and token: where what is read is large against the norm's eps, it changes nothing."""

@@ -26,6 +26,7 @@ MODELS = {
     ),
     "xlstm[7:1]-wide-keys": (("matrix", "slstm", *["matrix"] * 6), {"matrix": {"qk_ratio": 1.0}}),
     "transformer": (("attention",), {}),
+    "transformer-quiet": (("attention",), {"attention": {"out_start": 0.1}}),
     "mamba2": (("mamba2",), {}),
     "lstm": (("lstm",), {}),
     # What a block is made of, one change at a time. `mlstm` is the post-up block with the convolution, without it that of

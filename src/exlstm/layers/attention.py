@@ -42,6 +42,7 @@ class Attention(nn.Module):
         rope_base: base of the rotary position embedding (arXiv 2104.09864), 0 for none.
         window: valid tokens of the document that a token sees, itself included; 0: all before it.
         sinks: first tokens of the document that stay visible beyond the window (arXiv 2309.17453).
+        out_start: size of the output map at the start, over that of the other maps.
 
     >>> y, state = Attention(64)(torch.randn(2, 10, 64))
     """
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         rope_base: float = 10000.0,
         window: int = 0,
         sinks: int = 0,
+        out_start: float = 1.0,
         device=None,
         dtype=None,
     ):
@@ -66,7 +68,7 @@ class Attention(nn.Module):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
         head = d_model // n_heads
-        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
+        self.d_model, self.n_heads, self.n_kv_heads, self.out_start = d_model, n_heads, n_kv_heads, out_start
         self.attend = Heads(head, rope_base, window, sinks)
         new = {"bias": False, "device": device, "dtype": dtype}
         self.q = nn.Linear(d_model, d_model, **new)
@@ -77,8 +79,9 @@ class Attention(nn.Module):
 
     def reset_parameters(self):
         """As `init_linear` says: with queries and keys of std 0.63 attention starts close to a plain mean."""
-        for linear in (self.q, self.k, self.v, self.out):
+        for linear in (self.q, self.k, self.v):
             init_linear(linear.weight)
+        init_linear(self.out.weight, self.out_start)
 
     def forward(
         self,

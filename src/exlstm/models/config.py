@@ -116,6 +116,8 @@ class AttentionOptions:
     """tokens that a token sees, itself included; 0: all before it"""
     sinks: int = 0
     """first tokens of a document that stay visible beyond the window"""
+    out_start: float = 1.0
+    """size of the output map at the start, over that of the other maps"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
 
@@ -165,8 +167,6 @@ def nearest(name: str, known) -> str:
 NORMS = ("none", "rms", "layer")
 # A stabiliser as good as -inf, in nats: that of an empty memory in the parallel form of NX-AI's xlstm.
 NO_MEMORY = -1e4
-
-
 # What may be negative.
 SIGNED = ("i_bias", "m_start", "forget_bias")
 
