@@ -270,7 +270,7 @@ def test_a_fresh_model_starts_as_ours(tmp_path):
     ours = LanguageModel(network)
     for (name, p), q in zip(model.named_parameters(), [*ours.parameters()], strict=True):
         assert p.std().item() == pytest.approx(q.std().item(), rel=0.15, abs=0.02), name
-    assert model.model.stack.blocks[0].mixer.gate.bias[0] == -10
+    assert model.model.stack.blocks[0].mixer.gate.bias[0] == network.mlstm.i_bias
     # A body goes into another head whole, and only the head begins anew.
     model.save_pretrained(tmp_path)
     head = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=4)
