@@ -20,7 +20,7 @@ STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 # Share of the weights that validation gives with the network; the rest is what it gives without. Weights below LEAST are none.
 TRUST, LEAST = 0.75, 0.02
 # Groups from which on the draws know how far validation is by chance; with fewer a step from the best member has to be sure.
-SPANS = 32
+SPANS = 128
 # Standard errors to the bound that a gain lies above in 19 of 20 cases.
 SURE = 1.645
 # Logarithm of the factor that a window's moves may make of the spread.

@@ -55,10 +55,8 @@ def _pack(model) -> tuple[dict, dict]:
         firsts.append(str(panel.times(n, start, start + 1)[0]))
     rows = np.concatenate(rows)
     series = engine.statistics["series"]
-    tensors = {
-        f"history.{k}": torch.from_numpy(np.ascontiguousarray(getattr(panel, k)[rows])) for k in ("y", "futr", "hist")
-    }
-    tensors["history.static"] = torch.from_numpy(np.ascontiguousarray(panel.static))
+    kept = {k: getattr(panel, k)[rows] for k in ("y", "futr", "hist")} | {"static": panel.static}
+    tensors = {f"history.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in kept.items()}
     tensors["history.lengths"] = torch.tensor(lengths)
     tensors["series"] = torch.tensor(list(series.values()), dtype=torch.float64)
     for kind in ("futr", "hist", "static"):
