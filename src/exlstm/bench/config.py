@@ -74,7 +74,7 @@ class DecodeConfig:
     tokens: int = 64
     """tokens that are timed"""
     only: tuple[str, ...] = ()
-    """sides that are measured, out of ours, ours 7:1, xlstm, llama; empty: all"""
+    """sides that are measured, out of ours, ours 7:1, ours int8, xlstm, llama; empty: all"""
     seconds: float = 240.0
     """what has not begun by then is left out, and told; ours comes first"""
     threads: int = 2

@@ -13,6 +13,7 @@ import torch
 from exlstm.bench import peers, timing
 from exlstm.bench.config import DecodeConfig
 from exlstm.models.engine import Engine
+from exlstm.models.quantized import int8
 from exlstm.models.reading import leaves, mapped, read
 from exlstm.models.sequence import Request, Sequence
 from exlstm.models.step import Step
@@ -24,10 +25,12 @@ WARM = 8
 
 
 class Ours:
-    """Our engine; `blocks` are in turn those of the model."""
+    """Our engine; `blocks` are in turn those of the model, whose weights are held in int8 where `quantized`."""
 
-    def __init__(self, size, device, blocks=("mlstm",)):
+    def __init__(self, size, device, blocks=("mlstm",), quantized=False):
         self.model = peers.language(size, blocks, device, BF16).eval()
+        if quantized:
+            int8(self.model)
         self.engine = None
 
     def start(self, tokens, batch):
@@ -58,9 +61,7 @@ class Ours:
 
     def moved(self, batch):
         """Bytes that a step cannot do without."""
-        weights = sum(
-            p.numel() * p.element_size() for p in self.model.parameters() if p is not self.model.embedding.weight
-        )
+        weights = sum(_bytes(p) for p in self.model.parameters() if p is not self.model.embedding.weight)
         with torch.inference_mode():
             state = self.model.hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.model.embedding.weight.device))[
                 1
@@ -82,6 +83,12 @@ class Ours:
                 step()
                 found.append(step.logits[:, None].clone())
         return timing.relative_error(torch.cat(found, 1)[:, 16:], wanted[:, 16:])
+
+
+def _bytes(weight) -> int:
+    """What a weight takes in memory, in int8 with its scales."""
+    held = (weight.qdata, weight.scale) if hasattr(weight, "qdata") else (weight,)
+    return sum(x.numel() * x.element_size() for x in held)
 
 
 class Large:
@@ -144,10 +151,11 @@ class Llama:
 SIDES = {
     "ours": Ours,
     "ours 7:1": partial(Ours, blocks=("mlstm",) * 7 + ("slstm",)),
+    "ours int8": partial(Ours, quantized=True),
     "xlstm": Large,
     "llama": Llama,
 }
-NEEDS = {"xlstm": "xlstm.xlstm_large.model", "llama": "transformers"}
+NEEDS = {"ours int8": "torchao", "xlstm": "xlstm.xlstm_large.model", "llama": "transformers"}
 
 
 def run(config: DecodeConfig) -> list[dict]:

@@ -4,8 +4,8 @@ Useful work of a forward, the causal products in chunks of 64 tokens: 4·K·V + 
 works and however. Least traffic: q, k, v and the gates are read and h is written once; a backward reads q, k, v, dh and the
 gates, and writes their gradients. Times are medians of `triton.testing.do_bench`, which empties the L2 cache before every run;
 inputs are random, every side gets them in its own layout, and the logsigmoid of the forget gate is part of the time.
-"graph ms" is the forward without gradients out of a CUDA graph: the card alone, without what the CPU takes to launch it; shares
-of the card are of that time.
+"graph ms" and "graph both ms" are the forward without gradients, and forward and backward, out of a CUDA graph: the card alone,
+without what the CPU takes to launch it; shares of the card are of these times.
 """
 
 import math
@@ -25,6 +25,8 @@ KERNEL, CHUNK = "chunkwise--triton_xl_chunk", 128
 GRADIENTS = ("h", "dq", "dk", "dv", "di", "df")
 # Tokens of a decoding loop that one graph holds, so that no launch from the CPU is measured.
 STEPS = 50
+# Forwards with their backwards that one graph holds.
+BOTH = 4
 
 
 class Case(NamedTuple):
@@ -195,10 +197,12 @@ def _measured(name, side, case, config):
 
     with torch.no_grad():
         inference = _milliseconds(forward, config.quick)
-    graph = timing.attempt(f"{name} {case} in a graph", math.inf, partial(_replayed, forward, config.device))
+    what = f"{name} {case} in a graph"
+    graph = timing.attempt(what, math.inf, partial(_replayed, torch.no_grad()(forward), config.device))
+    graph_both = timing.attempt(f"{what}, both", math.inf, partial(_replayed, both, config.device, BOTH))
     times = [inference, *(_milliseconds(call, config.quick) for call in (forward, both))]
     columns = dict(zip(("infer ms", "fwd ms", "fwd+bwd ms"), (round(t, 3) for t in times), strict=True))
-    columns["graph ms"] = graph and round(graph, 3)
+    columns["graph ms"], columns["graph both ms"] = graph and round(graph, 3), graph_both and round(graph_both, 3)
     print(f"{name} {case}: {columns}", flush=True)
     return {"case": str(case), "side": LABELS.get(name, name), **columns, "extra GiB": _extra(both, config.device)}
 
@@ -218,7 +222,10 @@ def _shares(case, found, product, copy):
     """What a forward without gradients makes of the card, and what forward and backward make of its memory."""
     forward = found["graph ms"] or found["infer ms"]
     speed = case.work / forward / 1e9
-    moved, moved_both = case.traffic / forward / 1e9, case.traffic_both / found["fwd+bwd ms"] / 1e9
+    moved, moved_both = (
+        case.traffic / forward / 1e9,
+        case.traffic_both / (found["graph both ms"] or found["fwd+bwd ms"]) / 1e9,
+    )
     return {
         "TFLOP/s": round(speed),
         "% product": round(100 * speed / product, 1),
@@ -273,7 +280,9 @@ def _steps(name, config, deadline):
     batches = config.batches[:1] if config.quick else config.batches
     for case in (Case(batch, 1, *shape) for shape in config.shapes[:1] for batch in batches):
         ms = timing.attempt(
-            f"step of {name} {case}", deadline, lambda c=case: _replayed(make(c, config.device), config.device)
+            f"step of {name} {case}",
+            deadline,
+            lambda c=case: _replayed(torch.no_grad()(make(c, config.device)), config.device),
         )
         if ms is not None:
             speed = 8 * case.B * case.H * case.K * case.V / ms / 1e9
@@ -306,19 +315,19 @@ def _their_step(case, device):
     return lambda: kernel(q=q, k=k, v=v, i=i, f=f, c=c, n=n, m=m.unsqueeze(-1))
 
 
-def _replayed(call, device) -> float:
+def _replayed(call, device, times=STEPS) -> float:
     """Milliseconds of `call` inside a graph of many."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side), torch.no_grad():
+    with torch.cuda.stream(side):
         for _ in range(3):
             call()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        for _ in range(STEPS):
+    with torch.cuda.graph(graph):
+        for _ in range(times):
             call()
-    return _milliseconds(graph.replay) / STEPS
+    return _milliseconds(graph.replay) / times
 
 
 def _roofline(rows, product, copy):
