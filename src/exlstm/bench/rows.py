@@ -47,6 +47,8 @@ MODELS = {
     "memory-forget-6-to-12": (("matrix",), {"matrix": {"forget_bias": (6.0, 12.0)}}),
     "memory-forget-9-to-12": (("matrix",), {"matrix": {"forget_bias": (9.0, 12.0)}}),
     "memory-forget-0-to-12": (("matrix",), {"matrix": {"forget_bias": (0.0, 12.0)}}),
+    # Nothing is forgotten, so that a count of thousands is as exact as one of ten.
+    "mlstm-forget-18": (("mlstm",), {"mlstm": {"forget_bias": (18.0, 18.0), "gate_cap": 0.0}}),
     "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
     "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
     "slstm-forget-5-to-5": (("slstm",), {"slstm": {"forget_bias": (5.0, -5.0)}}),
@@ -240,7 +242,7 @@ ROWS = {
         "counting: aⁿ bⁿ, majority, majority count, lengths to 128, asked to 2048",
         tuple(
             Case(name, name, train=((3, 128, 0),), test=((128, 2048, 0), (128, 256, 0)))
-            for name in ("a_n_b_n", "majority", "majority_count")
+            for name in ("a_n_b_n", "a_n_b_n_uniform", "majority", "majority_count")
         ),
         (*RECURRENT, *PEERS),
         steps=5000,

@@ -74,11 +74,22 @@ def _counts(word: Tensor, wanted: Wanted) -> Tensor:
 
 def a_n_b_n(draw: Draws, wanted: Wanted) -> TaskBatch:
     """aⁿ bᵐ of even length: are there as many a (0) as b (1)? Half are; of the others half miss by one of each."""
+    return _a_n_b_m(draw, wanted, near=True)
+
+
+def a_n_b_n_uniform(draw: Draws, wanted: Wanted) -> TaskBatch:
+    """As a_n_b_n, but where there are not as many, every other n is as likely."""
+    return _a_n_b_m(draw, wanted, near=False)
+
+
+def _a_n_b_m(draw: Draws, wanted: Wanted, near: bool) -> TaskBatch:
     half, most = (wanted.lengths // 2).clamp(min=1), 2 * max(1, wanted.longest // 2)
-    equal, near, up = (draw.below(2, 1)[:, 0] for _ in range(3))
+    equal, close, up = (draw.below(2, 1)[:, 0] for _ in range(3))
     other = draw.below(2 * half[:, None], 1)[:, 0]
     other = other + (other >= half)
-    n = torch.where(equal == 1, half, torch.where(near == 1, half + 2 * up - 1, other))
+    if near:
+        other = torch.where(close == 1, half + 2 * up - 1, other)
+    n = torch.where(equal == 1, half, other)
     word = (torch.arange(most, device=n.device) >= n[:, None]).long()
     return ask(word, 2 * half, equal[:, None], 2, most + 1)
 

@@ -54,6 +54,7 @@ TASKS = {
     "a5": Task(_A5[1], 61, 1 / 60),
     "s5": Task(_S5[1], 121, 1 / 120),
     "a_n_b_n": Task(languages.a_n_b_n, 3, 1 / 2),
+    "a_n_b_n_uniform": Task(languages.a_n_b_n_uniform, 3, 1 / 2),
     "mqar": Task(recall.mqar, recall.VOCABULARY, 1 / 4096),
     "copy": Task(recall.copy, 17, 1 / 15),
     "selective_copy": Task(recall.selective_copy, 17, 1 / 15),
