@@ -18,6 +18,10 @@ MODELS = {
     "hybrid[3:1]": (("matrix", "matrix", "matrix", "attention"), {"attention": {"rope_base": 0.0}}),
     "hybrid[1:1]": (("matrix", "attention"), {"attention": {"rope_base": 0.0}}),
     "hybrid[7:1]": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
+    "hybrid[7:1]-window": (
+        (*["matrix"] * 7, "attention"),
+        {"attention": {"rope_base": 0.0, "window": 1024, "sinks": 4}},
+    ),
     "mlstm_window": (("mlstm_window",), {}),
     # As the memories started before: nearly closed, and their output maps as large as the others.
     "xlstm[7:1]-closed-loud": (
@@ -134,7 +138,7 @@ def toy(row: Row) -> Row:
 SOLVED = 0.9995
 RECURRENT = ("xlstm[0:1]", "xlstm[1:1]", "xlstm[1:0]")
 PEERS = ("transformer", "mamba2", "lstm")
-LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[3:1]", "mlstm_window", *PEERS)
+LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[7:1]", "hybrid[3:1]", "mlstm_window", *PEERS)
 
 
 def _languages(*names: str) -> tuple[Case, ...]:
@@ -317,7 +321,7 @@ ROWS = {
     "code": Row(
         "Python source, about 30 million parameters beside the vocabulary, context 2048, held-out packages to 32,768",
         (_CODE,),
-        ("xlstm[1:0]", "xlstm[7:1]", "hybrid[3:1]", "mlstm_window", "transformer", "mamba2"),
+        ("hybrid[7:1]", "xlstm[7:1]", "xlstm[1:0]", "hybrid[7:1]-window", "mlstm_window", "transformer", "mamba2"),
         steps=6000,
         batch=32,
         lrs=(1e-3,),
