@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from exlstm.models import engine as engines
+from exlstm.models.config import AttentionOptions
 from exlstm.models.engine import Engine
 from exlstm.models.reading import leaves
 from exlstm.models.sequence import Request, Sequence
@@ -17,7 +18,7 @@ from test_language import CONTINUED, KINDS, PROMPTS, build, tokens_of, writer
 MIXES = [*KINDS, ("attention", "mlstm")]
 each_kind = pytest.mark.parametrize("blocks", MIXES, ids="+".join)
 # Blocks whose state grows with the text.
-GROWING = {"attention", "mlstm_window"}
+GROWING = {"attention"}
 RULES = {
     "greedy": {"temperature": 0},
     "drawn": {"seed": 3},
@@ -206,6 +207,40 @@ def test_growing_states_are_trimmed():
     (again,) = engine.admit(Request([1, 2], 30, temperature=0))
     finish(engine)
     assert again.tokens == short.tokens
+
+
+HYBRIDS = {
+    "whole": AttentionOptions(rope_base=0.0),
+    "window": AttentionOptions(rope_base=0.0, window=5, sinks=2),
+    "window with positions": AttentionOptions(window=5),
+    "itself": AttentionOptions(window=1),
+}
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_a_hybrid_writes_far_beyond_its_window(case, tmp_path):
+    """With a window its state has one size whatever was read and written; what it writes is what one forward finds likeliest."""
+    model, given = build(("mlstm", "mlstm", "attention"), n_layers=3, attention=HYBRIDS[case]), {"temperature": 0}
+    whole = model.generate([5, 6, 7], 40, **given)
+    assert whole == list(model.generate([5, 6, 7], 40, stream=True, **given))
+    assert whole == model(torch.tensor([[5, 6, 7, *whole]]))[0][0, 2:-1].argmax(-1).tolist()
+    engine = Engine(model, 4)
+    assert engine._step.fixed == bool(HYBRIDS[case].window)
+    sizes = [tuple(x.shape) for x in leaves(engine._step.state)]
+    first, _ = engine.admit(Request([5, 6, 7], 40, **given), Request(list(range(30)), 40, seed=1))
+    forks = []
+    for written in (3, 20):
+        while len(first.tokens) < written:
+            engine.step()
+        engine.save(first, tmp_path / f"{written}.safetensors")
+        near(engine.state(first).layers, model.generate([5, 6, 7], written, return_state=True, **given)[1].layers)
+        forks.append(engine.fork(first))
+    finish(engine)
+    assert first.tokens == whole and [fork.tokens for fork in forks] == [whole[3:], whole[20:]]
+    assert engine._step.fixed <= (sizes == [tuple(x.shape) for x in leaves(engine._step.state)])
+    for written in (3, 20):
+        state = model.load_state(tmp_path / f"{written}.safetensors")
+        assert model.generate([], 40 - written, state=state, **given) == whole[written:]
 
 
 BAD = {

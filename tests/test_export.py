@@ -13,16 +13,22 @@ import torch
 from exlstm.cli import main
 from exlstm.data.tokenizer import Bytes
 from exlstm.export import export, parts
-from exlstm.models.config import AttentionOptions, LanguageConfig, SLSTMOptions
+from exlstm.models.config import AttentionOptions, LanguageConfig, MLSTMWindowOptions, SLSTMOptions
 from exlstm.models.language import LanguageModel
 from exlstm.models.stack import BLOCKS
 
 RECURRENT = ("mlstm", "slstm", "mlstm_up", "mamba2", "lstm")
+# Kinds of block with a window that is left within a few tokens.
+WINDOWS = {
+    "mlstm_window": MLSTMWindowOptions(window=6, sinks=2),
+    "attention": AttentionOptions(window=5, sinks=2, rope_base=0.0, n_kv_heads=1),
+}
 
 
-def build(blocks, seed=0, d_model=32):
+def build(blocks, seed=0, d_model=32, **options):
     torch.manual_seed(seed)
     config = LanguageConfig(
+        **options,
         d_model=d_model,
         n_layers=len(blocks),
         n_heads=2 if d_model == 32 else 4,
@@ -187,11 +193,48 @@ def test_the_forward_at_any_length(blocks, tmp_path):
             torch.testing.assert_close(torch.load(f"{path}.{length}"), model(tokens)[0], atol=5e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def out_of_zeros(call, model, folder, format, steps=25, rows=3):
+    """‖difference‖ / ‖logits‖ of an exported step, from a state of zeros as export.json has it, the largest of `steps`."""
+    inputs = json.loads((folder / "export.json").read_text())["files"][f"step.{format}"]["inputs"]
+    kinds = {name: torch.int64 if name.endswith(("positions", "length")) else torch.float32 for name in inputs}
+    held = {
+        name: torch.zeros(rows, *shape[1:], dtype=kinds[name]) for name, shape in inputs.items() if name != "tokens"
+    }
+    state, worst = None, 0.0
+    for t in range(steps):
+        tokens = tokens_of(rows, 1, seed=t)
+        logits, held = call(tokens, held)
+        wanted, state = model(tokens, state)
+        worst = max(worst, ((logits - wanted[:, 0]).norm() / wanted.norm()).item())
+    return worst
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [pytest.param("mlstm_window", marks=pytest.mark.slow), "attention"])
+def test_a_window_in_files(kind, tmp_path):
+    """A hybrid's step keeps one size and starts at zeros; its forward serves texts within the window and beyond it."""
+    model = build(("mlstm", kind), **{kind: WINDOWS[kind]})
+    paths = export(model, tmp_path / "pt2", "pt2")
+    step, forward = (torch.export.load(path).module() for path in paths)
+
+    def call(tokens, state):
+        logits, *after = step(tokens, *state.values())
+        return logits, dict(zip(state, after, strict=True))
+
+    assert out_of_zeros(call, model, tmp_path / "pt2", "pt2") < 1e-6
+    for length in (4, 5, 6, 7, 8, 9, 64, 129):
+        tokens = tokens_of(2, length)
+        with torch.no_grad():
+            torch.testing.assert_close(forward(tokens), model(tokens)[0], atol=5e-5, rtol=1e-4)
+    call = in_runtime(model, tmp_path / "onnx")
+    assert out_of_zeros(call, model, tmp_path / "onnx", "onnx") < 1e-6
+
+
 PARTS = {  # of every kind of block: what can be had as pt2
-    **{kind: ["step", "forward"] for kind in RECURRENT},
+    **{kind: ["step", "forward"] for kind in (*RECURRENT, "mlstm_window")},
     "attention": ["forward"],
     "lstm": ["step"],
-    "mlstm_window": [],
 }
 
 
@@ -213,11 +256,6 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
         export(build(("mlstm",)), tmp_path / "out", "onx")
     with pytest.raises(ValueError, match="no step of attention: its state grows"):
         export(build(("attention", "lstm")), tmp_path / "out", "pt2")
-    windowed = LanguageModel(
-        LanguageConfig(d_model=32, n_layers=1, blocks="attention", attention=AttentionOptions(window=9))
-    )
-    with pytest.raises(ValueError, match="no forward of attention: sequences within the window and beyond it"):
-        export(windowed, tmp_path / "out", "pt2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other things than an export"):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from exlstm.data.tokenizer import Bytes, Characters
 from exlstm.export import export
-from exlstm.models.config import LanguageConfig
+from exlstm.models.config import OPTIONS, LanguageConfig
 from exlstm.models.engine import Engine
 from exlstm.models.language import LanguageModel
 from exlstm.models.reading import PIECE, GenerationState
@@ -27,7 +27,16 @@ each_kind = pytest.mark.parametrize("blocks", KINDS, ids="+".join)
 def build(blocks=("mlstm", "slstm"), seed=0, **settings):
     """A tiny model whose logits are far from flat."""
     torch.manual_seed(seed)
-    settings = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": VOCABULARY, **settings}
+    # A window that every law leaves.
+    window = OPTIONS["mlstm_window"](window=6, sinks=2)
+    settings = {
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "vocab_size": VOCABULARY,
+        "mlstm_window": window,
+        **settings,
+    }
     model = LanguageModel(LanguageConfig(blocks=blocks, **settings)).eval()
     with torch.no_grad():
         (model.embedding if model.head is None else model.head).weight.normal_(std=0.5)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from exlstm import __version__, runs
+from exlstm.layers.attention import AttentionState
 from exlstm.models.config import nearest
 from exlstm.models.language import LanguageModel
 from exlstm.models.reading import evaluating
@@ -25,32 +26,27 @@ from exlstm.ops.backend import backend
 from exlstm.train.checkpoint import write_folder
 
 FORMATS = ("onnx", "pt2")
-# Why a part of a model with these blocks cannot be had.
-NO_STEP = {
-    "attention": "its state grows with every token",
-    "mlstm_window": "its state grows up to the window",
-}
-NO_FORWARD = {
-    "lstm": "a compiled graph unrolls it over one length",
-    "mlstm_window": "sequences within the window and beyond it have two graphs",
-}
+# Why a part of a model with these blocks cannot be had; attention with a window has its step.
+NO_STEP = {"attention": "its state grows with every token"}
+NO_FORWARD = {"lstm": "a compiled graph unrolls it over one length"}
 # The shortest sequence that a forward takes, beside the widest convolution: what a graph of open length may assume.
 SHORTEST = 4
 
 
 class Step(nn.Module):
-    """One token, with the state as plain tensors in the order of `parts`."""
+    """One token, with the state as plain tensors in the order of `parts`; places of a window count from 1, 0 is nobody's."""
 
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
         with torch.no_grad():
-            _, self.structure = model(torch.zeros(2, 1, dtype=torch.int64, device=model.embedding.weight.device))
+            _, state = model(torch.zeros(2, 1, dtype=torch.int64, device=model.embedding.weight.device))
+        self.structure = model.stack.filled(state)
 
     def forward(self, tokens: Tensor, *state: Tensor):
         given = iter(state)
-        logits, after = self.model(tokens, _rebuilt(self.structure, given))
-        return logits[:, 0], *(tensor for _, tensor in parts(after))
+        logits, after = self.model(tokens, _counted(_rebuilt(self.structure, given), -1))
+        return logits[:, 0], *(tensor for _, tensor in parts(_counted(after, 1)))
 
 
 class Forward(nn.Module):
@@ -86,6 +82,16 @@ def _rebuilt(structure, given: Iterator[Tensor]):
     return type(structure)(*made) if hasattr(structure, "_fields") else tuple(made)
 
 
+def _counted(state, by: int):
+    """A state whose windows count their places from another number on: at 0 a fresh state is zeros."""
+    if isinstance(state, AttentionState):
+        return state._replace(positions=state.positions + by)
+    if isinstance(state, Tensor) or state is None:
+        return state
+    inner = (_counted(part, by) for part in state)
+    return type(state)(*inner) if hasattr(state, "_fields") else tuple(inner)
+
+
 def export(model: LanguageModel, folder: str | Path, format: str) -> list[Path]:
     """Writes `folder`, whole or not at all: step.onnx, or step.pt2 and forward.pt2, and export.json, which describes them.
 
@@ -109,10 +115,8 @@ def _wanted(model, format: str) -> list[str]:
     dtype = model.embedding.weight.dtype
     if format == "onnx" and dtype not in (torch.float32, torch.float16):
         raise ValueError(f"the model is {dtype}, for which ONNX Runtime lacks operators; wanted model.float()")
-    no_forward = dict(NO_FORWARD)
-    if model.config.attention.window:
-        no_forward["attention"] = NO_FORWARD["mlstm_window"]
-    tables = {"step": NO_STEP} if format == "onnx" else {"step": NO_STEP, "forward": no_forward}
+    no_step = {} if model.config.attention.window else NO_STEP
+    tables = {"step": no_step} if format == "onnx" else {"step": no_step, "forward": NO_FORWARD}
     kinds, wanted, reasons = dict.fromkeys(model.config.layers()), [], []
     for name, table in tables.items():
         why = [f"no {name} of {kind}: {table[kind]}" for kind in kinds if kind in table]

@@ -103,6 +103,9 @@ class Attention(nn.Module):
         y, state = self.attend(q, k, v, state, mask=mask, reset=reset)
         return self.out(y.flatten(-2)), state
 
+    def filled(self, state: AttentionState) -> AttentionState:
+        return self.attend.filled(state)
+
 
 class Heads(nn.Module):
     """Softmax attention of heads that have their queries, keys and values: positions, window, sinks, and what is remembered.
@@ -136,10 +139,23 @@ class Heads(nn.Module):
         if state is not None:
             k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)  # (B, S, ...)
             stored = torch.cat([state.positions, stored.expand(batch, -1)], 1)
-        plain = state is None and mask is None and reset is None and (self.window == 0 or self.window >= time)
+        plain = state is None and mask is None and reset is None and self._sees_all(time)
         visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
         y = _attend(q, k, v, visible)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
+
+    def filled(self, state: AttentionState) -> AttentionState:
+        """A state as long as a window lets it become, with places that nobody sees; without a window as it is."""
+        missing = self._most() - state.keys.shape[1]
+        return AttentionState(*_longer(*state[:3], missing), state.length) if missing > 0 else state
+
+    def _most(self) -> int:
+        # As many tokens as can be seen again.
+        return self.window - 1 + self.sinks if self.window else 0
+
+    def _sees_all(self, time) -> bool:
+        # A graph that is exported serves sequences within the window and beyond it.
+        return self.window == 0 or (not torch.compiler.is_exporting() and self.window >= time)
 
     def _turn(self, positions, dtype):
         """cos and sin (B or 1, T, 1, D / 2) of the positions' angles, pos · base^(-2i / D)."""
@@ -167,10 +183,14 @@ class Heads(nn.Module):
             document = F.pad(document, (positions.shape[1] - document.shape[1], 0))
             positions = positions.masked_fill(document != document[:, -1:], -1)
         if self.window:
-            # At most window - 1 + sinks tokens can be seen again: they move to the front, in their order.
+            size = self._most()
+            if torch.compiler.is_exporting():
+                keys, values, positions = _longer(keys, values, positions, size)
+            # What can be seen again moves to the front, in its order; ONNX knows no stable sort.
             kept = (positions >= 0) & ((positions > length[:, None] - self.window) | (positions < self.sinks))
-            size = min(positions.shape[1], self.window - 1 + self.sinks)
-            order = (~kept).byte().argsort(dim=1, stable=True)[:, :size]  # (B, S)
+            total = positions.shape[1]
+            places = torch.arange(total, device=kept.device) + total * ~kept
+            order = places.argsort(dim=1)[:, :size]  # (B, S)
             kept = kept.gather(1, order)
             positions = positions.gather(1, order).masked_fill(~kept, -1)
             keys, values = (_take(x, order).masked_fill(~kept[..., None, None], 0) for x in (keys, values))
@@ -185,7 +205,7 @@ def _attend(q, k, v, visible):
         if q.shape[1] == 1:
             # The queries of a group stand in line like tokens, so that keys and values need no copy.
             y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)
-            return y.reshape(len(y), 1, -1, v.shape[-1])
+            return y.reshape(y.shape[0], 1, -1, v.shape[-1])
         if groups > 1 and visible is not None:
             # No fused kernel takes groups and a mask at once.
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
@@ -230,6 +250,12 @@ def _rotate(x, turn):
     cos, sin = turn
     a, b = x.to(cos.dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def _longer(keys, values, positions, missing: int):
+    """Keys, values (B, S, H, ·) and positions (B, S) with so many places behind that nobody sees."""
+    keys, values = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (keys, values))
+    return keys, values, F.pad(positions, (0, missing), value=-1)
 
 
 def _take(x, index):

@@ -112,6 +112,10 @@ class mLSTMWindow(nn.Module):
             log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
             return log_i, F.logsigmoid(f)
 
+    def filled(self, state):
+        conv, memory, seen = state
+        return conv, memory, self.attend.filled(seen)
+
     def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
         check_input(x, self.d_model, self.v)
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)

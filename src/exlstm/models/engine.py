@@ -122,9 +122,8 @@ class Engine:
         kept = sequence.tokens
         with torch.inference_mode():
             if len(kept) == sequence.consumed:
-                step, chooser = self._step, self._chooser
-                whole = GenerationState(tuple(step.state), step.logits, chooser.seen, chooser.drawn)
-                state = mapped(lambda x: x[slot : slot + 1], whole)
+                row, step, chooser = slice(slot, slot + 1), self._step, self._chooser
+                state = GenerationState(step.row(slot), step.logits[row], chooser.seen[row], chooser.drawn[row])
             else:
                 # It ended where only the host could see it, and the row has read on: the result is read again.
                 before = sequence.request.state

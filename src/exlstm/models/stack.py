@@ -129,6 +129,11 @@ class Stack(nn.Module):
             states.append(after)
         return self.norm(x[0] + x[1] if apart else x), tuple(states)
 
+    def filled(self, state):
+        """The same state at the size at which it stops growing: with windows as long as they get, in part unseen."""
+        pairs = zip(self.blocks, state, strict=True)
+        return tuple(b.mixer.filled(s) if hasattr(b.mixer, "filled") else s for b, s in pairs)
+
     def _check(self, x, state):
         basic.check_input(x, self.config.d_model)
         if state is not None and (not isinstance(state, tuple | list) or len(state) != len(self.blocks)):

@@ -1,7 +1,8 @@
 """One token a row through a model on buffers of its own: the body of a decoding loop, in place and without a wait.
 
 Blocks of kernels' making (the mLSTM, feed-forwards) take few launches and write their state where it stands; any other block
-runs its ordinary forward, and its new state is copied over the old one. A state that grows (attention's) is replaced.
+runs its ordinary forward, and its new state is copied over the old one. A window's state has its full size from the start; a
+state that grows without end (attention's without a window) is replaced.
 """
 
 from functools import partial
@@ -31,10 +32,14 @@ class Step:
         self.alive = torch.zeros(rows, dtype=torch.bool, device=weight.device)
         x, first = model.hidden(self.tokens[:1, None])
         second = model.hidden(self.tokens[:1, None], first)[1]
-        self._grows = [_flags(*pair) for pair in zip(first, second, strict=True)]
+        filled = model.stack.filled
+        self._places = [_flags(*pair) for pair in zip(first, second, strict=True)]
+        self._grows = [_flags(*pair) for pair in zip(filled(first), filled(second), strict=True)]
         self.fixed = not any(map(any, self._grows))
-        self._fresh = [_empty(state, flags, 1) for state, flags in zip(first, self._grows, strict=True)]
-        self.state = [_empty(state, flags, rows) for state, flags in zip(first, self._grows, strict=True)]
+        self._fresh, self.state = (
+            list(filled([_empty(state, flags, n) for state, flags in zip(first, self._places, strict=True)]))
+            for n in (1, rows)
+        )
         logits = model.logits(x[:, 0])
         self.logits = logits.new_zeros(rows, logits.shape[1])
         self.x = weight.new_zeros(rows, weight.shape[1])
@@ -52,7 +57,7 @@ class Step:
     def seat(self, index: Tensor, layers, logits: Tensor):
         """State and logits of further rows, at the rows `index`."""
         self.logits[index] = logits
-        for i, new in enumerate(layers):
+        for i, new in enumerate(self.model.stack.filled(layers)):
             fixed = not any(self._grows[i])
             self.state[i] = mapped(partial(_seated, index, fixed), self.state[i], new)
 
@@ -63,6 +68,11 @@ class Step:
             if any(flags):
                 self.state[i] = mapped(partial(_seated, index, False), self.state[i], self._fresh[i])
                 self.state[i] = _trimmed(self.state[i], flags)
+
+    def row(self, row: int) -> tuple:
+        """The state of a row, of places only those that it sees."""
+        own = (mapped(lambda x: x[row : row + 1], state) for state in self.state)
+        return tuple(_trimmed(state, flags) for state, flags in zip(own, self._places, strict=True))
 
     def room(self, name: str, *shape: int, dtype=None) -> Tensor:
         """A buffer by name that parts share one after the other."""
@@ -265,7 +275,7 @@ def _takes_mlstm(step, block) -> bool:
 
 
 def _flags(first, second) -> list[bool]:
-    """Which tensors of a state grow, by what they are after one token and after two."""
+    """Which tensors of a state have places for tokens, by what they are after one token and after two."""
     return [a.shape != b.shape for a, b in zip(leaves(first), leaves(second), strict=True)]
 
 
@@ -295,7 +305,7 @@ def _longer(x, size, front=True):
 
 
 def _trimmed(state, flags):
-    """A growing state without the places in front and behind that no row sees any more."""
+    """A state without the places in front and behind that no row sees."""
     places = next((x for x, grows in zip(leaves(state), flags) if grows and not x.dtype.is_floating_point), None)
     if places is None:
         return state
