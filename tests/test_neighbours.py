@@ -476,6 +476,28 @@ def looked_up(heads, q, k, v):
     return y.transpose(0, 1).flatten(-2)
 
 
+@pytest.mark.parametrize("flagged", [False, True])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_window_is_read_in_pieces(flagged, sinks, monkeypatch):
+    """Values, states and gradients are those of the whole, wherever documents and padding stand."""
+    torch.manual_seed(0)
+    layer = Attention(12, 2, window=4, sinks=sinks, dtype=torch.float64)
+    x = draw(2, 45, 12).double().requires_grad_()
+    where = {"reset": flags(2, 45, density=0.1, seed=1), "mask": flags(2, 45, density=0.8, seed=2)} if flagged else {}
+    found = []
+    for piece in (1, 7, 512):
+        monkeypatch.setattr("exlstm.layers.attention.PIECE", piece)
+        first, state = layer(x[:, :20], **{name: flag[:, :20] for name, flag in where.items()})
+        second, state = layer(x[:, 20:], state, **{name: flag[:, 20:] for name, flag in where.items()})
+        y = torch.cat([first, second], 1) * where.get("mask", torch.ones(2, 45))[..., None]
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        logits, _ = layer(x[:, :3], layer.filled(state))
+        found.append((y, gradient, logits))
+    for other in found[:2]:
+        for a, b in zip(other, found[2], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
 def plain_mlstm_window(layer, x):
     """The memory by its recurrence, the window by a table, each normalised a head, mixed by the gate."""
     mixed = F.pad(x, (0, 0, layer.conv.weight.shape[1] - 1, 0)).unfold(0, layer.conv.weight.shape[1], 1)

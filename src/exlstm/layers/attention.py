@@ -28,6 +28,9 @@ class AttentionState(NamedTuple):
     length: Tensor
 
 
+# A sequence is read in pieces of at least so many tokens where a window is shorter than it.
+PIECE = 512
+
 # torch.load takes a saved state without weights_only=False.
 torch.serialization.add_safe_globals([AttentionState])
 
@@ -131,6 +134,9 @@ class Heads(nn.Module):
         if state is not None:
             _check_state(state, k, v)
             state = AttentionState(*state)
+        piece = max(PIECE, self._most() + 1)
+        if self.window and time > 2 * piece and not torch.compiler.is_compiling():
+            return self._in_pieces(piece, q, k, v, state, mask, reset)
         positions, document, length = _places(batch, time, state, mask, reset, q.device)
         if self.rope_base:
             turn = self._turn(positions, torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -143,6 +149,15 @@ class Heads(nn.Module):
         visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
         y = _attend(q, k, v, visible)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
+
+    def _in_pieces(self, size, q, k, v, state, mask, reset):
+        # Work and memory grow with the text, and not with its square.
+        ys = []
+        for part in (slice(start, start + size) for start in range(0, q.shape[1], size)):
+            flags = {name: flag[:, part] for name, flag in (("mask", mask), ("reset", reset)) if flag is not None}
+            y, state = self(q[:, part], k[:, part], v[:, part], state, **flags)
+            ys.append(y)
+        return torch.cat(ys, 1), state
 
     def filled(self, state: AttentionState) -> AttentionState:
         """A state as long as a window lets it become, with places that nobody sees; without a window as it is."""
@@ -173,7 +188,7 @@ class Heads(nn.Module):
         if document is not None:
             seen &= F.pad(document, (total - time, 0))[:, None, :] == document[:, :, None]
         if self.window:
-            near = positions[:, :, None] - stored[:, None, :] < self.window
+            near = positions[:, :, None] < (stored + self.window)[:, None, :]
             seen &= near | (stored < self.sinks)[:, None, :] if self.sinks else near
         # A padding token sees itself, so that no softmax runs over nothing.
         return (seen | (old == new)).unsqueeze(1)
