@@ -135,7 +135,7 @@ class Heads(nn.Module):
             _check_state(state, k, v)
             state = AttentionState(*state)
         piece = max(PIECE, self._most() + 1)
-        if self.window and time > 2 * piece and not torch.compiler.is_compiling():
+        if self.window and not torch.compiler.is_compiling() and time > 2 * piece:
             return self._in_pieces(piece, q, k, v, state, mask, reset)
         positions, document, length = _places(batch, time, state, mask, reset, q.device)
         if self.rope_base:
