@@ -118,7 +118,7 @@ def test_a_saved_forecaster_follows_as_before(refit, tmp_path):
     data = table(2.0)
     settings = engine.replace(SETTINGS, refit=refit)
     model = Forecaster(H, season=SEASON, config=settings).fit(data.iloc[:LEARNT])
-    assert (model.engine.drift.judge is model.engine.linear) != refit
+    assert (model.engine.drift.judges["linear"] is model.engine.linear) != refit
     model.update(data.iloc[LEARNT:1400])
     model.save(tmp_path / "model")
     loaded = Forecaster.load(tmp_path / "model")
@@ -137,3 +137,37 @@ def test_gaps_say_nothing_of_the_errors():
     found = drift.factors(model.engine, w, torch.arange(2), torch.tensor([1400, 1400]))
     assert torch.isfinite(found).all()
     assert torch.allclose(found, torch.ones(2), atol=0.35)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"linear": 1.0}, {"arcsinh": 1.0}, {"naive": 0.25, "linear": 0.25, "arcsinh": 0.5}]
+)
+def test_the_errors_that_intervals_follow_are_those_of_the_blend(weights):
+    """In half widths of its own interval, from the members as validation saw them; not those of one member."""
+    draw, z = np.random.default_rng(0), np.zeros(1500)
+    for t in range(1, len(z)):
+        z[t] = 0.9 * z[t - 1] + 0.6 * draw.normal()
+    data = pd.DataFrame({"s": np.sinh(2 * z)}, index=pd.date_range("2024-01-01", periods=len(z)))
+    settings = FitConfig(members=("naive", "linear", "arcsinh"), lookback=8, refit=False)
+    one = Forecaster(H, season=SEASON, config=settings).fit(data.iloc[:1200]).engine
+    one.weights, one.factors = weights, one.plain
+    one.drift = engine.replace(one.drift, shares=drift.shares(weights))
+    w = one.windows(panel_of(data))
+    cuts = torch.arange(1300, 1310)
+    first = torch.tensor([1200])
+    rows = drift._Backtest(one, w, first, torch.zeros_like(cuts), cuts)
+    z = rows._errors(torch.arange(len(rows.cuts)))
+    still = engine.replace(one, drift=None)
+    ((_, out, batch),) = still.forecast(w, rows.series, rows.cuts)
+    q = out["blend"]
+    wanted = (batch.target - q[..., 6]).abs() / ((q[..., 10] - q[..., 2]) / 2)
+    assert torch.allclose(z, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_slow_members_count_as_the_linear_path():
+    assert drift.shares({"naive": 0.25, "theta": 0.25, "linear": 0.25, "network": 0.25}) == {
+        "naive": 0.25,
+        "linear": 0.75,
+    }
+    assert drift.shares({"arcsinh": 1.0}) == {"arcsinh": 1.0}
+    assert drift.shares({"naive": 0.0, "theta": 1.0}) == {"linear": 1.0}

@@ -15,7 +15,7 @@ a single forecast agree.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from exlstm.data import frequency
 from exlstm.data.windows import Windows
-from exlstm.forecast import combine
 from exlstm.models.linear import LinearPath
 
 # Spans that an average remembers, how often them it goes back, and the spans that the factor 1 counts as much as.
@@ -34,6 +33,8 @@ FEW = 24
 ORIGINS, LEAST = 4, 2
 # Logarithm of the factor at most, and where the curve of averages is known.
 FURTHEST, GRID = 1.0, torch.linspace(-2, 2, 81)
+# Members that forecast again; the others count as the linear path.
+QUICK = ("naive", "linear", "arcsinh")
 # Errors held at once.
 HELD = 2**25
 
@@ -56,14 +57,15 @@ def curve(z: Tensor) -> Tensor:
 class Drift:
     """What an engine needs to follow drift."""
 
-    judge: LinearPath
+    judges: dict[str, LinearPath]  # the members that learn, as validation saw them
+    shares: dict[str, float]  # of the members that forecast again
     curve: Tensor  # of validation's errors
     offset: float  # logarithm of what validation alone would multiply the calibrated spread by
     begins: dict  # series -> its first time, and the step behind what the judge learnt from
 
     def span(self, season: int) -> int:
         """Steps of an independent span: a horizon or a season, and as many as tell a scale."""
-        return max(self.judge.config.horizon, season, FEW)
+        return max(self.judges["linear"].config.horizon, season, FEW)
 
     def stride(self, season: int) -> int:
         return -(-self.span(season) // ORIGINS)
@@ -90,15 +92,31 @@ class Drift:
         return found
 
 
-def fit(engine, found, held: Tensor, target: Tensor, other: Tensor) -> Drift:
-    """From the linear path's quantiles `held` (W, H, Q) for `target` (W, H) on validation; `other` (Q,): by what other times
+def shares(weights: dict[str, float]) -> dict[str, float]:
+    """The blend as it forecasts again: theta and the network, which take their time, count as the linear path."""
+    found = {name: weights.get(name, 0.0) for name in QUICK}
+    found["linear"] = 1 - sum(found[name] for name in QUICK if name != "linear")
+    return {name: share for name, share in found.items() if share > 1e-6} or {"linear": 1.0}
+
+
+def fit(engine, found, held: dict[str, Tensor], target: Tensor, other: Tensor) -> Drift:
+    """From the members' quantiles `held` (W, H, Q) for `target` (W, H) on validation; `other` (Q,): by what other times
     than validation stretched the calibration."""
-    half, low, high = held.shape[-1] // 2, *sides(held.shape[-1])
-    width = ((held[..., high] - held[..., low]) / 2).clamp_min(1e-9)
+    judges = {"linear": engine.linear} | ({"arcsinh": engine.bent} if engine.bent is not None else {})
+    given = shares(engine.weights)
+    mixed = sum(share * held[name] for name, share in given.items())
+    low, high = sides(mixed.shape[-1])
     panel = found.windows.panel
     begins = dict(zip(panel.ids, zip(panel.first, found.begins.tolist())))
     offset = -float(other[[low, high]].log().mean())
-    return Drift(engine.linear, curve((target - held[..., half]).abs() / width), offset, begins)
+    z = half_widths(mixed[..., [low, mixed.shape[-1] // 2, high]], target)
+    return Drift(judges, given, curve(z), offset, begins)
+
+
+def half_widths(quantiles: Tensor, target: Tensor) -> Tensor:
+    """|y - median| in half widths of the interval, of quantiles (..., 3)."""
+    low, median, high = quantiles.unbind(-1)
+    return (target - median).abs() / ((high - low) / 2).clamp_min(1e-9)
 
 
 def sides(n: int) -> tuple[int, int]:
@@ -138,6 +156,8 @@ class _Backtest:
 
     def __init__(self, engine, windows: Windows, first: Tensor, series: Tensor, cuts: Tensor):
         self.engine, self.drift, self.windows = engine, engine.drift, windows
+        judges = self.drift.judges
+        self.before = replace(engine, linear=judges["linear"], bent=judges.get("arcsinh"), network=None)
         self.step = self.drift.stride(windows.season)
         self.span = self.drift.span(windows.season)
         counts = self.drift.counts(windows.season)
@@ -173,16 +193,12 @@ class _Backtest:
 
     def _errors(self, part: Tensor) -> Tensor:
         """(U, H) in half widths of the 80 % interval."""
-        engine, judge = self.engine, self.drift.judge
         batch = self.windows.batch(
-            self.series[part], self.cuts[part], engine.longest, judge.config.horizon, dates=False
+            self.series[part], self.cuts[part], self.engine.longest, self.engine.config.horizon, dates=False
         )
-        level, scale = judge.units(batch)
-        point = level + scale * judge.map(judge.features(batch, level, scale), batch.series)
-        spread = engine.spreads["linear"]
-        low, high = sides(spread.shape[-1])
-        wide = scale * combine.width(engine.moves(batch, scale), engine.spreads["linear.width"])
-        return (batch.target - point).abs() / (wide * (spread[:, high] - spread[:, low]) / 2).clamp_min(1e-9)
+        low, high = sides(self.engine.spreads["linear"].shape[-1])
+        found = self.before.members(batch, None, self.drift.shares, at=[low, (low + high) // 2, high])
+        return half_widths(sum(share * found[name] for name, share in self.drift.shares.items()), batch.target)
 
     def _surprise(self, z: Tensor, memory: float, count: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """(A,) twice: the logarithm of the scale as it is known at the origins numbered `wanted`, and the spans that say so."""

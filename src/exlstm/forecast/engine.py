@@ -94,9 +94,11 @@ class Engine:
         return combine.moves(batch, self.season, max(MOVED, 2 * self.season, 2 * self.config.horizon)) - scale.log()
 
     @torch.no_grad()
-    def members(self, batch: Batch, offset: Tensor, names, n_series: int = 1, at=slice(None)) -> dict[str, Tensor]:
-        """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them. Of the levels
-        those numbered `at`."""
+    def members(
+        self, batch: Batch, offset: Tensor | None, names, n_series: int = 1, at=slice(None)
+    ) -> dict[str, Tensor]:
+        """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them, which theta
+        alone wants. Of the levels those numbered `at`."""
         h, found = self.config.horizon, {}
         _, scale = self.linear.units(batch)
         moved = self.moves(batch, scale)
@@ -249,7 +251,7 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
     engine.factors = combine.stretch(mixed, target, levels)
     other = engine.plain if recipe is None else _other_times(engine, found, recipe, stacked["linear"], target)
     engine.factors = engine.factors * other
-    engine.drift = drift.fit(engine, found, stacked["linear"], target, other)
+    engine.drift = drift.fit(engine, found, stacked, target, other)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
 

@@ -22,7 +22,7 @@ from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
 
 # Version 1 knew one ridge, which was the linear path; versions 1 and 2 did not follow drift.
-FORMAT, VERSION, READS = "exlstm-forecaster", 3, (1, 2, 3)
+FORMAT, VERSION, READS = "exlstm-forecaster", 4, (1, 2, 3, 4)
 SETTINGS, TENSORS = "forecaster.json", "tensors.safetensors"
 
 
@@ -98,8 +98,13 @@ def _pack(model) -> tuple[dict, dict]:
 def _drift_tensors(engine) -> dict:
     if engine.drift is None:
         return {}
-    judge = engine.drift.judge
-    held = {} if judge is engine.linear else {f"judge.{k}": v for k, v in judge.state_dict().items()}
+    now = {"linear": engine.linear, "arcsinh": engine.bent}
+    held = {
+        f"judge.{name}.{k}": v
+        for name, judge in engine.drift.judges.items()
+        if judge is not now[name]
+        for k, v in judge.state_dict().items()
+    }
     return {"drift.curve": engine.drift.curve, **held}
 
 
@@ -107,22 +112,29 @@ def _drift_settings(drift: Drift | None) -> dict | None:
     if drift is None:
         return None
     begins = [[_plain(name), str(first), step] for name, (first, step) in drift.begins.items()]
-    return {"offset": drift.offset, "begins": begins}
+    return {"offset": drift.offset, "begins": begins, "shares": drift.shares}
 
 
-def _unpack_drift(settings: dict, tensors: dict, linear: LinearPath, device: str) -> Drift | None:
+def _unpack_drift(settings: dict, tensors: dict, engine: Engine, device: str) -> Drift | None:
     import pandas as pd
 
-    found, judge = settings.get("drift"), linear
+    found, judges = settings.get("drift"), {}
     if found is None:
         return None
-    held = {k[6:]: v for k, v in tensors.items() if k.startswith("judge.")}
-    if held:
-        judge = LinearPath(linear.config, device=device)
-        judge.load_state_dict(held)
+    # Before version 4 the linear path alone forecast again.
+    old = {f"judge.linear.{k[6:]}": v for k, v in tensors.items() if k in ("judge.weight", "judge.own")}
+    for name, path in (("linear", engine.linear), ("arcsinh", engine.bent)):
+        if path is None:
+            continue
+        start = f"judge.{name}."
+        if held := {k[len(start) :]: v for k, v in (tensors | old).items() if k.startswith(start)}:
+            path = LinearPath(path.config, device=device)
+            path.load_state_dict(held)
+        judges[name] = path
     time = int if isinstance(settings["freq"], int) else pd.Timestamp
     begins = {name: (time(first), step) for name, first, step in found["begins"]}
-    return Drift(judge, tensors["drift.curve"].to(device), found["offset"], begins)
+    shares = found.get("shares", {"linear": 1.0})
+    return Drift(judges, shares, tensors["drift.curve"].to(device), found["offset"], begins)
 
 
 def _plain(name):
@@ -181,10 +193,10 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     look = settings.get("ridge", linear.config.lookback)
     made = [fit, settings["season"], statistics, linear, ridge, look, network, settings["weights"], spreads]
     engine = Engine(*made, tensors["factors"].to(device), settings["scores"], settings["notes"])
-    engine.drift = _unpack_drift(settings, tensors, linear, device)
     if settings.get("bent"):
         engine.bend, engine.bent = settings["bent"][0], LinearPath(LinearConfig(**settings["bent"][1]), device=device)
         engine.bent.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("bent.")})
+    engine.drift = _unpack_drift(settings, tensors, engine, device)
     columns = _dataclass(Columns, settings["columns"])
     numeric = isinstance(settings["freq"], int)
     firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]
