@@ -6,7 +6,7 @@ import torch
 
 from exlstm import Forecaster
 from exlstm.data.series import panel_of
-from exlstm.forecast import drift, engine
+from exlstm.forecast import combine, drift, engine
 from exlstm.forecast.config import FitConfig
 
 pd = pytest.importorskip("pandas")
@@ -171,3 +171,25 @@ def test_slow_members_count_as_the_linear_path():
     }
     assert drift.shares({"arcsinh": 1.0}) == {"arcsinh": 1.0}
     assert drift.shares({"naive": 0.0, "theta": 1.0}) == {"linear": 1.0}
+
+
+@pytest.mark.parametrize("spans, t90, t975", [(9, 1.3830, 2.2622), (12, 1.3562, 2.1788), (40, 1.3031, 2.0211)])
+def test_a_width_known_from_few_spans_is_wider_as_student_says(spans, t90, t975):
+    factors = combine.unsure(torch.tensor(engine.LEVELS), spans)
+    z = torch.tensor([1.2816, 1.9600])
+    assert torch.allclose(factors[[10, 12]] * z, torch.tensor([t90, t975]), rtol=1e-3)
+    assert torch.allclose(factors, factors.flip(0))
+    assert (combine.unsure(torch.tensor(engine.LEVELS), 1e4) < 1.001).all()
+
+
+def test_one_series_with_few_spans_is_wider_than_many_of_their_own_clocks():
+    """Seven spans in validation say less of how wide errors are than two hundred."""
+    data = table(1.0, n=1, steps=200)
+    few = Forecaster(H, season=SEASON, config=SETTINGS).fit(data).engine
+    starts = pd.date_range("2024-01-01", periods=30)
+    rows = [
+        pd.DataFrame({"unique_id": f"s{k}", "ds": pd.date_range(day, periods=200), "y": data["s0"].to_numpy()})
+        for k, day in enumerate(starts)
+    ]
+    many = Forecaster(H, season=SEASON, config=SETTINGS).fit(pd.concat(rows)).engine
+    assert (few.factors[[0, -1]] > 1.05 * many.factors[[0, -1]]).all()

@@ -174,6 +174,15 @@ def stretch(quantiles: Tensor, target: Tensor, levels: Tensor) -> Tensor:
     return torch.tensor(factors, dtype=quantiles.dtype, device=quantiles.device)
 
 
+def unsure(levels: Tensor, spans: float) -> Tensor:
+    """(Q,): what each level's distance to the median grows by because its size is known from so many independent spans alone:
+    quantiles of Student's t over those of the normal (Hill's expansion), 1 from many spans."""
+    z = torch.distributions.Normal(0.0, 1.0).icdf(levels.double())
+    square, n = z.square(), 1 / spans
+    grown = 1 + n * (square + 1) / 4 + n**2 * (5 * square**2 + 16 * square + 3) / 96
+    return (grown + n**3 * (3 * square**3 + 19 * square**2 + 17 * square - 15) / 384).to(levels)
+
+
 def stretched(quantiles: Tensor, factors: Tensor) -> Tensor:
     """The quantiles (..., Q) with their distances to the median stretched; none crosses another."""
     half = quantiles.shape[-1] // 2

@@ -239,26 +239,28 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
             residual = (target - point) / scale
             fitted = combine.fit_width(residual, torch.cat(moved))
             wide = combine.width(torch.cat(moved), fitted)
-            engine.spreads[name], engine.spreads[f"{name}.width"] = (
-                combine.residual_spread(residual / wide, levels),
-                fitted,
-            )
+            engine.spreads[f"{name}.width"] = fitted
+            engine.spreads[name] = combine.residual_spread(residual / wide, levels)
             stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
     whole = torch.stack([stacked[m] for m in mixed_in])
     weights = combine.blend(whole, (target, unit, levels, config.metric), torch.cat(groups), mixed_in)
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
-    other = engine.plain if recipe is None else _other_times(engine, found, recipe, stacked["linear"], target)
-    engine.factors = engine.factors * other
+    other, more = _other_times(engine, found, recipe, stacked["linear"], target)
+    spans = len(torch.cat(groups).unique()) + max(more / 2, drift.MEMORIES[-1])
+    engine.factors = engine.factors * other * combine.unsure(levels, spans)
     engine.drift = drift.fit(engine, found, stacked, target, other)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
 
 
-def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, held: Tensor, target: Tensor) -> Tensor:
+def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None, held: Tensor, target: Tensor):
     """(Q,): what the spread of validation is stretched by so that it holds before validation too, by the linear path's
-    quantiles `held` (W, H, Q) for `target` (W, H) and by forecasts of windows that they did not learn from."""
+    quantiles `held` (W, H, Q) for `target` (W, H) and by forecasts of windows that they did not learn from; and the number of
+    spans that say so."""
+    if recipe is None:
+        return engine.plain, 0
     quantiles, targets, levels = [held], [target], engine.levels
     for batch, point in ridges.out_of_fold(found, recipe, engine.config, len(held), engine.longest):
         _, scale = engine.linear.units(batch)
@@ -266,8 +268,9 @@ def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, he
         quantiles.append(point[..., None] + wide[..., None] * engine.spreads["linear"])
         targets.append(batch.target)
     whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels)
+    more = fitting.learnt_spans(found, engine.config.horizon) if len(targets) > 1 else 0
     # Of late counts as much as ever.
-    return (whole / combine.stretch(held, target, levels)).sqrt()
+    return (whole / combine.stretch(held, target, levels)).sqrt(), more
 
 
 def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> dict:

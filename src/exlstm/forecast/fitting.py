@@ -119,13 +119,20 @@ def lookbacks(config: FitConfig, season: int, lengths: Tensor) -> list[int]:
         length *= 1.5
 
 
+def _one_clock(panel) -> bool:
+    return len(set(panel.first)) == len(set(panel.lengths.tolist())) == 1
+
+
+def learnt_spans(found: Split, horizon: int) -> int:
+    """Spans before the validation part, counted as `spans` numbers those in it."""
+    counts = found.begins // horizon
+    return int(counts.max() if _one_clock(found.windows.panel) else counts.sum())
+
+
 def spans(found: Split, series: Tensor, at: Tensor, horizon: int) -> Tensor:
     """(B,): windows with one number lie within a horizon of each other, and in one series where the series' clocks differ."""
     span = (at - found.begins[series]) // horizon
-    panel = found.windows.panel
-    if len(set(panel.first)) == len(set(panel.lengths.tolist())) == 1:
-        return span
-    return span + series * (1 + int(found.windows.lengths.max()))
+    return span if _one_clock(found.windows.panel) else span + series * (1 + int(found.windows.lengths.max()))
 
 
 def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizon: int, size: int = 2048):
