@@ -100,7 +100,7 @@ class Engine:
         """Quantiles (B, H, Q) of every member named, in units of the series; `offset` (B, 1) its zero in them, which theta
         alone wants. Of the levels those numbered `at`."""
         h, found = self.config.horizon, {}
-        _, scale = self.linear.units(batch)
+        level, scale = self.linear.units(batch)
         moved = self.moves(batch, scale)
         for name in names:
             if name == "network":
@@ -111,7 +111,7 @@ class Engine:
             point = {
                 "naive": lambda: baselines.seasonal_naive(batch, self.season, h),
                 "theta": lambda: baselines.theta(last(batch, self.theta_steps), self.season, h, offset),
-                "linear": lambda: self.linear.predict(batch),
+                "linear": lambda: self.linear.predict(batch, (level, scale)),
                 "ridge": lambda: self.ridge.predict(batch),
                 "arcsinh": lambda: arcsinh.predict(self.bent, batch, self.bend),
             }[name]()

@@ -100,9 +100,9 @@ class LinearPath(nn.Module):
         level, scale = self.units(batch)
         return self.map(self.features(batch, level, scale), batch.series)
 
-    def predict(self, batch) -> Tensor:
-        """(B, H) in units of the series."""
-        level, scale = self.units(batch)
+    def predict(self, batch, units: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, H) in units of the series; `units`: level and scale of the windows, where they are known already."""
+        level, scale = self.units(batch) if units is None else units
         return level + scale * self.map(self.features(batch, level, scale), batch.series)
 
 
