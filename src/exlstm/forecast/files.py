@@ -21,7 +21,8 @@ from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, f
 from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
 
-# Version 1 knew one ridge, which was the linear path; versions 1 and 2 did not follow drift.
+# Version 1 knew one ridge, which was the linear path; versions 1 and 2 did not follow drift, version 3
+# by the errors of the linear path alone.
 FORMAT, VERSION, READS = "exlstm-forecaster", 4, (1, 2, 3, 4)
 SETTINGS, TENSORS = "forecaster.json", "tensors.safetensors"
 
