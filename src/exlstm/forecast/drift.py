@@ -2,11 +2,12 @@
 
 At an origin t the step j of a forecast made at s is known where s + j <= t. The blend of the quick members as they were
 before they learnt from validation forecasts again from origins t - g, t - 2g, ..., where neither they nor the calibration have
-learnt anything. Counted in half widths of the 80 % interval, z = |y - forecast| / width, what is known by t is averaged as clamp(z - 1/2, 0, 1) with weights
-exp(-age / m); the factor that validation's errors would have to be multiplied by for the same average is e^s. Of s the share
-n / (n + doubt) is believed, n the independent spans that the average holds. First with a memory m of one span; then what is
-left of s once the windows have that factor, with a memory of eight: a feedback on the intervals as they came out, as in adaptive
-conformal inference (Gibbs and Candès, 2021, arXiv 2106.00170), but of a scale, and delayed by what is not known yet.
+learnt anything. Counted in half widths of the 80 % interval, z = |y - forecast| / width, what is known by t is averaged as
+clamp(z - 1/2, 0, 1) with weights exp(-age / m); the factor that validation's errors would have to be multiplied by for the same
+average is e^s. Of s the share n / (n + doubt) is believed, n the independent spans that the average holds. First with a memory
+m of one span; then what is left of s once the windows have that factor, with a memory of eight: a feedback on the intervals as
+they came out, as in adaptive conformal inference (Gibbs and Candès, 2021, arXiv 2106.00170), but of a scale, and delayed by
+what is not known yet.
 
 A forecast depends on the last `reach` steps before its windows and on nothing else, so that a stream, a rolling evaluation and
 a single forecast agree.
