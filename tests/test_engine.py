@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exlstm.models import engine as engines
-from exlstm.models.config import AttentionOptions
+from exlstm.models.config import NORMS, AttentionOptions
 from exlstm.models.engine import Engine
 from exlstm.models.reading import leaves
 from exlstm.models.sequence import Request, Sequence
@@ -158,6 +158,43 @@ def test_the_state_stands_after_the_result_wherever_a_row_ends():
         wanted, state = model.generate(PROMPTS[0], 12, temperature=0, return_state=True, **ends)
         assert sequence.tokens == wanted and sequence.done == ("stop" if ends else "length")
         near(engine.state(sequence), state)
+
+
+def writes_alike(model):
+    engine = Engine(model, 2)
+    (sequence,) = engine.admit(Request([5, 6, 7], 8, temperature=0))
+    finish(engine)
+    wanted, state = model.generate([5, 6, 7], 8, temperature=0, return_state=True)
+    assert sequence.tokens == wanted
+    near(engine.state(sequence), state)
+    return state.logits
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("out_norm", NORMS)
+def test_a_slot_reads_through_the_norms_that_generate_reads_through(out_norm, norm):
+    model = build(out_norm=out_norm, norm=norm, tie_embeddings=True)
+    with torch.no_grad():
+        for part in (model.stack.norm, model.norm):
+            for weight in part.parameters():
+                weight.normal_()
+    writes_alike(model)
+
+
+def doubled(module, args, output):
+    return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+
+HEARD = ["embedding", "stack", "stack.blocks.0", "stack.blocks.0.mixer", "stack.blocks.1.ffn_norm", "norm", "head"]
+
+
+@pytest.mark.parametrize("name", HEARD)
+def test_a_slot_hears_the_hooks_that_generate_hears(name):
+    """Whoever steers or watches a model does so in a slot too."""
+    plain = writes_alike(build())
+    model = build()
+    model.get_submodule(name).register_forward_hook(doubled)
+    assert not torch.equal(writes_alike(model), plain)
 
 
 @each_kind

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exlstm.data.tokenizer import Bytes, Characters
 from exlstm.export import export
-from exlstm.models.config import OPTIONS, LanguageConfig
+from exlstm.models.config import OPTIONS, LanguageConfig, SLSTMOptions
 from exlstm.models.engine import Engine
 from exlstm.models.language import LanguageModel
 from exlstm.models.reading import PIECE, GenerationState
@@ -192,6 +192,38 @@ def test_a_head_of_somebody_is_asked():
     assert model.generate([1, 2], 9, temperature=0) == plain.generate([1, 2], 9, temperature=0)
     model.loss(tokens).backward()
     assert beside.weight.grad.abs().sum() > 0
+
+
+def read(model, x, state):
+    model(x)
+
+
+def learn(model, x, state):
+    model.loss(x).backward()
+
+
+def read_on(model, x, state):
+    with torch.no_grad():
+        model(x[:, :1], state)
+
+
+def write(model, x, state):
+    model.generate([1], 2, state=model.eval()(x[:1])[1], temperature=0)
+
+
+@pytest.mark.parametrize("call", (read, learn, read_on, write), ids=lambda call: call.__name__)
+@each_kind
+def test_whoever_listens_to_a_module_hears_every_call(blocks, call):
+    """A hook is called, and what it returns is what counts: no shortcut passes a module by."""
+    model = build(blocks, out_norm="rms", slstm=SLSTMOptions(conv=4))
+    x, heard = tokens_of(2, 5), []
+    _, state = model(x)
+    for name, module in model.named_modules():
+        if name and not isinstance(module, nn.ModuleList):
+            module.register_forward_hook(lambda *_, name=name: heard.append(name))
+    call(model, x, state)
+    wanted = {name for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)}
+    assert wanted == {*heard}
 
 
 def test_losses_by_position():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exlstm.layers.token import SMALL, array, is_light, parameter, project, silu, token_errors
+from exlstm.layers.token import SMALL, array, hooked, is_light, parameter, project, silu, token_errors
 from exlstm.ops import maps as joint
 from exlstm.ops.backend import autocasts, cast, check_tensors, distributed, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
@@ -209,8 +209,8 @@ def maps(x: Tensor, *linears: nn.Module, wide: nn.Module | None = None) -> tuple
 
     On a GPU plain ones without bias run together in training, see `exlstm.ops.maps`: x is cast and kept once.
     """
-    plain = kernels(x) and all(_bare(linear) and linear.bias is None for linear in linears)
-    if plain and (wide is None or _bare(wide)):
+    plain = kernels(x) and all(bare(linear) and linear.bias is None for linear in linears)
+    if plain and (wide is None or bare(wide)):
         own = () if wide is None else (wide.weight, wide.bias)
         found = joint.maps(x, [linear.weight for linear in linears], *own)
         if found is not None:
@@ -223,17 +223,17 @@ def wide_map(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), worked out in float32 whatever the autocast."""
     with exact(x.device):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if type(linear) is nn.Linear:
+        if bare(linear):
             return F.linear(cast(x, dtype), cast(linear.weight, dtype), cast(linear.bias, dtype))
-        # Somebody has put a layer of theirs in its place, as a LoRA adapter is, or a quantised map, whose weight is a call.
+        # Somebody listens, or has put a layer of theirs in its place, as a LoRA adapter is, or a quantised map, whose weight
+        # is a call.
         weight = linear.weight
         return cast(linear(cast(x, weight.dtype if isinstance(weight, Tensor) else dtype)), dtype)
 
 
-def _bare(linear):
+def bare(linear: nn.Module) -> bool:
     """Whether it is a linear map and nobody listens to it."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and not hooks
+    return type(linear) is nn.Linear and not hooked(linear)
 
 
 class SwiGLU(nn.Module):

@@ -153,7 +153,8 @@ class mLSTM(nn.Module):
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
-        if is_token(x, self.gate._parameters.get("weight"), mask, reset, conv, memory, self.shapes):
+        skipped, weight = (self.conv, self.gate, self.norm), self.gate._parameters.get("weight")
+        if is_token(x, weight, mask, reset, conv, memory, self.shapes, skipped=skipped):
             return self._token(array(x)[:, 0], conv, memory)
         mixed = x
         if self.conv is not None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from exlstm.layers.basic import (
     CausalConv,
     HeadNorm,
+    bare,
     check_input,
     check_sizes,
     ends,
@@ -155,7 +156,7 @@ class mLSTMUp(nn.Module):
         """log_i, log_f (B, T, H) from q, k, v (B, T, inner), in float32 whatever the autocast."""
         with exact(q.device):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            if q.shape[1] == 1 or type(self.gate) is not nn.Linear:
+            if q.shape[1] == 1 or not bare(self.gate):
                 pre = wide_map(self.gate, torch.cat((q, k, v), -1))
             else:
                 # Three products in place of a long concatenation.
@@ -178,7 +179,7 @@ class mLSTMUp(nn.Module):
         """q, k, v (B, T, H, inner / H) and log_i, log_f (B, T, H) of c and u (B, T, inner)."""
         batch, time, inner = c.shape
         plain = autocasts(c.device) or traced() or c.dtype != self.qkv.dtype
-        plain = plain or type(self.gate) is not nn.Linear
+        plain = plain or not bare(self.gate)
         if time == 1 or plain or c.device.type != "cpu" or c.dtype.itemsize < 4:
             q, k, v = self.maps(c, u)
             return *(x.view(batch, time, self.n_heads, -1) for x in (q, k, v)), *self.gates(q, k, v)
@@ -226,8 +227,8 @@ class mLSTMUp(nn.Module):
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
-        weight = self._parameters.get("qkv") if type(self.gate) is nn.Linear else None
-        if is_token(x, weight, mask, reset, conv, memory, self.shapes):
+        weight = self._parameters.get("qkv") if bare(self.gate) else None
+        if is_token(x, weight, mask, reset, conv, memory, self.shapes, skipped=(self.conv, self.norm)):
             return self._token(array(x)[:, 0], conv, memory)
         u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
         c, conv = self.conv(u, conv, mask=mask, reset=reset, activation="silu")

@@ -110,7 +110,8 @@ class sLSTM(nn.Module):
         mask = valid_mask(lengths, mask, *x.shape[:2], x.device)
         x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
-        if is_token(x, self._parameters.get("w"), mask, reset, conv, memory, self.shapes):
+        skipped, weight = (self.conv, self.norm), self._parameters.get("w")
+        if is_token(x, weight, mask, reset, conv, memory, self.shapes, skipped=skipped):
             return self._token(array(x)[:, 0], conv, memory)
         g, conv = self.pre_activations(x, conv, mask=mask, reset=reset)
         h, memory = slstm(g, self.r, memory, reset=reset, mask=mask)

@@ -12,10 +12,17 @@ from exlstm.ops.backend import chosen, distributed, traced
 SMALL, SMALL_PRODUCT = 1 << 13, 1 << 18
 
 
-def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to a module's calls: then it has to be called, whatever else gives the same numbers."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes, *, skipped=()) -> bool:
     """Whether the call is one token on a CPU that nobody differentiates, with a state of tensors of those `shapes` a row, all
     in the dtype of x and of the layer's `weight`: then NumPy may do what stands between the layer's projections, since a call
-    of torch costs more than the arithmetic of a token. Whatever else comes takes the way that checks and casts."""
+    of torch costs more than the arithmetic of a token. Whatever else comes takes the way that checks and casts, as does a layer
+    to whose modules `skipped`, which this way never calls, somebody listens."""
     batch, steps, _ = x.shape
     if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
         return False
@@ -25,7 +32,7 @@ def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes) -> bo
     for tensor, shape in zip(state, shapes):
         if type(tensor) is not Tensor or tensor.shape != (batch, *shape) or tensor.dtype != dtype or not tensor.is_cpu:
             return False
-    return chosen(None) in ("auto", "cpu")
+    return chosen(None) in ("auto", "cpu") and not any(part is not None and hooked(part) for part in skipped)
 
 
 def is_light(x: Tensor, weight: Tensor) -> bool:
@@ -59,7 +66,7 @@ def parameter(module: nn.Module, name: str):
 def project(linear: nn.Module, x):
     """linear(x) for x (B, D); a plain one without the detour of a module's call, and a small one by NumPy, on one core."""
     held = linear._parameters
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or len(held) != 2:
+    if type(linear) is not nn.Linear or hooked(linear) or len(held) != 2:
         return array(linear(torch.from_numpy(x)))
     weight, bias = held["weight"], held["bias"]
     if type(weight) is not nn.Parameter or len(x) * weight.numel() > SMALL_PRODUCT:

@@ -16,12 +16,13 @@ from os import PathLike
 
 import torch
 
+from exlstm.layers.token import hooked
 from exlstm.models import checkpoint
 from exlstm.models.chooser import Chooser
 from exlstm.models.reading import GenerationState, evaluating, mapped, read, released
 from exlstm.models.sampling import is_token
 from exlstm.models.sequence import Request, Sequence
-from exlstm.models.step import Step, hooked
+from exlstm.models.step import Step
 from exlstm.ops import backend as backends
 
 # Steps that a GPU is ahead of what the host has looked at.

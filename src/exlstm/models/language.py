@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exlstm.layers.basic import init_linear, soft_cap, valid_mask
+from exlstm.layers.basic import bare, init_linear, soft_cap, valid_mask
 from exlstm.models import checkpoint
 from exlstm.models.config import LanguageConfig, nearest
 from exlstm.models.engine import Held
@@ -111,8 +111,9 @@ class LanguageModel(nn.Module):
         return soft_cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config.logit_cap)
 
     def _plain_head(self) -> bool:
-        """Whether the head is the matrix that it was built as, and no layer of somebody's, as a LoRA adapter is."""
-        return self.head is None or (type(self.head) is nn.Linear and not hasattr(self.head.weight, "qdata"))
+        """Whether the head is the matrix that it was built as, to which nobody listens, and no layer of somebody's, as a LoRA
+        adapter is."""
+        return self.head is None or (bare(self.head) and not hasattr(self.head.weight, "qdata"))
 
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from exlstm.layers import attention, basic, lstm, mamba2, mlstm, mlstm_up, mlstm_window, slstm
+from exlstm.layers.token import hooked
 from exlstm.models.config import StackConfig
 from exlstm.ops.backend import blanked, kernels
 
@@ -37,6 +38,14 @@ def set_eps(module: nn.Module, eps: float):
             part.eps = eps
 
 
+def _after(norm, x, y):
+    """The norm of x + y, and x + y, in one where nobody listens to the norm; y None adds nothing."""
+    if isinstance(norm, basic.RMSNorm | basic.LayerNorm) and not hooked(norm):
+        return norm.after(x, y)
+    x = x if y is None else x + y
+    return norm(x), x
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) where the kind has a feed-forward."""
 
@@ -59,11 +68,11 @@ class Block(nn.Module):
         """x (B, T, D), or a pair whose sum is meant, the second one perhaps None; what comes back has the same form."""
         # The next norm works out a sum that waits on its way: neither x nor its gradient is moved for the sum alone.
         apart = isinstance(x, tuple)
-        n, x = self.norm.after(*x) if apart else (self.norm(x), x)
+        n, x = _after(self.norm, *x) if apart else (self.norm(x), x)
         y, state = self.mixer(n, state, mask=mask, reset=reset)
         y = self.dropout(y) if self.dropout else y
         if self.ffn is not None:
-            n, x = self.ffn_norm.after(x, y)
+            n, x = _after(self.ffn_norm, x, y)
             y = self.ffn(n)
             y = self.dropout(y) if self.dropout else y
         return ((x, y) if apart else x + y), state

@@ -1,8 +1,9 @@
 """One token a row through a model on buffers of its own: the body of a decoding loop, in place and without a wait.
 
-Blocks of kernels' making (the mLSTM, feed-forwards) take few launches and write their state where it stands; any other block
-runs its ordinary forward, and its new state is copied over the old one. A window's state has its full size from the start; a
-state that grows without end (attention's without a window) is replaced.
+Where kernels run, blocks of their making (the mLSTM, feed-forwards) take few launches and write their state where it stands;
+any other block runs its ordinary forward, and its new state is copied over the old one. Where none run, or somebody looks at
+the calls of the modules around them, the model's own forward does. A window's state has its full size from the start; a state
+that grows without end (attention's without a window) is replaced.
 """
 
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from exlstm.layers import basic
 from exlstm.layers.mlstm import mLSTM
+from exlstm.layers.token import hooked
 from exlstm.models.reading import leaves, mapped
 from exlstm.ops import backend as backends
 from exlstm.ops import int8
@@ -44,11 +46,16 @@ class Step:
         self.logits = logits.new_zeros(rows, logits.shape[1])
         self.x = weight.new_zeros(rows, weight.shape[1])
         self._rooms = {}
-        self._parts = [part for i, block in enumerate(model.stack.blocks) for part in self._of(i, block)]
-        self._head = self._last()
+        self._apart = backends.kernels(weight) and _takes_apart(model)
+        if self._apart:
+            self._parts = [part for i, block in enumerate(model.stack.blocks) for part in self._of(i, block)]
+            self._head = self._last()
 
     def __call__(self):
         """Reads `tokens` in the rows that are alive, and renews state and logits."""
+        if not self._apart:
+            self._whole()
+            return
         torch.index_select(self.model.embedding.weight, 0, self.tokens, out=self.x)
         for part in self._parts:
             part()
@@ -93,6 +100,12 @@ class Step:
             return type(old)(*kept) if hasattr(old, "_fields") else type(old)(kept)
         return new
 
+    def _whole(self):
+        """All of a step, by the model itself."""
+        x, new = self.model.hidden(self.tokens[:, None], tuple(self.state))
+        self.state[:] = [self.keep(*pair) for pair in zip(new, self.state, strict=True)]
+        self.keep(self.model.logits(x[:, 0]), self.logits)
+
     def _of(self, i, block):
         """What a block does, as calls without arguments."""
         yield _MLSTM(self, i, block) if _takes_mlstm(self, block) else _Mixer(self, i, block)
@@ -102,8 +115,9 @@ class Step:
     def _last(self):
         model = self.model
         weight, cap = model._head_weight(), model.config.logit_cap
-        linear = model.head is None or type(model.head) is nn.Linear
-        if not (linear and _kernels(self.x, weight, model.norm.weight) and type(model.norm) is basic.RMSNorm):
+        plain = type(model.norm) is basic.RMSNorm and type(model.stack.norm) is nn.Identity
+        plain = plain and (model.head is None or type(model.head) is nn.Linear)
+        if not (plain and _kernels(self.x, weight, model.norm.weight)):
             return self._plain_last
         from exlstm.ops import token_kernels as kernels
 
@@ -118,7 +132,7 @@ class Step:
         return head
 
     def _plain_last(self):
-        self.keep(self.model.logits(self.model.norm(self.x)), self.logits)
+        self.keep(self.model.logits(self.model.norm(self.model.stack.norm(self.x))), self.logits)
 
 
 class _Mixer:
@@ -236,9 +250,11 @@ def _plain(x, module, norm) -> bool:
     return fits and _kernels(x, *module.parameters(), norm.weight)
 
 
-def hooked(module) -> bool:
-    """Whether somebody looks at the calls of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _takes_apart(model) -> bool:
+    """Whether the modules around mixers and feed-forwards are what they were built as, so that nobody misses their calls."""
+    stack = model.stack
+    around = (model.embedding, stack, *stack.blocks, stack.norm, model.norm, model.head)
+    return type(model.embedding) is nn.Embedding and not any(part is not None and hooked(part) for part in around)
 
 
 def _takes_ffn(step, block) -> bool:
