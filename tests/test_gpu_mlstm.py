@@ -155,10 +155,10 @@ def test_equals_the_reference(plan, dtype, steps):
 
 if INTERPRETED:
     WIDTHS = [("two", 8, 12, F32), ("blocks", 24, 40, F32), ("scores", 24, 40, BF16), ("one", 40, 24, F16)]
-    WIDTHS += [("own", 96, 192, F32)]
+    WIDTHS += [("own", 96, 192, F32), ("two", 2, 3, F32), ("one", 4, 8, BF16)]
 else:
     pairs = [(8, 12), (16, 512), (24, 40), (64, 64), (64, 128), (96, 192), (128, 256), (192, 96), (256, 512), (512, 64)]
-    WIDTHS = [("own", *widths, BF16) for widths in [*pairs, (512, 512)]]
+    WIDTHS = [("own", *widths, BF16) for widths in [*pairs, (512, 512), (2, 3), (4, 8)]]
     WIDTHS += [("own", *widths, dtype) for widths in pairs[2::2] for dtype in (F16, F32)]
 
 

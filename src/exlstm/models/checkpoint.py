@@ -134,6 +134,8 @@ def _read_config(folder: Path) -> LanguageConfig:
 
 def _foreign(values: dict) -> str:
     """Whose configuration this is, as far as its keys tell."""
+    if values.get("model_type") == "exlstm":
+        return "a model of exlstm.hf, which ExlstmForCausalLM.from_pretrained(...).to_exlstm() reads"
     if "model_type" in values or "architectures" in values or "transformers_version" in values:
         return f"a Hugging Face configuration (model_type {values.get('model_type')!r})"
     theirs = [key for key in ("mlstm_block", "slstm_block", "slstm_at", "num_blocks", "embedding_dim") if key in values]

@@ -311,7 +311,8 @@ class Call:
 
     def normalisers(self, k, gates, start):
         """n (B·H, N + 1, K) at the start of every chunk and after the last, of k (B, T, H, K)."""
-        BK = min(8192 // self.L, power(self.K, 1))
+        # The copy engine moves rows of 16 bytes and more.
+        BK = min(8192 // self.L, power(self.K, 8))
         sums = self.vector(start, self.rows, self.N, self.K)
         mlstm_sums_kernel[(self.rows * self.N * cdiv(self.K, BK),)](
             heads(k, self.L, BK), gates.alpha, sums, self.H, self.N, self.K, self.L, BK
