@@ -3,9 +3,11 @@
 import builtins
 import errno
 import json
+import math
 import os
 import shutil
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from exlstm import LanguageConfig, LanguageModel, Stack, StackConfig, mLSTM, sLS
 from exlstm.cli import main
 from exlstm.data.config import DataConfig
 from exlstm.models import probe
+from exlstm.models.config import OPTIONS
 from exlstm.ops.mlstm import mlstm
 from exlstm.ops.slstm import slstm
 from exlstm.train.config import TrainConfig
@@ -337,6 +340,22 @@ def test_a_bad_call_is_one_sentence(call, tmp_path, monkeypatch):
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+# Of every setting of every block: what no number, no switch and no name is, and what a file could not hold.
+ODD = (0, -1, 0.5, "x", None, True, (1,), math.nan)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, f.name) for k, kind in OPTIONS.items() for f in fields(kind)])
+def test_a_setting_of_a_block_works_or_is_refused_in_one_sentence(kind, name):
+    for value in ODD:
+        try:
+            options = OPTIONS[kind](**{name: value})
+            model = LanguageModel(LanguageConfig(d_model=16, n_layers=1, n_heads=2, blocks=[kind], **{kind: options}))
+        except ValueError as error:
+            assert "\n" not in str(error) and (name in str(error) or "width" in str(error)), (value, str(error))
+        else:
+            assert model(torch.tensor([[1, 2, 3]]))[0].isfinite().all(), value
 
 
 def test_the_tables_are_long_enough():

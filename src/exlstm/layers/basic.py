@@ -200,6 +200,7 @@ def ends(forget_bias) -> tuple:
 
 def width(ratio: float, d_model: int, multiple: int = 64) -> int:
     """ratio · d_model, rounded up to a multiple (of what matrix units like)."""
+    check_sizes(multiple=multiple)
     # Rounded first, so that 8/3 · 96 = 256.00000000000006 does not become 320.
     return math.ceil(round(ratio * d_model / multiple, 6)) * multiple
 

@@ -102,7 +102,7 @@ class mLSTMUp(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        check_sizes(d_model=d_model, n_heads=n_heads)
+        check_sizes(d_model=d_model, n_heads=n_heads, qkv_block=qkv_block)
         inner = width(up_ratio, d_model, multiple)
         if inner < 1:
             raise ValueError(f"up_ratio {up_ratio} leaves no inner width, wanted more than 0")

@@ -169,12 +169,21 @@ NORMS = ("none", "rms", "layer")
 NO_MEMORY = -1e4
 # What may be negative.
 SIGNED = ("i_bias", "m_start", "forget_bias")
+# What a setting may be, by its annotation.
+KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": (list, tuple, str)}
 
 
-def _check_numbers(config, names, where: str = ""):
-    """ValueError for a setting that is no finite number, or below 0 where nothing negative is meant."""
-    for name in names:
-        value = getattr(config, name)
+def _check_kind(name: str, value, wanted: str):
+    """ValueError for a setting that is not what its annotation says: a file could not hold it, or a layer fails far away."""
+    if wanted in KINDS and (not isinstance(value, KINDS[wanted]) or (isinstance(value, bool) and wanted != "bool")):
+        raise ValueError(f"{name} is {value!r}, wanted {wanted}")
+
+
+def _check_settings(config, where: str = ""):
+    """ValueError for a setting of another kind, or that is no finite number, or below 0 where nothing negative is meant."""
+    for f in fields(config):
+        name, value = f.name, getattr(config, f.name)
+        _check_kind(where + name, value, f.type)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not (math.isfinite(number) and (number >= 0 or name in SIGNED)):
                 wanted = "a finite number" if name in SIGNED else "a finite number of at least 0"
@@ -213,6 +222,11 @@ class StackConfig:
     lstm: LSTMOptions = field(default_factory=LSTMOptions)
 
     def __post_init__(self):
+        for name in ("d_model", "n_layers", "n_heads", "vocab_size"):
+            value = getattr(self, name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+        _check_settings(self)
         blocks = (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
         object.__setattr__(self, "blocks", blocks)
         if not blocks:
@@ -220,21 +234,15 @@ class StackConfig:
         for block in blocks:
             if block not in OPTIONS:
                 raise ValueError(f"unknown block {block!r}{nearest(block, OPTIONS)}")
-        for name in ("d_model", "n_layers", "n_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}")
         for kind, options in OPTIONS.items():
             given = getattr(self, kind)
             if not isinstance(given, options):
                 raise TypeError(f"{kind} is {type(given).__name__}, wanted {options.__name__}")
-            _check_numbers(given, [f.name for f in fields(options)], f"{kind}.")
+            _check_settings(given, f"{kind}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, wanted 0 ≤ dropout < 1")
-        if not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}, wanted at least 0")
         _check_norm("out_norm", self.out_norm)
 
     def layers(self) -> tuple[str, ...]:
@@ -258,9 +266,6 @@ class LanguageConfig(StackConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_norm("norm", self.norm)
-        _check_numbers(self, ["logit_cap"])
-        if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
-            raise ValueError(f"vocab_size is {self.vocab_size!r}, wanted a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -390,10 +395,5 @@ def from_dict(kind, values: dict, where: str = ""):
         for k, v in values.items()
     }
     for key, value in nested.items():
-        wanted = known[key].type
-        fits = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[str, ...]": (list, tuple, str)}.get(
-            wanted
-        )
-        if fits and (not isinstance(value, fits) or (isinstance(value, bool) and wanted != "bool")):
-            raise ValueError(f"{where}{key} is {value!r}, wanted {wanted}")
+        _check_kind(where + key, value, known[key].type)
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
