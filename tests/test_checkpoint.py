@@ -51,6 +51,24 @@ def test_a_model_survives_save_and_load(tmp_path, blocks, tied):
     assert {f.name for f in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json", "manifest.json"}
 
 
+def tie_head(model):
+    model.head.weight = model.embedding.weight
+
+
+def tie_blocks(model):
+    model.stack.blocks[1] = model.stack.blocks[0]
+
+
+@pytest.mark.parametrize("tie", (tie_head, tie_blocks), ids=lambda tie: tie.__name__)
+def test_what_somebody_has_tied_is_saved_under_each_of_its_names(tmp_path, tie):
+    model = build(("mlstm",))
+    tie(model)
+    model.save_pretrained(tmp_path / "model")
+    loaded = LanguageModel.from_pretrained(tmp_path / "model")
+    assert same(loaded, model)
+    assert torch.equal(loaded(tokens_of(2, 5))[0], model(tokens_of(2, 5))[0])
+
+
 def test_every_setting_survives(tmp_path):
     model = build(
         dropout=0.25, logit_cap=0.0, tie_embeddings=True, mlstm=MLSTMOptions(qk_ratio=1.0, conv=0, i_bias=-3.5)

@@ -41,7 +41,10 @@ def write(model, folder: Path):
     on_meta = next((name for name, tensor in weights.items() if tensor.is_meta), None)
     if on_meta:
         raise ValueError(f"{on_meta} is on the meta device and has no values to save")
-    save_file({name: t.contiguous() for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    # What somebody has tied stands under each of its names: a file holds no ties.
+    places = {tensor.data_ptr(): name for name, tensor in weights.items()}
+    apart = {n: t if places[t.data_ptr()] == n else t.clone() for n, t in weights.items()}
+    save_file({name: t.contiguous() for name, t in apart.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def save(model, folder: str | os.PathLike):
