@@ -264,6 +264,50 @@ def trained(model, tokens, dtype):
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
+def doubled(module, args, output):
+    return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+
+class Other(torch.nn.Module):
+    """Somebody's module in a block's place."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, state=None, *, mask=None, reset=None):
+        y, state = self.block(x, state, mask=mask, reset=reset)
+        return 2 * y, state
+
+
+PARTS = ("embedding", "stack.blocks.0", "stack.blocks.1.norm", "stack.blocks.0.ffn_norm", "stack.blocks.0.mixer.gate")
+
+
+@law
+@pytest.mark.parametrize("name", [*PARTS, "stack.blocks.0.mixer.norm", "head", "other"])
+def test_whoever_listens_to_a_module_or_replaces_a_block_does_so_beside_kernels_too(name):
+    torch.manual_seed(0)
+    model = LanguageModel(LanguageConfig(d_model=16, n_layers=2, n_heads=2, blocks=["mlstm"], vocab_size=11))
+    model = model.to(DEVICE).eval()
+    if name == "other":
+        model.stack.blocks[0] = Other(model.stack.blocks[0])
+    else:
+        model.get_submodule(name).register_forward_hook(doubled)
+    tokens, found = torch.tensor([[1, 2, 3]], device=DEVICE), {}
+    for backend in ("reference", "auto"):
+        with exlstm.backend(backend), torch.no_grad():
+            logits, state = model(tokens)
+            found[backend] = (logits, model(tokens[:, :1], state)[0])
+    torch.testing.assert_close(found["auto"], found["reference"], atol=1e-4, rtol=1e-4)
+    engine = exlstm.Engine(model, 1)
+    (sequence,) = engine.admit(exlstm.Request([1, 2, 3], 2, temperature=0))
+    for _ in engine.run():
+        pass
+    with exlstm.backend("reference"):
+        wanted = model(torch.tensor([[1, 2, 3, *sequence.tokens]], device=DEVICE))[0][:, -1]
+    torch.testing.assert_close(engine.state(sequence).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
 @law
 def test_a_model_of_kernels_learns_as_the_plain_one():
     model, tokens = small_model(), torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -15,6 +15,7 @@ from exlstm.layers import basic
 from exlstm.layers.mlstm import mLSTM
 from exlstm.layers.token import hooked
 from exlstm.models.reading import leaves, mapped
+from exlstm.models.stack import Block
 from exlstm.ops import backend as backends
 from exlstm.ops import int8
 
@@ -254,7 +255,9 @@ def _takes_apart(model) -> bool:
     """Whether the modules around mixers and feed-forwards are what they were built as, so that nobody misses their calls."""
     stack = model.stack
     around = (model.embedding, stack, *stack.blocks, stack.norm, model.norm, model.head)
-    return type(model.embedding) is nn.Embedding and not any(part is not None and hooked(part) for part in around)
+    built = all(type(getattr(block, "_orig_mod", block)) is Block for block in stack.blocks)
+    built = built and type(model.embedding) is nn.Embedding
+    return built and not any(part is not None and hooked(part) for part in around)
 
 
 def _takes_ffn(step, block) -> bool:
