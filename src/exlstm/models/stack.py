@@ -142,8 +142,9 @@ class Stack(nn.Module):
 
     def filled(self, state):
         """The same state at the size at which it stops growing: with windows as long as they get, in part unseen."""
-        pairs = zip(self.blocks, state, strict=True)
-        return tuple(b.mixer.filled(s) if hasattr(b.mixer, "filled") else s for b, s in pairs)
+        # Somebody's module may stand in a block's place, and has no mixer.
+        mixers = [getattr(block, "mixer", None) for block in self.blocks]
+        return tuple(m.filled(s) if hasattr(m, "filled") else s for m, s in zip(mixers, state, strict=True))
 
     def _check(self, x, state):
         basic.check_input(x, self.config.d_model)
