@@ -220,12 +220,11 @@ def _extra(call, device):
 
 def _shares(case, found, product, copy):
     """What a forward without gradients makes of the card, and what forward and backward make of its memory."""
-    forward = found["graph ms"] or found["infer ms"]
-    speed = case.work / forward / 1e9
-    moved, moved_both = (
-        case.traffic / forward / 1e9,
-        case.traffic_both / (found["graph both ms"] or found["fwd+bwd ms"]) / 1e9,
+    forward, both = (
+        found[graph] or found[call] for graph, call in (("graph ms", "infer ms"), ("graph both ms", "fwd+bwd ms"))
     )
+    speed = case.work / forward / 1e9
+    moved, moved_both = case.traffic / forward / 1e9, case.traffic_both / both / 1e9
     return {
         "TFLOP/s": round(speed),
         "% product": round(100 * speed / product, 1),
