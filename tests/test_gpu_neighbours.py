@@ -323,6 +323,52 @@ def test_conv_compiles_whole_and_is_differentiated_once(small_tiles):
         wanted[0].square().sum().backward()
 
 
+# Rotary positions
+
+
+def rotary_case(half, dtype, rows=2, time=5, heads=3):
+    from exlstm.ops.rotary import turns
+
+    x = normal(rows, time, 2, heads, 2 * half, seed=0, dtype=dtype)[:, :, 1].requires_grad_()
+    positions = torch.arange(time, device=DEVICE) + 1000 * torch.arange(rows, device=DEVICE)[:, None]
+    return x, turns(positions, 2 * half, 10000.0)
+
+
+@law
+@dtypes
+@pytest.mark.parametrize("half", [1, 24, 64])
+def test_rotary_equals_the_formula_each_way(half, dtype):
+    from exlstm.ops.rotary import rotate
+
+    for rows in (1, 2):
+        x, turn = rotary_case(half, dtype)
+        turn = [z[:rows] for z in turn]
+        exact, wide = x.detach().double().requires_grad_(), doubled(turn)
+        with poisoned():
+            found = rotate(x, turn)
+            (dx,) = torch.autograd.grad((found * x.detach()).sum(), x)
+        wanted = rotate(exact, wide)
+        assert found.dtype == dx.dtype == dtype and wanted.dtype == torch.float64
+        close([found, dx], [wanted, *torch.autograd.grad((wanted * exact.detach()).sum(), exact)], LIMITS[dtype])
+        with torch.no_grad():
+            equal([rotate(x, turn)], [found])
+
+
+@law
+def test_rotary_compiles_whole_and_is_differentiated_twice():
+    from exlstm.ops.rotary import rotate
+
+    x, turn = rotary_case(8, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager", dynamic=False)
+    equal([compiled(x, turn)], [rotate(x, turn)])
+    weight = normal(*x.shape, seed=1).requires_grad_()
+    (dx,) = torch.autograd.grad((rotate(x, turn) * weight).sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(dx.square().sum(), weight)
+    # What is turned forth and back is as it was.
+    close([twice], [2 * weight.double()], 2e-6)
+
+
 # Compiled for an H200
 
 
@@ -373,6 +419,18 @@ def test_norm_compiles_without_spills(values, full, tmp_path):
         warps = cut.pop("num_warps")
         registers, spilled = cost(compile_kernel(kernel, NORM_TYPES, cut | what, warps), tmp_path)
         assert 16 < registers <= 128 and spilled == 0
+
+
+@here
+@pytest.mark.parametrize("half", [32, 64, 80])
+def test_rotary_compiles_without_spills(half, tmp_path):
+    from exlstm.ops import rotary_kernels as kernels
+
+    wide = 1 << (half - 1).bit_length()
+    cut = {"D": half, "BR": kernels.TILE // wide, "BD": wide, "BACK": True}
+    types = dict.fromkeys("xy", "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
+    registers, spilled = cost(compile_kernel(kernels.rotary_kernel, types, cut, kernels.WARPS), tmp_path)
+    assert 16 < registers <= 64 and spilled == 0
 
 
 CONV_TYPES = {

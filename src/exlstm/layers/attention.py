@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exlstm.layers.basic import check_input, check_sizes, init_linear, maps, valid_mask
 from exlstm.ops import backend as backends
+from exlstm.ops.rotary import rotate, turns
 
 
 class AttentionState(NamedTuple):
@@ -139,8 +140,9 @@ class Heads(nn.Module):
             return self._in_pieces(piece, q, k, v, state, mask, reset)
         positions, document, length = _places(batch, time, state, mask, reset, q.device)
         if self.rope_base:
-            turn = self._turn(positions, torch.float64 if q.dtype == torch.float64 else torch.float32)
-            q, k = _rotate(q, turn), _rotate(k, turn)
+            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            turn = turns(positions, self.d_head, self.rope_base, dtype)
+            q, k = rotate(q, turn), rotate(k, turn)
         stored = positions if mask is None else positions.masked_fill(~mask, -1)
         if state is not None:
             k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)  # (B, S, ...)
@@ -171,13 +173,6 @@ class Heads(nn.Module):
     def _sees_all(self, time) -> bool:
         # A graph that is exported serves sequences within the window and beyond it.
         return self.window == 0 or (not torch.compiler.is_exporting() and self.window >= time)
-
-    def _turn(self, positions, dtype):
-        """cos and sin (B or 1, T, 1, D / 2) of the positions' angles, pos · base^(-2i / D)."""
-        half = self.d_head // 2
-        frequencies = self.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
-        angles = positions[..., None, None].to(dtype) * frequencies
-        return angles.cos(), angles.sin()
 
     def _visible(self, positions, stored, document):
         """(B or 1, 1, T, S): which of the S tokens each of the T new ones sees."""
@@ -258,13 +253,6 @@ def _places(batch, time, state, mask, reset, device):
         start = torch.where(reset, before, start).cummax(1).values
     after = before[:, -1] + valid[:, -1] - start[:, -1]
     return before - start, None if reset is None else reset.cumsum(1), after
-
-
-def _rotate(x, turn):
-    """x (B, T, H, D) turned by its position, first half against second half."""
-    cos, sin = turn
-    a, b = x.to(cos.dtype).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
 def _longer(keys, values, positions, missing: int):
