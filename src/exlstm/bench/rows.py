@@ -18,6 +18,10 @@ MODELS = {
     "hybrid[3:1]": (("matrix", "matrix", "matrix", "attention"), {"attention": {"rope_base": 0.0}}),
     "hybrid[1:1]": (("matrix", "attention"), {"attention": {"rope_base": 0.0}}),
     "hybrid[7:1]": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
+    "hybrid[7:1]-early": (
+        ("matrix", "matrix", "attention", *["matrix"] * 5),
+        {"attention": {"rope_base": 0.0}},
+    ),
     "hybrid[7:1]-window": (
         (*["matrix"] * 7, "attention"),
         {"attention": {"rope_base": 0.0, "window": 1024, "sinks": 4}},
@@ -36,6 +40,7 @@ MODELS = {
     # What a block is made of, one change at a time. `mlstm` is the post-up block with the convolution, without it that of
     # xLSTM 7B; `mlstm_up` is the pre-up block. The sLSTM without its exponential gate is the LSTM.
     "mlstm": (("mlstm",), {}),
+    "mlstm-wide-keys": (("mlstm",), {"mlstm": {"qk_ratio": 1.0}}),
     "mlstm_up": (("mlstm_up",), {}),
     "mlstm-no-conv": (("mlstm",), {"mlstm": {"conv": 0}}),
     "mlstm-closed": (("mlstm",), {"mlstm": {"i_bias": -10.0}}),
@@ -175,7 +180,7 @@ _CODE = Case(
 )
 _SMALL = {"steps": 4000, "batch": 32, "lrs": (1e-3,), "seeds": (0, 1, 2), "d_model": 256, "n_layers": 8, "n_heads": 4}
 _ABLATED = (
-    *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-i-bias-0", "mlstm-no-cap"),
+    *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-wide-keys", "mlstm-i-bias-0", "mlstm-no-cap"),
     *("mlstm-closed", "mlstm-loud", "mlstm-closed-loud"),
     *("mlstm-sigmoid", "mlstm-no-normaliser", "mlstm-sigmoid-no-normaliser"),
     *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", "mamba2"),
@@ -321,7 +326,10 @@ ROWS = {
     "code": Row(
         "Python source, about 30 million parameters beside the vocabulary, context 2048, held-out packages to 32,768",
         (_CODE,),
-        ("hybrid[7:1]", "xlstm[7:1]", "xlstm[1:0]", "hybrid[7:1]-window", "mlstm_window", "transformer", "mamba2"),
+        (
+            *("hybrid[7:1]", "hybrid[7:1]-early", "hybrid[7:1]-window", "xlstm[7:1]", "xlstm[1:0]", "mlstm_window"),
+            *("transformer", "mamba2"),
+        ),
         steps=6000,
         batch=32,
         lrs=(1e-3,),
