@@ -24,6 +24,7 @@ from exlstm.layers.basic import (
     wide_map,
 )
 from exlstm.ops.backend import blanked, exact
+from exlstm.ops.gated import gated
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
 DT_LEAST, DT_MOST = 1e-3, 0.1
@@ -124,4 +125,4 @@ class Mamba2(nn.Module):
         q, k = (s.unsqueeze(2).expand(-1, -1, self.n_heads, -1) for s in (q, k))  # (B, T, H, d_state)
         y, memory = mlstm(q, k, v, *self.gates(x), memory, reset=reset, mask=mask, scale=1.0, normalize=False)
         y = torch.addcmul(y, v, self.d.to(y.dtype)[:, None])
-        return self.out(self.norm(y.flatten(-2) * F.silu(z))), (conv, memory)
+        return self.out(self.norm(gated(z, y.flatten(-2)))), (conv, memory)
