@@ -412,3 +412,25 @@ def test_a_captured_step_equals_an_eager_one(blocks, again):
                 p -= 0.1 * p.grad
                 q -= 0.1 * q.grad
             p.grad = None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_attention_reads_documents_and_windows_as_with_a_mask(window, groups, monkeypatch):
+    """In bfloat16 by autocast, against the mask in float32; nothing as large as the mask is made."""
+    from exlstm.layers.attention import Attention, Heads
+
+    torch.manual_seed(0)
+    layer = Attention(256, 4, n_kv_heads=4 // groups, window=window, device=DEVICE)
+    x = torch.randn(2, 300, 256, device=DEVICE, requires_grad=True)
+    reset = torch.rand(2, 300, device=DEVICE) < 0.02
+    for flags in (reset, None) if window else (reset,):
+        inputs = [x, *layer.parameters()]
+        wanted = layer(x, reset=flags)[0]
+        truth = [wanted, *torch.autograd.grad(wanted.sin().sum(), inputs)]
+        with torch.autocast("cuda", torch.bfloat16), monkeypatch.context() as patch:
+            patch.setattr(Heads, "_visible", None)
+            found = layer(x, reset=flags)[0]
+        found = [found, *torch.autograd.grad(found.float().sin().sum(), inputs)]
+        close(found, [z.double() for z in truth], 1e-2)

@@ -525,6 +525,35 @@ def plain_mlstm_window(layer, x):
     return layer.out((g * sides[0] + (1 - g) * sides[1]) * torch.sigmoid(layer.o(x)))
 
 
+def varlen(q, k, v, starts, ends, most, longest, *, window_size):
+    """The kernel that takes documents (N, H, D) one behind the other, in plain operations."""
+    assert torch.equal(starts, ends) and most == longest >= starts.diff().max()
+    left, right = window_size
+    assert right == 0
+    found = []
+    for begin, end in pairwise(starts.tolist()):
+        apart = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (apart >= 0) & ((apart <= left) | (left < 0))
+        part = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+        found.append(F.scaled_dot_product_attention(*part, attn_mask=seen).transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("window", "documents"), [(0, True), (3, True), (3, False)])
+def test_attention_hands_documents_to_a_fused_kernel_one_behind_the_other(window, documents, monkeypatch):
+    from exlstm.layers import attention
+
+    layer = Attention(24, 6, n_kv_heads=2, window=window, dtype=torch.float64)
+    x = draw(3, 20, 24)
+    reset = flags(3, 20, density=0.2, seed=1) if documents else None
+    wanted = layer(x, reset=reset)
+    monkeypatch.setattr(attention.Heads, "_packs", lambda self, q, v, reset: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    found = layer(x, reset=reset)
+    close([found[0], *found[1]], [wanted[0], *wanted[1]])
+    close(gradients([found[0]], [x]), gradients([wanted[0]], [x]))
+
+
 def awake(layer):
     """The layer with gates that depend on its input, as after some training."""
     with torch.no_grad():

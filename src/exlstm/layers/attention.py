@@ -135,8 +135,9 @@ class Heads(nn.Module):
         if state is not None:
             _check_state(state, k, v)
             state = AttentionState(*state)
+        packed = state is None and mask is None and self._packs(q, v, reset)
         piece = max(PIECE, self._most() + 1)
-        if self.window and not torch.compiler.is_compiling() and time > 2 * piece:
+        if self.window and not (packed or torch.compiler.is_compiling()) and time > 2 * piece:
             return self._in_pieces(piece, q, k, v, state, mask, reset)
         positions, document, length = _places(batch, time, state, mask, reset, q.device)
         if self.rope_base:
@@ -147,9 +148,12 @@ class Heads(nn.Module):
         if state is not None:
             k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)  # (B, S, ...)
             stored = torch.cat([state.positions, stored.expand(batch, -1)], 1)
-        plain = state is None and mask is None and reset is None and self._sees_all(time)
-        visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
-        y = _attend(q, k, v, visible)
+        if packed:
+            y = _attend_packed(q, k, v, reset, self.window)
+        else:
+            plain = state is None and mask is None and reset is None and self._sees_all(time)
+            visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
+            y = _attend(q, k, v, visible)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
 
     def _in_pieces(self, size, q, k, v, state, mask, reset):
@@ -173,6 +177,15 @@ class Heads(nn.Module):
     def _sees_all(self, time) -> bool:
         # A graph that is exported serves sequences within the window and beyond it.
         return self.window == 0 or (not torch.compiler.is_exporting() and self.window >= time)
+
+    def _packs(self, q, v, reset) -> bool:
+        """Whether a fused kernel takes documents one behind the other, and windows, as they are: no mask of T x T then."""
+        if not q.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return False  # How many documents there are is asked of the GPU, which a graph cannot.
+        time, width = q.shape[1], q.shape[-1]
+        wanted = time > 1 and not self.sinks and (reset is not None or 0 < self.window < time)
+        fits = q.dtype in (torch.bfloat16, torch.float16) and v.shape[-1] == width <= 256 and width % 8 == 0
+        return wanted and fits and not backends.traced()
 
     def _visible(self, positions, stored, document):
         """(B or 1, 1, T, S): which of the S tokens each of the T new ones sees."""
@@ -223,6 +236,23 @@ def _attend(q, k, v, visible):
             q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=groups > 1
         )
         return y.transpose(1, 2)
+
+
+def _attend_packed(q, k, v, reset, window: int):
+    """As `_attend`; a token sees the last `window` of its document, 0: all of it, and documents begin at `reset` (B, T)."""
+    # What it brings along takes a second, of everybody who imports a model.
+    from torch.nn.attention.varlen import varlen_attn
+
+    (batch, time), groups = q.shape[:2], q.shape[2] // k.shape[2]
+    if reset is None:
+        ends = torch.arange(0, batch * time + 1, time, device=q.device, dtype=torch.int32)
+    else:
+        first = torch.arange(time, device=q.device) == 0
+        ends = F.pad((reset | first).flatten().nonzero().flatten(), (0, 1), value=batch * time).int()
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    flat = (x.to(q.dtype).flatten(0, 1) for x in (q, k, v))
+    return varlen_attn(*flat, ends, ends, time, time, window_size=(window - 1, 0)).unflatten(0, (batch, time))
 
 
 def _check_state(state, keys, values):
