@@ -5,6 +5,7 @@ of sequences and heads only decides between a few variants, where there are too 
 Tiles were chosen on one H200, what hopper.py is for on one H100 (docs/log.md).
 """
 
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ FEW = 128
 # What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
 # Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
 CAPABILITY, GLUON = (9, 0), "3.6."
+# Which forward heads of 128 take there: "present" or "groups".
+WALK = os.environ.get("EXLSTM_WALK", "present")
 
 
 class Tiles(NamedTuple):
@@ -61,6 +64,13 @@ class Walk(NamedTuple):
     BV: int
 
 
+class Groups(NamedTuple):
+    """The same of a forward whose groups of warps work on different chunks; see walk.py."""
+
+    L: int
+    BV: int
+
+
 class Chain(NamedTuple):
     """Chunk length L of a backward that walks through all chunks of a sequence; see hopper.py."""
 
@@ -79,7 +89,7 @@ class Fused(NamedTuple):
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
-    forward: Walk | OnePass | TwoPass
+    forward: Groups | Walk | OnePass | TwoPass
     backward: Chain | Fused | TwoPass
 
 
@@ -96,10 +106,17 @@ def choose(q, v, chunk: int) -> Plan:
         # Programs that also work out the scores want their memories whole.
         backward = Chain(64) if _on_hopper(q, v) else two
         walks = K == 128 and V >= 128 and rows * V // 128 >= FEW and gluon(q.device)
-        return Plan(Walk(64, 128) if walks else _one_pass(K, V, rows), backward)
+        return Plan(_walk(V, rows) if walks else _one_pass(K, V, rows), backward)
     elif large and _on_hopper(q, v):
         return Plan(two, Fused(two.L, two.BJ, 64, two.states))
     return Plan(two, two)
+
+
+def _walk(V, rows):
+    """The walk that WALK names; with all values in a program where these are enough."""
+    if WALK == "present":
+        return Walk(64, 128)
+    return Groups(64, 256 if V > 128 and rows >= FEW else 128)
 
 
 def _on_hopper(q, v) -> bool:
