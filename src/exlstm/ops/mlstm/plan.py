@@ -18,7 +18,7 @@ FEW = 128
 # What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
 # Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
 CAPABILITY, GLUON = (9, 0), "3.6."
-# Which forward heads of 128 take there: "present" or "groups".
+# Which forward heads of 128 take there: "present", "groups" or "ahead".
 WALK = os.environ.get("EXLSTM_WALK", "present")
 
 
@@ -71,6 +71,13 @@ class Groups(NamedTuple):
     BV: int
 
 
+class Ahead(NamedTuple):
+    """The same of a forward that prepares the next chunk while it multiplies this one; see ahead.py."""
+
+    L: int
+    BV: int
+
+
 class Chain(NamedTuple):
     """Chunk length L of a backward that walks through all chunks of a sequence; see hopper.py."""
 
@@ -89,7 +96,7 @@ class Fused(NamedTuple):
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
-    forward: Groups | Walk | OnePass | TwoPass
+    forward: Ahead | Groups | Walk | OnePass | TwoPass
     backward: Chain | Fused | TwoPass
 
 
@@ -116,7 +123,7 @@ def _walk(V, rows):
     """The walk that WALK names; with all values in a program where these are enough."""
     if WALK == "present":
         return Walk(64, 128)
-    return Groups(64, 256 if V > 128 and rows >= FEW else 128)
+    return {"groups": Groups, "ahead": Ahead}[WALK](64, 256 if V > 128 and rows >= FEW else 128)
 
 
 def _on_hopper(q, v) -> bool:
