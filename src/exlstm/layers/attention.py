@@ -29,6 +29,18 @@ class AttentionState(NamedTuple):
     length: Tensor
 
 
+class AttentionRoom(NamedTuple):
+    """The same on C places that stay where they are, for decoding: read and written in place, a token a row and call.
+
+    Every position that is not -1 is seen by the next token. Each row keeps a place that is free: there the next token goes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    length: Tensor
+
+
 # A sequence is read in pieces of at least so many tokens where a window is shorter than it.
 PIECE = 512
 
@@ -131,6 +143,8 @@ class Heads(nn.Module):
 
     def forward(self, q, k, v, state: AttentionState | None = None, *, mask=None, reset=None):
         """q (B, T, H, D), k (B, T, H', D), v (B, T, H', V), H' a divisor of H -> (B, T, H, V) and the state."""
+        if isinstance(state, AttentionRoom):
+            return self._in_place(q, k, v, state)
         batch, time = q.shape[:2]
         if state is not None:
             _check_state(state, k, v)
@@ -140,10 +154,7 @@ class Heads(nn.Module):
         if self.window and not (packed or torch.compiler.is_compiling()) and time > 2 * piece:
             return self._in_pieces(piece, q, k, v, state, mask, reset)
         positions, document, length = _places(batch, time, state, mask, reset, q.device)
-        if self.rope_base:
-            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-            turn = turns(positions, self.d_head, self.rope_base, dtype)
-            q, k = rotate(q, turn), rotate(k, turn)
+        q, k = self._turned(q, k, positions)
         stored = positions if mask is None else positions.masked_fill(~mask, -1)
         if state is not None:
             k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)  # (B, S, ...)
@@ -156,6 +167,30 @@ class Heads(nn.Module):
             y = _attend(q, k, v, visible)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
 
+    def _in_place(self, q, k, v, room: AttentionRoom):
+        """One token a row: its key and value are written into a free place, positions and length are new tensors.
+
+        So whoever keeps the old positions and length of a row has its old state. No shape depends on what a row holds, and
+        nothing waits; a row is read up to its last place, seen or not.
+        """
+        positions, place = room.length[:, None], room.positions.argmin(1, keepdim=True)  # (B, 1)
+        q, k = self._turned(q, k, positions)
+        for old, new in ((room.keys, k), (room.values, v)):
+            old.scatter_(1, place[..., None, None].expand_as(new), backends.cast(new, old.dtype))
+        positions, length = room.positions.scatter(1, place, positions), room.length + 1
+        keys, values = (backends.cast(x, q.dtype) for x in room[:2])
+        y = _attend(q, keys, values, (positions >= 0)[:, None, None])
+        if self.window:
+            positions = positions.masked_fill(~self._seen_again(positions, length), -1)
+        return y, AttentionRoom(room.keys, room.values, positions, length)
+
+    def _turned(self, q, k, positions):
+        if not self.rope_base:
+            return q, k
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        turn = turns(positions, self.d_head, self.rope_base, dtype)
+        return rotate(q, turn), rotate(k, turn)
+
     def _in_pieces(self, size, q, k, v, state, mask, reset):
         # Work and memory grow with the text, and not with its square.
         ys = []
@@ -167,8 +202,7 @@ class Heads(nn.Module):
 
     def filled(self, state: AttentionState) -> AttentionState:
         """A state as long as a window lets it become, with places that nobody sees; without a window as it is."""
-        missing = self._most() - state.keys.shape[1]
-        return AttentionState(*_longer(*state[:3], missing), state.length) if missing > 0 else state
+        return AttentionState(*longer(*state[:3], self._most()), state.length)
 
     def _most(self) -> int:
         # As many tokens as can be seen again.
@@ -208,16 +242,13 @@ class Heads(nn.Module):
         if self.window:
             size = self._most()
             if torch.compiler.is_exporting():
-                keys, values, positions = _longer(keys, values, positions, size)
-            # What can be seen again moves to the front, in its order; ONNX knows no stable sort.
-            kept = (positions >= 0) & ((positions > length[:, None] - self.window) | (positions < self.sinks))
-            total = positions.shape[1]
-            places = torch.arange(total, device=kept.device) + total * ~kept
-            order = places.argsort(dim=1)[:, :size]  # (B, S)
-            kept = kept.gather(1, order)
-            positions = positions.gather(1, order).masked_fill(~kept, -1)
-            keys, values = (_take(x, order).masked_fill(~kept[..., None, None], 0) for x in (keys, values))
+                keys, values, positions = longer(keys, values, positions, positions.shape[1] + size)
+            kept = (positions >= 0) & self._seen_again(positions, length)
+            keys, values, positions = packed(keys, values, positions, kept, size)
         return AttentionState(keys, values, positions, length)
+
+    def _seen_again(self, positions, length):
+        return (positions > length[:, None] - self.window) | (positions < self.sinks)
 
 
 def _attend(q, k, v, visible):
@@ -285,10 +316,23 @@ def _places(batch, time, state, mask, reset, device):
     return before - start, None if reset is None else reset.cumsum(1), after
 
 
-def _longer(keys, values, positions, missing: int):
-    """Keys, values (B, S, H, ·) and positions (B, S) with so many places behind that nobody sees."""
+def longer(keys, values, positions, size: int):
+    """Keys, values (B, S, H, ·) and positions (B, S) with places behind that nobody sees, up to `size`."""
+    missing = size - positions.shape[1]
+    if missing <= 0:
+        return keys, values, positions
     keys, values = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (keys, values))
     return keys, values, F.pad(positions, (0, missing), value=-1)
+
+
+def packed(keys, values, positions, kept, size: int):
+    """The same of the `kept` tokens (B, S), which move to the front by position: `size` places, where nobody sees the rest."""
+    # ONNX knows no stable sort; in what order the others stand does not matter.
+    order = positions.masked_fill(~kept, torch.iinfo(positions.dtype).max).argsort(dim=1)[:, :size]  # (B, S)
+    kept = kept.gather(1, order)
+    positions = positions.gather(1, order).masked_fill(~kept, -1)
+    keys, values = (_take(x, order).masked_fill(~kept[..., None, None], 0) for x in (keys, values))
+    return keys, values, positions
 
 
 def _take(x, index):

@@ -1,8 +1,10 @@
 """Engine: a fixed number of slots in which sequences are written side by side; they come, fork and go one by one.
 
 A slot is a row of every buffer: the state of the stack, the logits of the next token, rules, random numbers. A step chooses a
-token in every row and reads it; on a GPU choosing and reading are a CUDA graph each, one for all lengths, and the host looks at
-tokens that are some steps old, so that nobody waits. What a row writes depends on its request alone.
+token in every row and reads it; on a GPU choosing and reading are a CUDA graph each, and the host looks at tokens that are some
+steps old, so that nobody waits. One graph reads at all lengths, but where attention remembers the whole text: there the places
+of all rows double when the longest row has filled its own, and the graph is recorded anew. What a row writes depends on its
+request alone.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from exlstm.models.chooser import Chooser
 from exlstm.models.reading import GenerationState, evaluating, mapped, read, released
 from exlstm.models.sampling import is_token
 from exlstm.models.sequence import Request, Sequence
-from exlstm.models.step import Step
+from exlstm.models.step import LEAST, Step
 from exlstm.ops import backend as backends
 
 # Steps that a GPU is ahead of what the host has looked at.
 AHEAD = 2
 # Prompts are read together where the shortest has at least this share of the longest's tokens.
 ALIKE = 0.5
+# Attention's rooms of up to so many bytes stay when the long sequences have left, and their graph with them.
+IDLE_BYTES = 64 << 20
 
 
 class Engine:
@@ -99,7 +103,7 @@ class Engine:
         with torch.inference_mode():
             self._step.alive[slot] = False
             self._chooser.leave(slot)
-            self._step.clear(slot)
+            self._fit()
 
     def fork(self, sequence: Sequence, **changes) -> Sequence:
         """A second sequence that goes on where this one is: to the same end, or with other settings of Request.
@@ -184,7 +188,24 @@ class Engine:
         with suppress(RuntimeError):
             self._step.alive.zero_()
 
+    def _fit(self, coming=()):
+        """Rooms with a free place in every row: doubled up to there, and smaller where a quarter is enough."""
+        step, rows = self._step, [s for s in (*self.sequences, *coming) if s is not None]
+        if not step.size:
+            return
+        # What was launched may have ended before, which only the device knows.
+        longest = max((s.held + s.launched for s in rows), default=0)
+        size = max(LEAST, 1 << longest.bit_length())
+        if step.size < size or (step.size >= 4 * size and step.size * step.place_bytes > IDLE_BYTES):
+            # A graph reads where the rooms were.
+            self._graphs.pop("read", None)
+            step.resize(size)
+        if step.tokens.device.type == "cpu":
+            # No graph wants one shape.
+            step.reach = longest + 1
+
     def _launch(self, writing):
+        self._fit()
         step, chooser = self._step, self._chooser
         for sequence in writing:
             if not sequence.rules.greedy:
@@ -292,6 +313,9 @@ class Engine:
         slots = [i for i, s in enumerate(self.sequences) if s is None][: len(sequences)]
         index = torch.tensor(slots, device=state.logits.device)
         with torch.inference_mode():
+            for sequence, held in zip(sequences, self._step.held(state.layers)):
+                sequence.held = held
+            self._fit(sequences)
             self._step.seat(index, state.layers, state.logits)
             self._chooser.seen[index], self._chooser.drawn[index] = state.seen, state.drawn
             for sequence, slot, drawn in zip(sequences, slots, state.drawn.tolist(), strict=True):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exlstm.layers.attention import AttentionState, longer
 from exlstm.models.sampling import is_whole, token_list
 
 # Prompts are read in pieces, so that the activations of a long one never stand whole: tokens a row on a CPU, and in all rows.
@@ -141,15 +142,28 @@ def leaves(state) -> list[Tensor]:
     return [leaf for item in state for leaf in leaves(item)] if isinstance(state, tuple | list) else []
 
 
-def mapped(call, *states):
-    """The state whose tensors are `call` of the tensors of states of one structure."""
+def mapped(call, *states, kind=Tensor):
+    """The state whose tensors, or what else is of this `kind`, are `call` of those of states of one structure."""
     first = states[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, kind):
         return call(*states)
     if isinstance(first, tuple | list):
-        items = [mapped(call, *inner) for inner in zip(*states, strict=True)]
+        items = [mapped(call, *inner, kind=kind) for inner in zip(*states, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     return first
+
+
+def joined(states):
+    """States of some rows as one of all; what attention remembers of fewer tokens gets places that nobody sees."""
+    return mapped(_joined, *states, kind=(Tensor, AttentionState))
+
+
+def _joined(*states):
+    if isinstance(states[0], Tensor):
+        return torch.cat(states)
+    size = max(state.keys.shape[1] for state in states)
+    rows = ((*longer(*state[:3], size), state.length) for state in states)
+    return AttentionState(*map(torch.cat, zip(*rows, strict=True)))
 
 
 def released(state):

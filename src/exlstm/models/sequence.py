@@ -61,7 +61,7 @@ class Sequence:
             self.row.decoder = model.tokenizer.decoder()
         self.slot: int | None = None
         self.entered = False
-        self.launched = self.shown = self.drawn = self.consumed = 0
+        self.launched = self.shown = self.drawn = self.consumed = self.held = 0
         self.done: str | None = None if request.max_tokens else "length"
 
     def decode_as(self, other: Sequence):

@@ -2,8 +2,8 @@
 
 Where kernels run, blocks of their making (the mLSTM, feed-forwards) take few launches and write their state where it stands;
 any other block runs its ordinary forward, and its new state is copied over the old one. Where none run, or somebody looks at
-the calls of the modules around them, the model's own forward does. A window's state has its full size from the start; a state
-that grows without end (attention's without a window) is replaced.
+the calls of the modules around them, the model's own forward does. Attention writes into a room (AttentionRoom): with a window
+it has its full size from the start, without one `size` places, which whoever drives the steps keeps large enough.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from exlstm.layers import basic
+from exlstm.layers.attention import AttentionRoom, AttentionState, longer, packed
 from exlstm.layers.mlstm import mLSTM
 from exlstm.layers.token import hooked
 from exlstm.models.reading import leaves, mapped
@@ -19,13 +20,18 @@ from exlstm.models.stack import Block
 from exlstm.ops import backend as backends
 from exlstm.ops import int8
 
+# Places of a room to begin with: fewer are not worth recording a graph anew.
+LEAST = 256
+
 
 class Step:
     """One token for each of `rows` sequences of a model.
 
     `tokens` (B,) int64 are what is read next, `alive` (B,) bool whose rows read: the others keep state and logits. `state` is
-    the stack's, `logits` (B, V) belong to the token that comes next. All are buffers that stay where they are, but for the
-    state of a block whose state grows: then `fixed` is False.
+    the stack's, `logits` (B, V) belong to the token that comes next. All are buffers that stay where they are, attention's
+    until `resize`. Every row has to hold fewer than `size` places, and than `reach`, the first ones, at which a step looks; a
+    place takes `place_bytes` in all rows. Where no room grows `size` is 0. `fixed` is False where some other state grows, which
+    no step can take.
     """
 
     def __init__(self, model, rows: int):
@@ -35,14 +41,13 @@ class Step:
         self.alive = torch.zeros(rows, dtype=torch.bool, device=weight.device)
         x, first = model.hidden(self.tokens[:1, None])
         second = model.hidden(self.tokens[:1, None], first)[1]
-        filled = model.stack.filled
-        self._places = [_flags(*pair) for pair in zip(first, second, strict=True)]
-        self._grows = [_flags(*pair) for pair in zip(filled(first), filled(second), strict=True)]
-        self.fixed = not any(map(any, self._grows))
-        self._fresh, self.state = (
-            list(filled([_empty(state, flags, n) for state, flags in zip(first, self._places, strict=True)]))
-            for n in (1, rows)
-        )
+        states = [model.stack.filled(state) for state in (first, second)]
+        self._grows = []
+        self.state = list(mapped(partial(_empty, self._grows, rows), *states, kind=(Tensor, AttentionState)))
+        self.size = self.reach = LEAST if any(self._grows) else 0
+        self.place_bytes = self._place_bytes()
+        plain = [leaves(mapped(lambda _: None, state, kind=AttentionState)) for state in states]
+        self.fixed = all(a.shape == b.shape for a, b in zip(*plain, strict=True))
         logits = model.logits(x[:, 0])
         self.logits = logits.new_zeros(rows, logits.shape[1])
         self.x = weight.new_zeros(rows, weight.shape[1])
@@ -65,22 +70,39 @@ class Step:
     def seat(self, index: Tensor, layers, logits: Tensor):
         """State and logits of further rows, at the rows `index`."""
         self.logits[index] = logits
-        for i, new in enumerate(self.model.stack.filled(layers)):
-            fixed = not any(self._grows[i])
-            self.state[i] = mapped(partial(_seated, index, fixed), self.state[i], new)
+        _seat(index, self.state, layers)
 
-    def clear(self, row: int):
-        """Forgets what a row holds of a growing state."""
-        index = torch.tensor([row], device=self.tokens.device)
-        for i, flags in enumerate(self._grows):
-            if any(flags):
-                self.state[i] = mapped(partial(_seated, index, False), self.state[i], self._fresh[i])
-                self.state[i] = _trimmed(self.state[i], flags)
+    def held(self, layers) -> list[int]:
+        """How many places of a room that grows each row of a state takes."""
+        found = []
+        mapped(lambda _, new: found.append((new[2] >= 0).sum(1)), self.state, layers, kind=AttentionRoom)
+        found = [count for count, grows in zip(found, self._grows, strict=True) if grows]
+        return torch.stack(found).amax(0).tolist() if found else []
+
+    def resize(self, size: int):
+        """Moves rooms that grow, one after the other, to others of `size` places: no graph holds the step any more."""
+        grows = iter(self._grows)
+        for i, state in enumerate(self.state):
+            self.state[i] = mapped(lambda x: _resized(x, size) if next(grows) else x, state, kind=AttentionRoom)
+        self.size = self.reach = size
+
+    def _place_bytes(self) -> int:
+        """What a place takes in all rooms that grow, of all rows."""
+        found = []
+        mapped(found.append, self.state, kind=AttentionRoom)
+        return sum(x[:, 0].nbytes for room, grows in zip(found, self._grows, strict=True) if grows for x in room[:3])
+
+    def reached(self):
+        """The state as a step takes it."""
+        if self.reach == self.size:
+            return self.state
+        grows = iter(self._grows)
+        return mapped(lambda x: _reached(x, self.reach) if next(grows) else x, self.state, kind=AttentionRoom)
 
     def row(self, row: int) -> tuple:
         """The state of a row, of places only those that it sees."""
-        own = (mapped(lambda x: x[row : row + 1], state) for state in self.state)
-        return tuple(_trimmed(state, flags) for state, flags in zip(own, self._places, strict=True))
+        own = mapped(lambda x: x[row : row + 1], tuple(self.state))
+        return mapped(_value, own, kind=AttentionRoom)
 
     def room(self, name: str, *shape: int, dtype=None) -> Tensor:
         """A buffer by name that parts share one after the other."""
@@ -90,21 +112,23 @@ class Step:
         return self._rooms[key]
 
     def keep(self, new, old):
-        """`old`, overwritten with `new` in the rows that are alive; another tensor where the new one is longer."""
-        if isinstance(old, Tensor):
-            alive = self.alive.view(-1, *[1] * (old.ndim - 1))
+        """Overwrites `old` with `new` in the rows that are alive; what was written in place stays as it is."""
+        if isinstance(old, Tensor) and new is not old:
             if old.shape != new.shape:
-                return torch.where(alive, new, _longer(old, new.shape[1], front=False))
-            return torch.where(alive, backends.cast(new, old.dtype), old, out=old)
-        if isinstance(old, tuple | list):
-            kept = [self.keep(a, b) for a, b in zip(new, old, strict=True)]
-            return type(old)(*kept) if hasattr(old, "_fields") else type(old)(kept)
-        return new
+                raise ValueError(
+                    f"a part of the state grew from {tuple(old.shape)} to {tuple(new.shape)}; only an AttentionState may"
+                )
+            alive = self.alive.view(-1, *[1] * (old.ndim - 1))
+            torch.where(alive, backends.cast(new, old.dtype), old, out=old)
+        elif isinstance(old, tuple | list):
+            for a, b in zip(new, old, strict=True):
+                self.keep(a, b)
 
     def _whole(self):
         """All of a step, by the model itself."""
-        x, new = self.model.hidden(self.tokens[:, None], tuple(self.state))
-        self.state[:] = [self.keep(*pair) for pair in zip(new, self.state, strict=True)]
+        state = self.reached()
+        x, new = self.model.hidden(self.tokens[:, None], tuple(state))
+        self.keep(tuple(new), tuple(state))
         self.keep(self.model.logits(x[:, 0]), self.logits)
 
     def _of(self, i, block):
@@ -143,9 +167,9 @@ class _Mixer:
         self.step, self.i, self.block = step, i, block
 
     def __call__(self):
-        step, states = self.step, self.step.state
-        y, new = self.block.mixer(self.block.norm(step.x[:, None]), states[self.i])
-        states[self.i] = step.keep(new, states[self.i])
+        step, state = self.step, self.step.reached()[self.i]
+        y, new = self.block.mixer(self.block.norm(step.x[:, None]), state)
+        step.keep(new, state)
         step.x += y[:, 0]
 
 
@@ -293,42 +317,39 @@ def _takes_mlstm(step, block) -> bool:
 # Rows of a state
 
 
-def _flags(first, second) -> list[bool]:
-    """Which tensors of a state have places for tokens, by what they are after one token and after two."""
-    return [a.shape != b.shape for a, b in zip(leaves(first), leaves(second), strict=True)]
+def _empty(grows, rows, first, second):
+    """Buffers of `rows` rows that have read nothing; what a state is after one token and after two says which of them grow."""
+    if isinstance(first, Tensor):
+        return first.new_zeros(rows, *first.shape[1:])
+    grows.append(first.keys.shape[1] != second.keys.shape[1])
+    # Beside all that a window remembers, a place for the next token.
+    size = LEAST if grows[-1] else first.keys.shape[1] + 1
+    none = (x.new_zeros(rows, 0, *x.shape[2:]) for x in first[:3])
+    return AttentionRoom(*longer(*none, size), first.length.new_zeros(rows))
 
 
-def _empty(first, flags, rows: int):
-    """The state of `rows` rows that have read nothing."""
-    grows = iter(flags)
-    return mapped(lambda x: x.new_zeros(rows, *([0] * next(grows) or x.shape[1:2]), *x.shape[2:]), first)
+def _resized(room, size: int):
+    """A room, or a state, with so many places; of what does not fit the last positions go."""
+    parts = packed(*room[:3], room[2] >= 0, size) if room[2].shape[1] > size else room[:3]
+    return AttentionRoom(*longer(*parts, size), room[3])
 
 
-def _seated(index, fixed, old, new):
-    """`old` with the rows `new` at `index`, in place where it is `fixed`."""
-    if fixed:
+def _reached(room, size: int):
+    """The first places of a room, in the same memory."""
+    return AttentionRoom(*(x[:, :size] for x in room[:3]), room.length)
+
+
+def _seat(index, old, new):
+    """Writes rows of a state into the rows `index` of buffers."""
+    if isinstance(old, Tensor):
         old[index] = new
-        return old
-    size = max(old.shape[1:2] + new.shape[1:2], default=0)
-    return _longer(old, size).index_copy(0, index, _longer(new, size).to(old.dtype))
+    elif isinstance(old, tuple | list):
+        new = _resized(new, old.keys.shape[1]) if isinstance(old, AttentionRoom) else new
+        for a, b in zip(old, new, strict=True):
+            _seat(index, a, b)
 
 
-def _longer(x, size, front=True):
-    """x (B, S, ...) with places that nobody sees, in front or behind, up to `size`."""
-    missing = size - x.shape[1] if x.ndim > 1 else 0
-    if not missing:
-        return x
-    fill = 0 if x.dtype.is_floating_point else -1
-    places = x.new_full((len(x), missing, *x.shape[2:]), fill)
-    return torch.cat([places, x] if front else [x, places], 1)
-
-
-def _trimmed(state, flags):
-    """A state without the places in front and behind that no row sees."""
-    places = next((x for x, grows in zip(leaves(state), flags) if grows and not x.dtype.is_floating_point), None)
-    if places is None:
-        return state
-    used = (places >= 0).any(0).nonzero().flatten().tolist()
-    start, end = (used[0], used[-1] + 1) if used else (0, 0)
-    grows = iter(flags)
-    return mapped(lambda x: x[:, start:end] if next(grows) else x, state)
+def _value(room):
+    """The state of a room of one row."""
+    kept = room.positions >= 0
+    return AttentionState(*packed(*room[:3], kept, int(kept.sum())), room.length)

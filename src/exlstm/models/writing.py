@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from exlstm.models.engine import check_finite
-from exlstm.models.reading import GenerationState, evaluating, mapped, mark, read, read_prompt, released
+from exlstm.models.reading import GenerationState, evaluating, joined, mapped, mark, read, read_prompt, released
 from exlstm.models.sampling import Ends, Row, Sampling, Uniform, check_range, check_whole, is_token
 from exlstm.models.sequence import Request, Sequence
 
@@ -89,7 +89,7 @@ class Writing:
                 yield
         if return_state:
             states = [engine.state(sequence) for sequence in sequences]
-            self.after = mapped(lambda *rows: torch.cat(rows), *states)
+            self.after = joined(states)
 
     def _eager_steps(self, watch: bool):
         now, rules, chosen = self.start, self.rules, []
