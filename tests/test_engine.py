@@ -3,21 +3,26 @@
 import copy
 import pickle
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from exlstm.layers.attention import AttentionState, packed
 from exlstm.models import engine as engines
+from exlstm.models import step as steps
 from exlstm.models.config import NORMS, AttentionOptions
 from exlstm.models.engine import Engine
-from exlstm.models.reading import leaves
+from exlstm.models.reading import leaves, mapped
 from exlstm.models.sequence import Request, Sequence
 from test_language import CONTINUED, KINDS, PROMPTS, build, tokens_of, writer
 
+aten = torch.ops.aten
 MIXES = [*KINDS, ("attention", "mlstm")]
 each_kind = pytest.mark.parametrize("blocks", MIXES, ids="+".join)
-# Blocks whose state grows with the text.
+# Blocks that read as many places as the longest row has.
 GROWING = {"attention"}
 RULES = {
     "greedy": {"temperature": 0},
@@ -35,8 +40,15 @@ def finish(engine):
         pass
 
 
+def packed_state(state):
+    """Attention's tokens side by side, where a batch of unlike prompts leaves holes."""
+    kept = state.positions >= 0
+    return AttentionState(*packed(*state[:3], kept, kept.sum(1).max()), state.length)
+
+
 def near(found, wanted):
-    for a, b in zip(leaves(found), leaves(wanted), strict=True):
+    found, wanted = (leaves(mapped(packed_state, state, kind=AttentionState)) for state in (found, wanted))
+    for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -58,8 +70,12 @@ def test_a_slot_writes_what_generate_writes(blocks):
 
 @each_kind
 def test_whoever_comes_forks_and_goes(blocks):
-    """A seeded schedule: at every moment some come, fork or are removed; each writes what it writes alone."""
-    model, chance, known = build(blocks), random.Random(0), []
+    follow_a_schedule(build(blocks))
+
+
+def follow_a_schedule(model, look=lambda engine: None):
+    """A seeded one: at every moment some come, fork or are removed; each writes what it writes alone."""
+    chance, known = random.Random(0), []
     engine = Engine(model, 3)
     for _ in range(60):
         if engine.free and chance.random() < 0.4:
@@ -75,6 +91,7 @@ def test_whoever_comes_forks_and_goes(blocks):
             if sequence.done or chance.random() < 0.02:
                 engine.remove(sequence)
         engine.step()
+        look(engine)
     finish(engine)
     assert sum(bool(before) for *_, before in known) > 1 and len(known) > 8
     for sequence, prompt, rules, before in known:
@@ -231,19 +248,181 @@ def test_a_failed_step_ends_who_was_writing_and_the_engine_goes_on(blocks, monke
     assert again.tokens == whole and fork.tokens == whole[4:]
 
 
-def test_growing_states_are_trimmed():
+# Attention's rooms
+
+
+@pytest.fixture(params=["the places in use", "all places"])
+def small(request, monkeypatch):
+    """Rooms that double from 4 places on and shrink at once; every place is looked at where a graph does so."""
+    for module in (engines, steps):
+        monkeypatch.setattr(module, "LEAST", 4)
+    monkeypatch.setattr(engines, "IDLE_BYTES", 0)
+    if request.param == "all places":
+        monkeypatch.setattr(steps.Step, "reached", lambda step: step.state)
+
+
+@pytest.mark.parametrize("blocks", [("attention",), ("mlstm_window", "attention")], ids="+".join)
+def test_whoever_comes_forks_and_goes_while_rooms_grow_and_shrink(blocks, small):
+    model, sizes = build(blocks), []
+    follow_a_schedule(model, lambda engine: sizes.append(engine._step.size))
+    assert {*sizes} == {4, 8, 16, 32}
+    assert {a < b for a, b in pairwise(sizes) if a != b} == {True, False}
+
+
+def test_rooms_double_and_shrink(small):
     model = build(("attention",))
     engine = Engine(model, 2)
-    long, short = engine.admit(Request(list(range(40)), 4, temperature=0), Request([1, 2], 30, temperature=0))
+    long, short = engine.admit(Request(list(range(40)), 4, temperature=0), Request([1, 2], 12, temperature=0))
+    room = engine._step.state[0]
+    assert len(room.keys[0]) == engine._step.size == 64
     finish(engine)
-    size = engine._step.state[0].keys.shape[1]
+    assert engine._step.state[0].keys is room.keys
+    assert short.tokens == model.generate([1, 2], 12, temperature=0)
+    kept = engine.state(short)
     engine.remove(long)
-    assert engine._step.state[0].keys.shape[1] == size - 38 == 32
+    # 14 tokens are read.
+    assert len(engine._step.state[0].keys[0]) == engine._step.size == 16
+    assert all(torch.equal(a, b) for a, b in zip(leaves(engine.state(short)), leaves(kept), strict=True))
     engine.remove(short)
-    assert engine._step.state[0].keys.shape[1] == 0
-    (again,) = engine.admit(Request([1, 2], 30, temperature=0))
+    assert len(engine._step.state[0].keys[0]) == engine._step.size == 4
+    (again,) = engine.admit(Request([1, 2], 12, temperature=0))
     finish(engine)
     assert again.tokens == short.tokens
+
+
+def test_small_rooms_stay(monkeypatch):
+    """What takes few bytes is not worth another graph."""
+    for module in (engines, steps):
+        monkeypatch.setattr(module, "LEAST", 4)
+    engine = Engine(build(("attention",)), 2)
+    for prompt in (40, 2):
+        engine.remove(engine.admit(Request([1] * prompt, 2))[0])
+        assert engine._step.size == 64
+
+
+def test_rooms_grow_beneath_the_rows(small, graphs, tmp_path):
+    """Across every growth a row is read, forked and saved, and a graph is recorded where buffers have moved, nowhere else."""
+    model, given = build(("mlstm", "attention", "attention"), n_layers=3), {"temperature": 0}
+    whole, other = (plainly(model, prompt, 60, **given) for prompt in ([5, 6, 7], PROMPTS[1]))
+    graphs.clear()
+    engine = Engine(model, 4)
+    engine.captures, sizes, places, forks = True, [], [], []
+    first, second = engine.admit(Request([5, 6, 7], 60, **given), Request(PROMPTS[1], 60, **given))
+    while not first.done:
+        written, before = len(first.tokens), engine._step.size
+        engine.step()
+        if engine._step.size > before and written:
+            state = engine.state(first)
+            wanted = plainly(model, [5, 6, 7], written + 1, return_state=True, **given)[1]
+            near(state, wanted)
+            assert state.layers[1].positions.tolist() == [list(range(3 + written + 1))]
+            engine.save(first, tmp_path / f"{written + 1}.safetensors")
+            forks.append((engine.fork(first, max_tokens=5), written + 1))
+            while not forks[-1][0].done:
+                engine.step()
+            engine.remove(forks[-1][0])
+        sizes.append(engine._step.size)
+        places.append(addresses(engine))
+    finish(engine)
+    assert first.tokens == whole and second.tokens == other and len(forks) > 2
+    assert sizes == sorted(sizes) and sizes[-1] == 64
+    for (a, before), (b, after) in pairwise(zip(sizes, places, strict=True)):
+        assert (a == b) == (before == after)
+    # 4, 8, 16, 32, 64.
+    assert sum(isinstance(call, steps.Step) for call in graphs) == 5
+    for fork, written in forks:
+        assert fork.tokens == whole[written : written + 5]
+        loaded = engine.load(tmp_path / f"{written}.safetensors", max_tokens=5, **given)
+        finish(engine)
+        assert loaded.tokens == fork.tokens
+        engine.remove(loaded)
+
+
+def test_a_state_with_holes_takes_a_seat(small):
+    """Of a state that was padded, reset or half forgotten the tokens that are seen are seated, whatever lies between them."""
+    model, tokens = build(("attention", "mlstm_window")), tokens_of(3, 24)
+    reset = torch.zeros(3, 24, dtype=torch.bool)
+    reset[1, 20] = True
+    with torch.no_grad():
+        _, state = model(tokens, reset=reset, lengths=torch.tensor([24, 24, 2]))
+    engine = Engine(model, 3)
+    rows = [mapped(lambda x, i=i: x[i : i + 1], tuple(state)) for i in range(3)]
+    sequences = engine.admit(*(Request([7], 9, temperature=0, state=row) for row in rows[1:]))
+    assert engine._step.size == 8
+    sequences = [*engine.admit(Request([7], 9, temperature=0, state=rows[0])), *sequences]
+    assert engine._step.size == 32
+    finish(engine)
+    for sequence, row in zip(sequences, rows, strict=True):
+        wanted, after = model.generate([7], 9, temperature=0, state=row, return_state=True)
+        assert sequence.tokens == wanted
+        near(engine.state(sequence), after)
+
+
+class Waits(TorchDispatchMode):
+    """Operations for which a GPU has to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select), function
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in _indices(function, args)), (
+            function
+        )
+        return function(*args, **(kwargs or {}))
+
+
+def _indices(function, args):
+    return args[1] if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_) else ()
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_step_of_attention_waits_for_nothing(window):
+    step = steps.Step(build(("attention",), attention=AttentionOptions(window=window, sinks=window // 3)), 2)
+    step.alive[0] = True
+    with torch.inference_mode(), Waits():
+        for _ in range(7):
+            step()
+    assert step.state[0].length.tolist() == [7, 0]
+    with pytest.raises(AssertionError), Waits():
+        step.row(0)
+
+
+class Growing(torch.nn.Module):
+    """A block of somebody who keeps all that it has read, in a way of its own."""
+
+    def forward(self, x, state=None, *, mask=None, reset=None):
+        state = x if state is None else torch.cat([state, x], 1)
+        return x + state.mean(1, keepdim=True), state
+
+
+def test_a_state_that_grows_otherwise_is_told(graphs):
+    model = build()
+    model.stack.blocks[0] = Growing()
+    assert model.generate([5, 6], 7, temperature=0) == plainly(model, [5, 6], 7, temperature=0) and not graphs
+    engine = Engine(model, 1)
+    with pytest.raises(ValueError, match="a part of the state grew from"):
+        engine.admit(Request([5], 3))
+        engine.step()
+
+
+class Around(torch.nn.Module):
+    """A block of somebody that calls ours."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, state=None, **flags):
+        return self.block(x, state, **flags)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlstm_window"])
+def test_a_block_inside_somebodys_has_its_room(kind, small):
+    model = build((kind, "mlstm"))
+    wanted = model.generate([5, 6, 7], 20, temperature=0)
+    model.stack.blocks[0] = Around(model.stack.blocks[0])
+    engine = Engine(model, 2)
+    (sequence,) = engine.admit(Request([5, 6, 7], 20, temperature=0))
+    finish(engine)
+    assert sequence.tokens == wanted
 
 
 HYBRIDS = {
@@ -256,13 +435,13 @@ HYBRIDS = {
 
 @pytest.mark.parametrize("case", HYBRIDS)
 def test_a_hybrid_writes_far_beyond_its_window(case, tmp_path):
-    """With a window its state has one size whatever was read and written; what it writes is what one forward finds likeliest."""
+    """Its buffers have one size whatever is read and written (LEAST tokens without a window); it writes what a forward says."""
     model, given = build(("mlstm", "mlstm", "attention"), n_layers=3, attention=HYBRIDS[case]), {"temperature": 0}
     whole = model.generate([5, 6, 7], 40, **given)
     assert whole == list(model.generate([5, 6, 7], 40, stream=True, **given))
     assert whole == model(torch.tensor([[5, 6, 7, *whole]]))[0][0, 2:-1].argmax(-1).tolist()
     engine = Engine(model, 4)
-    assert engine._step.fixed == bool(HYBRIDS[case].window)
+    assert engine._step.fixed
     sizes = [tuple(x.shape) for x in leaves(engine._step.state)]
     first, _ = engine.admit(Request([5, 6, 7], 40, **given), Request(list(range(30)), 40, seed=1))
     forks = []
@@ -274,7 +453,7 @@ def test_a_hybrid_writes_far_beyond_its_window(case, tmp_path):
         forks.append(engine.fork(first))
     finish(engine)
     assert first.tokens == whole and [fork.tokens for fork in forks] == [whole[3:], whole[20:]]
-    assert engine._step.fixed <= (sizes == [tuple(x.shape) for x in leaves(engine._step.state)])
+    assert sizes == [tuple(x.shape) for x in leaves(engine._step.state)]
     for written in (3, 20):
         state = model.load_state(tmp_path / f"{written}.safetensors")
         assert model.generate([], 40 - written, state=state, **given) == whole[written:]
@@ -347,14 +526,25 @@ def test_nan_stays_in_its_row():
 # generate out of graphs; here a graph is the call itself
 
 
+def addresses(engine):
+    step = engine._step
+    return [x.data_ptr() for x in (*leaves(step.state), step.tokens, step.alive, step.logits)]
+
+
 @pytest.fixture
 def graphs(monkeypatch):
-    """Lets generate take its engine on this CPU; the list of names that were captured."""
+    """Lets generate take its engine on this CPU; the list of calls that were captured. A graph knows where the buffers were."""
     captured = []
 
     def capture(self, call):
         captured.append(call)
-        return SimpleNamespace(replay=call)
+        before = addresses(self)
+
+        def replay():
+            assert before == addresses(self)
+            call()
+
+        return SimpleNamespace(replay=replay)
 
     monkeypatch.setattr(engines, "capturable", lambda model: True)
     monkeypatch.setattr(Engine, "_capture", capture)
@@ -380,7 +570,7 @@ def test_generate_out_of_graphs_is_generate(blocks, graphs):
         assert model.generate(more, 5, state=state, **rules) == plainly(model, more, 5, state=truth, **rules)
         assert list(model.generate([4], 6, stream=True, **rules)) == plainly(model, [4], 6, **rules)
     assert model.generate([4], 0) == []
-    assert bool(graphs) == (not GROWING & {*blocks})
+    assert graphs
 
 
 def test_graphs_are_kept_while_nothing_changes(graphs):

@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional as F
 
 import exlstm
-from exlstm.models.config import AttentionOptions, LanguageConfig, MLSTMOptions
+from exlstm.models.config import AttentionOptions, LanguageConfig, MLSTMOptions, MLSTMWindowOptions
 from exlstm.models.engine import Engine
 from exlstm.models.language import LanguageModel
-from exlstm.models.reading import leaves
+from exlstm.models.reading import leaves, mapped
 from exlstm.models.sequence import Request
 from exlstm.models.stack import BLOCKS
 from exlstm.models.step import Step
@@ -191,9 +191,8 @@ def test_conv_and_settle(dtype):
 
 def model_of(conv, blocks=("mlstm", "slstm"), **settings):
     torch.manual_seed(0)
-    config = LanguageConfig(
-        d_model=32, n_layers=2, n_heads=2, vocab_size=41, blocks=blocks, mlstm=MLSTMOptions(conv=conv), **settings
-    )
+    settings = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 41, "blocks": blocks, **settings}
+    config = LanguageConfig(mlstm=MLSTMOptions(conv=conv), **settings)
     model = LanguageModel(config, device=DEVICE).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -228,6 +227,42 @@ def test_a_step_equals_the_models_forward(conv, rows):
         now = [*leaves(step.state), step.logits]
         equal([x[:1] for x in now], [x[:1] for x in kept])
         assert rows == 1 or not torch.equal(now[-1][1:], kept[-1][1:])
+
+
+@law
+@pytest.mark.parametrize("heads", [0, 1])
+def test_a_step_of_attention_equals_the_models_forward(heads):
+    """In rooms with a window and without, which move on the way; a row that is not alive keeps all that is seen of it."""
+    from exlstm.models import step as steps
+
+    options = {"attention": AttentionOptions(n_kv_heads=heads), "mlstm_window": MLSTMWindowOptions(window=4, sinks=1)}
+    model = model_of(4, ("mlstm", "attention", "mlstm_window"), n_layers=3, **options)
+    tokens = torch.randint(41, (3, 15), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.inference_mode():
+        with exlstm.backend("reference"):
+            start, state = model(tokens[:, :3])
+            wanted, after = model(tokens[:, 3:], state)
+        step = Step(model, 3)
+        assert [type(part) for part in step._parts[::2]] == [steps._MLSTM, steps._Mixer, steps._Mixer] and step.fixed
+        step.resize(8)
+        step.seat(torch.arange(3, device=DEVICE), state, start[:, -1])
+        step.alive.fill_(True)
+        for t in range(12):
+            if t == 5:
+                step.resize(32)
+            step.tokens.copy_(tokens[:, 3 + t])
+            step()
+            close([step.logits], [wanted[:, t].double()], 1e-5)
+        for row in range(3):
+            mine = mapped(lambda x, row=row: x[row : row + 1], after)
+            pairs = [(a, b) for a, b in zip(leaves(step.row(row)), leaves(mine), strict=True) if b.any()]
+            close(*([x.double() for x in side] for side in zip(*pairs, strict=True)), 1e-5)
+        kept, places = leaves(step.row(0)), [x.data_ptr() for x in leaves(step.state)]
+        step.alive[0] = False
+        step()
+        equal(leaves(step.row(0)), kept)
+        assert places == [x.data_ptr() for x in leaves(step.state)]
+        assert step.state[1].length.tolist() == [15, 16, 16]
 
 
 @law
@@ -284,7 +319,9 @@ def test_what_kernels_do_not_take_goes_the_ordinary_way():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [(kind,) for kind in BLOCKS] + [("mlstm",) * 7 + ("slstm",)], ids="+".join)
+@pytest.mark.parametrize(
+    "blocks", [(kind,) for kind in BLOCKS] + [("mlstm",) * 7 + (last,) for last in ("slstm", "attention")], ids="+".join
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_graphs_change_nothing(blocks, dtype):
     """Engine and generate with graphs write what they write without, rule by rule."""
@@ -295,8 +332,8 @@ def test_graphs_change_nothing(blocks, dtype):
     found = []
     for captures in (True, False):
         engine = Engine(model, 5)
-        engine.captures = engine.captures and captures
-        assert engine.captures == (captures and "attention" not in blocks)
+        assert engine.captures
+        engine.captures = captures
         sequences = engine.admit(*(Request([1, 2, 3 + i], 70, eos=40, **rule) for i, rule in enumerate(rules)))
         for _ in range(20):
             engine.step()
@@ -305,8 +342,7 @@ def test_graphs_change_nothing(blocks, dtype):
             pass
         found.append([[s.tokens for s in sequences], [engine.state(s) for s in sequences]])
     assert found[0][0] == found[1][0]
-    if "attention" not in blocks:
-        equal(leaves(found[0][1]), leaves(found[1][1]))
+    equal(leaves(found[0][1]), leaves(found[1][1]))
     for i, rule in enumerate(rules):
         given = {"eos": 40, **rule}
         whole = model.generate([1, 2, 3 + i], 70, **given)
@@ -336,6 +372,65 @@ def test_a_hybrid_with_a_window_in_a_graph(sinks):
     logits, _ = model(torch.tensor([[1, 2, 3, *tokens]], device=DEVICE))
     likeliest = logits[0, 2:-1].argmax(-1).tolist()
     assert sum(a != b for a, b in zip(tokens, likeliest, strict=True)) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "blocks", [("attention",), ("mlstm", "attention"), ("mlstm_window", "attention")], ids="+".join
+)
+def test_attention_in_graphs_across_growths(blocks, monkeypatch):
+    """Rows of unlike lengths, forks, those that come and go: the same out of graphs as without, one graph a size of the rooms."""
+    from exlstm.models import engine as engines
+    from exlstm.models import step as steps
+
+    for module in (engines, steps):
+        monkeypatch.setattr(module, "LEAST", 16)
+    monkeypatch.setattr(engines, "IDLE_BYTES", 0)
+    model, found = model_of(4, blocks), []
+    for captures in (True, False):
+        engine, recorded = Engine(model, 4), []
+        assert engine.captures
+        engine.captures = captures
+        record = engine._capture
+        engine._capture = lambda call, record=record, recorded=recorded: (recorded.append(call), record(call))[1]
+        long, short = engine.admit(Request([*range(20)], 100, temperature=0), Request([1, 2], 150, seed=1, top_k=9))
+        for _ in range(30):
+            engine.step()
+        fork = engine.fork(long, max_tokens=25)
+        engine.remove(long)
+        (late,) = engine.admit(Request([*range(40)], 90, seed=2))
+        sizes = []
+        for _ in engine.run():
+            sizes.append(engine._step.size)
+        assert {*sizes} == {64, 128, 256}
+        sequences = [long, short, fork, late]
+        found.append([[s.tokens for s in sequences], [engine.state(s) for s in sequences[1:]]])
+        if captures:
+            # The prompts want 32 places, what is written 64, 128, 256.
+            assert sum(isinstance(call, Step) for call in recorded) == 4
+        for s in sequences[1:]:
+            engine.remove(s)
+        assert engine._step.size == 16
+    assert found[0][0] == found[1][0]
+    equal(leaves(found[0][1]), leaves(found[1][1]))
+    logits, _ = model(torch.tensor([[*range(20), *found[0][0][0], *found[0][0][2]]], device=DEVICE))
+    likeliest = logits[0, 19:-1].argmax(-1).tolist()
+    assert sum(a != b for a, b in zip(found[0][0][0] + found[0][0][2], likeliest, strict=True)) <= 1
+
+
+@pytest.mark.gpu
+def test_rows_of_unlike_lengths_are_joined():
+    """generate out of a graph hands out one state of all rows, which goes on as that of each."""
+    model = model_of(4, ("mlstm", "attention"))
+    prompts = [[1, 2, 3], [4], [5] * 40]
+    found, state = model.generate(prompts, 20, temperature=0, return_state=True)
+    assert model.held._kept[0][0].captures
+    more = model.generate([[], [7], []], 10, temperature=0, state=state)
+    for prompt, first, then, second in zip(prompts, found, [[], [7], []], more, strict=True):
+        tokens = [*prompt, *first, *then, *second]
+        likeliest = model(torch.tensor([tokens], device=DEVICE))[0][0, :-1].argmax(-1).tolist()
+        at = len(prompt) - 1
+        assert first == likeliest[at : at + 20] and second == likeliest[-10:]
 
 
 # Compiled for the GPU they were written for
