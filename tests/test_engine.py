@@ -541,7 +541,8 @@ def graphs(monkeypatch):
         before = addresses(self)
 
         def replay():
-            assert before == addresses(self)
+            # Choosing reads no room.
+            assert before == addresses(self) or not isinstance(call, steps.Step)
             call()
 
         return SimpleNamespace(replay=replay)
