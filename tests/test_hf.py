@@ -295,11 +295,13 @@ def test_the_vocabulary_can_grow(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("targets", ["all-linear", ["gate"], ["q", "v"], ["up", "out"]], ids=str)
 def test_lora_on_our_linears(targets):
-    """Every adapter has a gradient, and what it learnt is in the forward, in the single step, and in the merged weights."""
+    """Every adapter has a gradient, and what it learnt is in the forward, in the single step, and in the merged weights; in
+    float64, for adapters of that size make every rounding larger."""
     peft = pytest.importorskip("peft")
     model, tokens = wrapped(("mlstm", "mlstm_up", "slstm"), mlstm=MLSTMOptions(conv=4)), tokens_of(2, 9)
-    plain = model(tokens).logits.detach()
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")).train()
+    plain = model.double()(tokens).logits.detach()
+    settings = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    lora = peft.get_peft_model(model, settings, autocast_adapter_dtype=False).train()
     with torch.no_grad():
         for name, p in lora.named_parameters():
             if "lora_" in name:
@@ -316,8 +318,8 @@ def test_lora_on_our_linears(targets):
             output = lora(tokens[:, t : t + 1], use_cache=True, **{CACHE: cache})
             cache = output[CACHE]
             steps.append(output.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), adapted, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(lora.merge_and_unload()(tokens).logits, adapted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(steps, 1), adapted, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(lora.merge_and_unload()(tokens).logits, adapted, atol=1e-9, rtol=1e-9)
 
 
 def bpe():
