@@ -18,7 +18,7 @@ FEW = 128
 # What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
 # Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
 CAPABILITY, GLUON = (9, 0), "3.6."
-# Which forward heads of 128 take there: "present", "groups" or "ahead".
+# Which forward heads of 128 take there: "present", "groups" or "relay".
 WALK = os.environ.get("EXLSTM_WALK", "present")
 
 
@@ -71,8 +71,8 @@ class Groups(NamedTuple):
     BV: int
 
 
-class Ahead(NamedTuple):
-    """The same of a forward that prepares the next chunk while it multiplies this one; see ahead.py."""
+class Relay(NamedTuple):
+    """The same with more warps for the scores; see relay.py."""
 
     L: int
     BV: int
@@ -96,7 +96,7 @@ class Fused(NamedTuple):
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
-    forward: Ahead | Groups | Walk | OnePass | TwoPass
+    forward: Groups | Relay | Walk | OnePass | TwoPass
     backward: Chain | Fused | TwoPass
 
 
@@ -123,7 +123,7 @@ def _walk(V, rows):
     """The walk that WALK names; with all values in a program where these are enough."""
     if WALK == "present":
         return Walk(64, 128)
-    return {"groups": Groups, "ahead": Ahead}[WALK](64, 256 if V > 128 and rows >= FEW else 128)
+    return {"groups": Groups, "relay": Relay}[WALK](64, 256 if V > 128 and rows >= FEW else 128)
 
 
 def _on_hopper(q, v) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Ahead, Chain, Fused, Groups, OnePass, TwoPass, Walk, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Relay, Chain, Fused, Groups, OnePass, TwoPass, Walk, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,8 +57,8 @@ def _kernels(plan):
         from exlstm.ops.mlstm import one_pass as kernels
     elif isinstance(plan, Groups):
         from exlstm.ops.mlstm import walk as kernels
-    elif isinstance(plan, Ahead):
-        from exlstm.ops.mlstm import ahead as kernels
+    elif isinstance(plan, Relay):
+        from exlstm.ops.mlstm import relay as kernels
     elif isinstance(plan, Walk | Chain | Fused):
         from exlstm.ops.mlstm import hopper as kernels
     else:
