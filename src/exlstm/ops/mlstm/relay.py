@@ -24,6 +24,10 @@ from exlstm.ops.mlstm.plan import cdiv, power
 
 # Warps of the scores, and registers a thread of the two groups that keep C; the scores have what is left.
 WARPS, REGISTERS = int(os.environ.get("EXLSTM_SCORES", "8")), int(os.environ.get("EXLSTM_REGISTERS", "192"))
+# The same of groups that keep one block of columns each.
+NARROW = 144
+# Whether the columns begin with q C before they wait for the scores.
+LATE = os.environ.get("EXLSTM_LATE") == "1"
 
 
 @gluon.constexpr_function
@@ -85,6 +89,20 @@ def _tokens_weights(pointers, i_c, L: gl.constexpr, W: gl.constexpr):
 
 
 @gluon.jit
+def _begin(places, at, L: gl.constexpr, W: gl.constexpr):
+    """The products of queries and keys, begun."""
+    s_k = places[1].index(at).permute([1, 0])
+    return _product(places[0].index(at), s_k, gl.zeros([L, L], gl.float32, _scores_layout(W)))
+
+
+@gluon.jit
+def _store_sums(p_den, p_s, b_den, b_s, i_c, i_v, L: gl.constexpr, W: gl.constexpr):
+    o_t = i_c * L + gl.arange(0, L, _tokens(W))
+    gl.store(p_den + o_t, b_den, mask=i_v == 0)
+    gl.store(p_s + o_t, b_s, mask=i_v == 0)
+
+
+@gluon.jit
 def _decayed(b_p, s_u, b_top, p_document, L: gl.constexpr, RESET: gl.constexpr, W: gl.constexpr):
     """P / a of the products of queries and keys."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, _scores_layout(W))
@@ -140,7 +158,7 @@ def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scal
     b_n = gl.load(p_n0 + i_bh * K + o_n, mask=o_n < K, other=0.0)
     s_n.store(b_n)
     mbarrier.wait(full.index(0), 0)
-    b_x = _product(places[0].index(0), places[1].index(0).permute([1, 0]), gl.zeros([L, L], gl.float32, _scores_layout(W)))
+    b_x = _begin(places, 0, L, W)
     for i in range(N):
         at, turn = i % 3 + _anew(i * 0), (i & 1) + _anew(i * 0)
         i_c, then = i_bh * N + i, (i + 1) % 3
@@ -157,9 +175,7 @@ def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scal
         all_p.index(turn).store((b_p * b_part[:, None]).to(gl.bfloat16))
         all_w.index(turn).store(b_beta * b_part)
         b_beta, b_top, b_floor = _tokens_weights(pointers, gl.minimum(i_c + 1, last), L, W)
-        o_t = i_c * L + gl.arange(0, L, _tokens(W))
-        gl.store(p_den + o_t, b_den, mask=i_v == 0)
-        gl.store(p_s + o_t, b_s, mask=i_v == 0)
+        _store_sums(p_den, p_s, b_den, b_s, i_c, i_v, L, W)
         b_n = _weigh(places[1].index(at), s_n, b_n, b_gamma, all_a.index(turn), W)
         fence_async_shared()
         gl.thread_barrier()
@@ -172,8 +188,7 @@ def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scal
             _come_keys(descs, places, full.index(before), i_b, i_h, i + 2, N, before, L)
         # The products of the next chunk run beside what follows; behind the last one nobody wants them.
         mbarrier.wait(full.index(then), (i + 1) // 3 & 1, pred=i + 1 < N)
-        s_r, s_l = places[0].index(then), places[1].index(then)
-        b_x = _product(s_r, s_l.permute([1, 0]), gl.zeros([L, L], gl.float32, _scores_layout(W)))
+        b_x = _begin(places, then, L, W)
     warpgroup_mma_wait(0, deps=[b_x])
     async_copy.wait_group(0)
     gl.store(p_n + (i_bh * (N + 1) + N) * K + o_n, b_n, mask=kept)
@@ -200,13 +215,16 @@ def _last(p_c_last, b_c, i_bh, i_v, K, V, BK: gl.constexpr):
 
 
 @gluon.jit
-def _block(b_c, b_gamma, s_q, s_k, s_v, s_p, s_w, s_c, L: gl.constexpr):
+def _block(b_c, b_gamma, s_q, s_k, s_v, s_p, s_w, s_c, bars, turns, L: gl.constexpr, WAIT: gl.constexpr):
     """h of 64 values, and their C behind the chunk. Nobody reads the place of C."""
     s_c.store(b_c.to(gl.bfloat16))
     b_c = b_c * b_gamma
     fence_async_shared()
     gl.thread_barrier()
     b_h = _product(s_q, s_c, gl.zeros([L, 64], gl.float32, _sums(64)))
+    if WAIT:
+        mbarrier.wait(bars[0], turns[0])
+        mbarrier.wait(bars[1], turns[1])
     b_c = _product(s_k.permute([1, 0]), s_v, b_c)
     b_h = warpgroup_mma_wait(1, deps=[b_h])
     b_h = _product(s_p, s_v, b_h * s_w.load(_rows(64))[:, None])
@@ -227,7 +245,7 @@ def _out(d_h, b_h, s_h, i_b, i_h, i_t, i_v):
 
 @gluon.jit
 def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_bh, i_v, N, K, V,
-            WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr):  # fmt: skip
+            WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, LATE: gl.constexpr):  # fmt: skip
     """h of half of the columns, in one block of 64 or in two, and their last C."""
     full, ready, done, values = bars
     BLOCKS: gl.constexpr = COLS // 2
@@ -248,12 +266,14 @@ def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, 
         i_x, s_c, s_h = (2 * WHICH + turn) * BLOCKS, own[0].index(WHICH + zero), own[1].index(WHICH + zero)
         b_next = gl.load(p_gamma + i_bh * N + gl.minimum(i + 1, N - 1))
         mbarrier.wait(full.index(at), i // 3 & 1)
-        mbarrier.wait(values.index(2 * WHICH + turn), i // 2 & 1)
-        mbarrier.wait(ready.index(at), i // 3 & 1)
-        b_h, b_c = _block(b_c, b_gamma, s_q, s_k, places[2].index(i_x), s_p, s_w, s_c, L)
+        wanted, turns = (values.index(2 * WHICH + turn), ready.index(at)), (i // 2 & 1, i // 3 & 1)
+        if not LATE:
+            mbarrier.wait(wanted[0], turns[0])
+            mbarrier.wait(wanted[1], turns[1])
+        b_h, b_c = _block(b_c, b_gamma, s_q, s_k, places[2].index(i_x), s_p, s_w, s_c, wanted, turns, L, LATE)
         if BLOCKS == 2:
             _out(d_h, b_h, s_h, i_b, i_h, i * L, i_v)
-            b_h, b_e = _block(b_e, b_gamma, s_q, s_k, places[2].index(i_x + 1), s_p, s_w, s_c, L)
+            b_h, b_e = _block(b_e, b_gamma, s_q, s_k, places[2].index(i_x + 1), s_p, s_w, s_c, wanted, turns, L, False)
         # After its barriers nobody of this group reads the tiles any more.
         _out(d_h, b_h, s_h, i_b, i_h, i * L, i_v + 64 * (BLOCKS - 1))
         mbarrier.arrive(done.index(at))
@@ -277,7 +297,7 @@ def _counters(PLACES: gl.constexpr, COUNT: gl.constexpr):
 def mlstm_relay_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
                         p_document, p_den, p_s, H, N, K, V, scale, eps,
                         L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, REGS: gl.constexpr, W: gl.constexpr,
-                        NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
+                        LATE: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
     """h of 64 · COLS columns, the last memory, denominators, and n of every chunk."""
     tiles_v = (V + 64 * COLS - 1) // (64 * COLS)
     i_bh, i_v = (gl.program_id(0) // tiles_v).to(gl.int64), (gl.program_id(0) % tiles_v) * (64 * COLS)
@@ -303,9 +323,9 @@ def mlstm_relay_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p
             (_scores, ((d_q, d_k), places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps,
                        i_b, i_h, i_bh, i_v, N, K, L, BK, NORM, RESET, W)),
             (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
-                       i_b, i_h, i_bh, i_v, N, K, V, 0, L, BK, COLS)),
+                       i_b, i_h, i_bh, i_v, N, K, V, 0, L, BK, COLS, LATE)),
             (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
-                       i_b, i_h, i_bh, i_v, N, K, V, 1, L, BK, COLS)),
+                       i_b, i_h, i_bh, i_v, N, K, V, 1, L, BK, COLS, LATE)),
         ],
         [4, 4],
         [REGS, REGS],
@@ -324,10 +344,11 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
     ns = call.vector(n, call.rows, call.N + 1, call.K)
     den, s, c_last = call.vector(ns), call.vector(ns), call.vector(ns, call.rows, call.K, call.V)
     h = padded(v, v.shape)
+    registers = REGISTERS if COLS == 4 else NARROW
     mlstm_relay_kernel[(call.rows * cdiv(call.V, plan.BV),)](
         heads(q, L, K), heads(k, L, K), heads(v, L, 64), heads(h, L, 64), c.contiguous(), n.contiguous(), c_last, ns,
         gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
-        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=REGISTERS, W=WARPS,
-        num_warps=WARPS, **call.flags,
+        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=registers, W=WARPS,
+        LATE=LATE, num_warps=WARPS, **call.flags,
     )  # fmt: skip
     return h.contiguous(), c_last, ns, den, s, None

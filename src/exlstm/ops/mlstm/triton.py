@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Relay, Chain, Fused, Groups, OnePass, TwoPass, Walk, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Chain, Fused, Groups, OnePass, Relay, TwoPass, Walk, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
