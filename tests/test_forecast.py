@@ -348,6 +348,21 @@ def test_the_network_gets_three_quarters_of_what_validation_gives_it():
     assert combine.blend(good[None], given, every, ["network"]) == [1]
 
 
+@pytest.mark.parametrize("spans", [6, 40, 126])
+def test_a_gain_of_the_network_that_could_be_chance_gives_it_no_weight(spans):
+    """Better by a tenth in one half of the spans, worse by nearly as much in the other: the least loss, and no reason."""
+    side = torch.tensor([1.0, -1.0]).repeat(spans // 2).repeat_interleave(4)  # (W,)
+    away = torch.where(side > 0, 1.0, 0.99)
+    q = torch.stack([torch.zeros_like(side), away])[..., None, None].expand(-1, -1, 5, len(engine.LEVELS))
+    target, group = 10 * side[:, None].expand(-1, 5), torch.arange(spans).repeat_interleave(4)
+    judged = (target, torch.ones(len(target), 1), torch.tensor(engine.LEVELS), "mae")
+    assert combine.blend(q, judged, group, ["naive", "linear"]) == [0, 1]
+    assert combine.blend(q, judged, group, ["linear", "network"]) == [1, 0]
+    # Where it is better in every span its weight is what it was.
+    sure = q * torch.where(side > 0, 1.0, -1.0)[:, None, None]
+    assert combine.blend(sure, judged, group, ["linear", "network"]) == pytest.approx([0.25, 0.75], abs=0.01)
+
+
 def test_a_gain_counts_as_far_as_it_is_more_than_chance():
     torch.manual_seed(0)
     one, group = torch.ones(400), torch.arange(400) // 10

@@ -6,7 +6,7 @@ import torch
 
 from exlstm import Forecaster
 from exlstm.data.series import panel_of
-from exlstm.forecast import combine, drift, engine
+from exlstm.forecast import combine, drift, engine, fitting, ridges, training
 from exlstm.forecast.config import FitConfig
 
 pd = pytest.importorskip("pandas")
@@ -151,7 +151,7 @@ def test_the_errors_that_intervals_follow_are_those_of_the_blend(weights):
     settings = FitConfig(members=("naive", "linear", "arcsinh"), lookback=8, refit=False)
     one = Forecaster(H, season=SEASON, config=settings).fit(data.iloc[:1200]).engine
     one.weights, one.factors = weights, one.plain
-    one.drift = engine.replace(one.drift, shares=drift.shares(weights))
+    one.drift = engine.replace(one.drift, shares=drift.shares(weights, one.drift.judges))
     w = one.windows(panel_of(data))
     cuts = torch.arange(1300, 1310)
     first = torch.tensor([1200])
@@ -164,13 +164,55 @@ def test_the_errors_that_intervals_follow_are_those_of_the_blend(weights):
     assert torch.allclose(z, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_slow_members_count_as_the_linear_path():
-    assert drift.shares({"naive": 0.25, "theta": 0.25, "linear": 0.25, "network": 0.25}) == {
-        "naive": 0.25,
-        "linear": 0.75,
-    }
-    assert drift.shares({"arcsinh": 1.0}) == {"arcsinh": 1.0}
-    assert drift.shares({"naive": 0.0, "theta": 1.0}) == {"linear": 1.0}
+def with_network(data, monkeypatch, refit=False):
+    """A forecaster that is a network alone, whose spread is that of the window's deviation: it follows the noise by itself."""
+    settings = engine.replace(SETTINGS, d_model=8, n_layers=1, n_heads=2, dropout=0.0, refit=False)
+    model = Forecaster(H, season=SEASON, config=settings).fit(data.iloc[:LEARNT])
+    one = model.engine
+    found = fitting.split(one.windows(panel_of(data.iloc[:LEARNT])), one.config)
+    one.config = engine.replace(one.config, members=("linear", "network"))
+    one.network = training.build_network(found, one.linear, one.config).eval()
+    # All of the weight is the network's, whatever validation finds.
+    monkeypatch.setattr(combine, "blend", lambda *_: [0.0, 1.0])
+    engine._combine(one, found)
+    if refit:
+        part = ridges.Part(one.linear.config.lookback, 1.0, 1.0)
+        engine._refit(one, found, ridges.Recipe(one.linear.config, (part,), part), {"best_step": 50})
+    return model
+
+
+@pytest.mark.parametrize("after", [2.0, 0.5])
+def test_a_network_is_judged_by_its_own_errors(after, monkeypatch):
+    """Its intervals grow and shrink with the window; the factor that the linear path needs would do it a second time."""
+    data = table(after)
+    model = with_network(data, monkeypatch)
+    assert model.engine.drift.shares == {"network": 1.0}
+    cuts = np.arange(LEARNT + 16 * H, len(data) - H)
+    for share, wanted in zip(coverage(model, data, cuts), (0.8, 0.95)):
+        assert abs(share - wanted) < 0.03
+    model.engine.drift = engine.replace(model.engine.drift, shares={"linear": 1.0})
+    assert abs(coverage(model, data, cuts)[0] - 0.8) > 0.05
+
+
+def test_the_network_that_validation_saw_judges_on_and_is_saved(tmp_path, monkeypatch):
+    data = table(2.0)
+    model = with_network(data, monkeypatch, refit=True)
+    judge, now = model.engine.drift.judges["network"], model.engine.network
+    assert judge is not now and not torch.equal(judge.head.weight, now.head.weight)
+    model.update(data.iloc[LEARNT:1100])
+    model.save(tmp_path / "model")
+    loaded = Forecaster.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.predict(), model.predict())
+    later = data.iloc[1100:1150]
+    pd.testing.assert_frame_equal(loaded.update(later).predict(), model.update(later).predict())
+
+
+def test_a_member_without_a_judge_counts_as_the_linear_path():
+    weights = {"naive": 0.25, "theta": 0.25, "linear": 0.25, "network": 0.25}
+    assert drift.shares(weights, ["linear", "network"]) == {"naive": 0.25, "linear": 0.5, "network": 0.25}
+    assert drift.shares(weights, ["linear"]) == {"naive": 0.25, "linear": 0.75}
+    assert drift.shares({"arcsinh": 1.0}, ["linear", "arcsinh"]) == {"arcsinh": 1.0}
+    assert drift.shares({"naive": 0.0, "theta": 1.0}, ["linear"]) == {"linear": 1.0}
 
 
 @pytest.mark.parametrize("spans, t90, t975", [(9, 1.3830, 2.2622), (12, 1.3562, 2.1788), (40, 1.3031, 2.0211)])

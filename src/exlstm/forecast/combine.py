@@ -120,8 +120,11 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
         without = shares[:, names.index("network")] == 0
         found = TRUST * found + (1 - TRUST) * _drawn(loss[:, without], count, shares[without])
     if len(ids) < SPANS:
-        alone = shares[(shares == 1).any(1)]
-        alone = alone[loss[:, (shares == 1).any(1)].sum(0).argmin()]
+        single = (shares == 1).any(1)
+        # The step never begins at the network: among so few spans the least loss may be its by chance.
+        if "network" in names and len(names) > 1:
+            single &= shares[:, names.index("network")] == 0
+        alone = shares[single][loss[:, single].sum(0).argmin()]
         before, after = (losses(torch.einsum("m,mwhq->whq", w.to(part), part), *given)[0] for w in (alone, found))
         share = backed(before - after, total[0][1], group[some])
         found = share * found + (1 - share) * alone

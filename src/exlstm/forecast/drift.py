@@ -1,6 +1,6 @@
 """Intervals that follow drift: the spread goes by the errors of the forecasts that earlier origins would have made.
 
-At an origin t the step j of a forecast made at s is known where s + j <= t. The blend of the quick members as they were
+At an origin t the step j of a forecast made at s is known where s + j <= t. The blend of the members as they were
 before they learnt from validation forecasts again from origins t - g, t - 2g, ..., where neither they nor the calibration have
 learnt anything. Counted in half widths of the 80 % interval, z = |y - forecast| / width, what is known by t is averaged as
 clamp(z - 1/2, 0, 1) with weights exp(-age / m); the factor that validation's errors would have to be multiplied by for the same
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from exlstm.data import frequency
 from exlstm.data.windows import Windows
+from exlstm.models.forecaster import ForecasterNetwork
 from exlstm.models.linear import LinearPath
 
 # Spans that an average remembers, how often them it goes back, and the spans that the factor 1 counts as much as.
@@ -34,8 +35,6 @@ FEW = 24
 ORIGINS, LEAST = 4, 2
 # Logarithm of the factor at most, and where the curve of averages is known.
 FURTHEST, GRID = 1.0, torch.linspace(-2, 2, 81)
-# Members that forecast again; the others count as the linear path.
-QUICK = ("naive", "linear", "arcsinh")
 # Errors held at once.
 HELD = 2**25
 
@@ -58,7 +57,7 @@ def curve(z: Tensor) -> Tensor:
 class Drift:
     """What an engine needs to follow drift."""
 
-    judges: dict[str, LinearPath]  # the members that learn, as validation saw them
+    judges: dict[str, LinearPath | ForecasterNetwork]  # the members that learn, as validation saw them
     shares: dict[str, float]  # of the members that forecast again
     curve: Tensor  # of validation's errors
     offset: float  # logarithm of what validation alone would multiply the calibrated spread by
@@ -93,18 +92,23 @@ class Drift:
         return found
 
 
-def shares(weights: dict[str, float]) -> dict[str, float]:
-    """The blend as it forecasts again: theta and the network, which take their time, count as the linear path."""
-    found = {name: weights.get(name, 0.0) for name in QUICK}
-    found["linear"] = 1 - sum(found[name] for name in QUICK if name != "linear")
-    return {name: share for name, share in found.items() if share > 1e-6} or {"linear": 1.0}
+def shares(weights: dict[str, float], judges) -> dict[str, float]:
+    """The blend as it forecasts again: what has no judge, as theta, which takes its time, counts as the linear path."""
+    found = {name: weights.get(name, 0.0) for name in ("naive", *judges)}
+    found["linear"] += 1 - sum(found.values())
+    return {name: share for name, share in found.items() if share > 1e-6}
 
 
 def fit(engine, found, held: dict[str, Tensor], target: Tensor, other: Tensor) -> Drift:
     """From the members' quantiles `held` (W, H, Q) for `target` (W, H) on validation; `other` (Q,): by what other times
     than validation stretched the calibration."""
-    judges = {"linear": engine.linear} | ({"arcsinh": engine.bent} if engine.bent is not None else {})
-    given = shares(engine.weights)
+    judges = {"linear": engine.linear, "arcsinh": engine.bent}
+    # The spread of a network follows the window by itself: what the linear path misses says little of what it misses. One whose
+    # series see each other wants all of them at every origin, and has no judge.
+    if engine.weights.get("network", 0) > 0 and not engine.network.config.grouped:
+        judges["network"] = engine.network
+    judges = {name: judge for name, judge in judges.items() if judge is not None}
+    given = shares(engine.weights, judges)
     mixed = sum(share * held[name] for name, share in given.items())
     low, high = sides(mixed.shape[-1])
     panel = found.windows.panel
@@ -158,7 +162,8 @@ class _Backtest:
     def __init__(self, engine, windows: Windows, first: Tensor, series: Tensor, cuts: Tensor):
         self.engine, self.drift, self.windows = engine, engine.drift, windows
         judges = self.drift.judges
-        self.before = replace(engine, linear=judges["linear"], bent=judges.get("arcsinh"), network=None)
+        learnt = {"linear": judges["linear"], "bent": judges.get("arcsinh"), "network": judges.get("network")}
+        self.before = replace(engine, **learnt)
         self.step = self.drift.stride(windows.season)
         self.span = self.drift.span(windows.season)
         counts = self.drift.counts(windows.season)
@@ -194,9 +199,9 @@ class _Backtest:
 
     def _errors(self, part: Tensor) -> Tensor:
         """(U, H) in half widths of the 80 % interval."""
-        batch = self.windows.batch(
-            self.series[part], self.cuts[part], self.engine.longest, self.engine.config.horizon, dates=False
-        )
+        longest, horizon = self.engine.longest, self.engine.config.horizon
+        dates = "network" in self.drift.shares
+        batch = self.windows.batch(self.series[part], self.cuts[part], longest, horizon, dates)
         low, high = sides(self.engine.spreads["linear"].shape[-1])
         found = self.before.members(batch, None, self.drift.shares, at=[low, (low + high) // 2, high])
         return half_widths(sum(share * found[name] for name, share in self.drift.shares.items()), batch.target)

@@ -296,6 +296,8 @@ def _refit(engine: Engine, found: fitting.Split, recipe: ridges.Recipe, story: d
     """Learns from the validation part too: the linear path anew, the network for a fifth of its updates more."""
     engine.linear, engine.ridge = ridges.fit(found, recipe, engine.config, whole=True)
     if engine.network is not None and engine.weights.get("network", 0) > 0:
+        # The one that validation saw goes on judging.
+        engine.network = copy.deepcopy(engine.network)
         with torch.no_grad():
             engine.network.linear.load_state_dict(engine.linear.state_dict())
         training.continue_network(engine.network, found, engine.config, story["best_step"] // 5, engine.config.lr / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import asdict, fields, replace
@@ -22,8 +23,8 @@ from exlstm.models.linear import LinearPath
 from exlstm.train.checkpoint import MANIFEST, verify, write_folder
 
 # Version 1 knew one ridge, which was the linear path; versions 1 and 2 did not follow drift, version 3
-# by the errors of the linear path alone.
-FORMAT, VERSION, READS = "exlstm-forecaster", 4, (1, 2, 3, 4)
+# by the errors of the linear path alone, version 4 without those of the network.
+FORMAT, VERSION, READS = "exlstm-forecaster", 5, (1, 2, 3, 4, 5)
 SETTINGS, TENSORS = "forecaster.json", "tensors.safetensors"
 
 
@@ -99,7 +100,7 @@ def _pack(model) -> tuple[dict, dict]:
 def _drift_tensors(engine) -> dict:
     if engine.drift is None:
         return {}
-    now = {"linear": engine.linear, "arcsinh": engine.bent}
+    now = {"linear": engine.linear, "arcsinh": engine.bent, "network": engine.network}
     held = {
         f"judge.{name}.{k}": v
         for name, judge in engine.drift.judges.items()
@@ -124,17 +125,19 @@ def _unpack_drift(settings: dict, tensors: dict, engine: Engine, device: str) ->
         return None
     # Before version 4 the linear path alone forecast again.
     old = {f"judge.linear.{k[6:]}": v for k, v in tensors.items() if k in ("judge.weight", "judge.own")}
-    for name, path in (("linear", engine.linear), ("arcsinh", engine.bent)):
-        if path is None:
+    shares = found.get("shares", {"linear": 1.0})
+    now = {"linear": engine.linear, "arcsinh": engine.bent}
+    now |= {"network": engine.network} if "network" in shares else {}
+    for name, judge in now.items():
+        if judge is None:
             continue
         start = f"judge.{name}."
         if held := {k[len(start) :]: v for k, v in (tensors | old).items() if k.startswith(start)}:
-            path = LinearPath(path.config, device=device)
-            path.load_state_dict(held)
-        judges[name] = path
+            judge = copy.deepcopy(judge)
+            judge.load_state_dict(held)
+        judges[name] = judge
     time = int if isinstance(settings["freq"], int) else pd.Timestamp
     begins = {name: (time(first), step) for name, first, step in found["begins"]}
-    shares = found.get("shares", {"linear": 1.0})
     return Drift(judges, shares, tensors["drift.curve"].to(device), found["offset"], begins)
 
 
