@@ -464,12 +464,11 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 # Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 150 each way, with n on chip
 # as well, which takes 0.53 ms where n from a pass of its own took 0.59.
 # The backward in one walk: 296 bytes in all, with resets 356, where Triton's own pipeline had thousands.
-SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 356, ("mlstm_walk_kernel", 128): 92}
+SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 356}
 # Numbers that stand for addresses, outside of the products; with resets most.
-SPILLS |= {("mlstm_groups_kernel", 128): 960, ("mlstm_relay_kernel", 128): 768}
+SPILLS |= {("mlstm_walk_kernel", 128): 768}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
-GLUON = {"mlstm_walk_kernel": (8, 227), "mlstm_backward_kernel": (4, 113), "mlstm_gradients_kernel": (4, 113)}
-GLUON |= {"mlstm_groups_kernel": (12, 227), "mlstm_relay_kernel": (16, 227)}
+GLUON = {"mlstm_walk_kernel": (12, 227), "mlstm_backward_kernel": (4, 113), "mlstm_gradients_kernel": (4, 113)}
 
 
 @here
@@ -482,12 +481,6 @@ GLUON |= {"mlstm_groups_kernel": (12, 227), "mlstm_relay_kernel": (16, 227)}
         (8, 256, 512, False, ("none",)),
         (16, 128, 256, False, ("mlstm_walk_kernel",)),
         (16, 128, 256, True, ("mlstm_walk_kernel",)),
-        (16, 128, 256, False, ("mlstm_groups_kernel",)),
-        (16, 128, 256, True, ("mlstm_groups_kernel",)),
-        (8, 128, 256, False, ("mlstm_groups_kernel",)),
-        (16, 128, 256, False, ("mlstm_relay_kernel",)),
-        (16, 128, 256, True, ("mlstm_relay_kernel",)),
-        (8, 128, 256, False, ("mlstm_relay_kernel",)),
         (32, 64, 128, False, ("mlstm_backward_kernel",)),
         (32, 64, 128, True, ("mlstm_backward_kernel",)),
         (8, 64, 128, False, ("mlstm_gradients_kernel",)),
@@ -509,8 +502,6 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     monkeypatch.setattr(gates.Call, "__init__", as_on_a_gpu)
     monkeypatch.setattr(operator, "runs_on", lambda q: True)
     monkeypatch.setattr(planning, "gluon", lambda device: bool(hopper))
-    walks = {("mlstm_groups_kernel",): "groups", ("mlstm_relay_kernel",): "relay"}
-    monkeypatch.setattr(planning, "WALK", walks.get(hopper, "present"))
     reset = torch.zeros(8, 1024, dtype=torch.bool) if with_reset else None
     sizes = [(8, 1024, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
     leaves = [torch.zeros(size, dtype=BF16 if len(size) > 3 else F32).requires_grad_() for size in sizes]

@@ -5,7 +5,6 @@ of sequences and heads only decides between a few variants, where there are too 
 Tiles were chosen on one H200, what hopper.py is for on one H100 (docs/log.md).
 """
 
-import os
 from functools import cache
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ FEW = 128
 # What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
 # Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
 CAPABILITY, GLUON = (9, 0), "3.6."
-# Which forward heads of 128 take there: "present", "groups" or "relay".
-WALK = os.environ.get("EXLSTM_WALK", "present")
 
 
 class Tiles(NamedTuple):
@@ -58,21 +55,7 @@ class OnePass(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Chunk length L of a forward in one kernel, and the columns of a memory that a program keeps; see hopper.py."""
-
-    L: int
-    BV: int
-
-
-class Groups(NamedTuple):
-    """The same of a forward whose groups of warps work on different chunks; see walk.py."""
-
-    L: int
-    BV: int
-
-
-class Relay(NamedTuple):
-    """The same with more warps for the scores; see relay.py."""
+    """Chunk length L of a forward in one kernel, and the columns of a memory that a program keeps; see walk.py."""
 
     L: int
     BV: int
@@ -96,7 +79,7 @@ class Fused(NamedTuple):
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
-    forward: Groups | Relay | Walk | OnePass | TwoPass
+    forward: Walk | OnePass | TwoPass
     backward: Chain | Fused | TwoPass
 
 
@@ -120,10 +103,8 @@ def choose(q, v, chunk: int) -> Plan:
 
 
 def _walk(V, rows):
-    """The walk that WALK names; with all values in a program where these are enough."""
-    if WALK == "present":
-        return Walk(64, 128)
-    return {"groups": Groups, "relay": Relay}[WALK](64, 256 if V > 128 and rows >= FEW else 128)
+    """The walk; with all values in a program where these are enough."""
+    return Walk(64, 256 if V > 128 and rows >= FEW else 128)
 
 
 def _on_hopper(q, v) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Chain, Fused, Groups, OnePass, Relay, TwoPass, Walk, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, TwoPass, Walk, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,11 +55,9 @@ def _kernels(plan):
     # Imported here, so that a machine without Triton or without a GPU never pays for them.
     if isinstance(plan, OnePass):
         from exlstm.ops.mlstm import one_pass as kernels
-    elif isinstance(plan, Groups):
+    elif isinstance(plan, Walk):
         from exlstm.ops.mlstm import walk as kernels
-    elif isinstance(plan, Relay):
-        from exlstm.ops.mlstm import relay as kernels
-    elif isinstance(plan, Walk | Chain | Fused):
+    elif isinstance(plan, Chain | Fused):
         from exlstm.ops.mlstm import hopper as kernels
     else:
         from exlstm.ops.mlstm import two_pass as kernels

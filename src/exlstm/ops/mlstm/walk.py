@@ -1,12 +1,10 @@
 """The forward of the mLSTM on Hopper in one kernel of three groups of warps, which work on different chunks at the same time.
 
-One group, the scores, works out what a chunk reads in itself, denominators and n, and lets the tiles come; it runs a chunk ahead.
-The other two each keep half of a program's columns of C and need nothing of each other: while one waits for its products, the
-other hands in its own.
+One group, the scores, works out what a chunk reads in itself, denominators and n, and lets q and k come; it runs a chunk ahead.
+It is the one that the others wait for. The other two each keep half of a program's columns of C and need nothing of each other:
+while one waits for its products, the other hands in its own.
 The equations stand in docs/math.md.
 """
-
-import os
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,17 +17,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from exlstm.ops.mlstm.gates import padded
-from exlstm.ops.mlstm.hopper import _anew, _columns, _fetch_vector, _product, _rows, _sums, heads
+from exlstm.ops.mlstm.hopper import _anew, _columns, _product, _rows, _sums, heads
 from exlstm.ops.mlstm.plan import cdiv, power
 
-# Registers a thread of the two groups that keep C; the scores have what is left of 168 for each of three.
-REGISTERS = int(os.environ.get("EXLSTM_REGISTERS", "208"))
+# Warps of the scores, and registers a thread of the two groups that keep C; the scores have what is left.
+WARPS, REGISTERS = 4, 192
+# The same of groups that keep one block of columns each.
+NARROW = 144
 
 
 @gluon.constexpr_function
-def _lines():
-    """Where 64 features of q or k stand to be multiplied number by number: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+def _scores_layout(W):
+    """Where the matrix units leave scores, in W warps."""
+    return gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 256 // W, 16])
+
+
+@gluon.constexpr_function
+def _tokens(W):
+    """Where a vector stands that has a number for each row of the scores."""
+    return gl.SliceLayout(1, _scores_layout(W))
+
+
+@gluon.constexpr_function
+def _lines(W):
+    """Where q stands to be summed over features: those of a token in one warp, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [4, 8], [W, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _features(W):
+    """Where k stands to be summed over tokens: those of a feature in one warp, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [16, 2], [1, W], [0, 1])
 
 
 @gluon.jit
@@ -42,115 +60,134 @@ def _come_keys(descs, places, bar, i_b, i_h, i_n, N, at, L: gl.constexpr):
 
 
 @gluon.jit
-def _come_values(descs, places, bar, i_b, i_h, i_v, i_n, N, at, L: gl.constexpr, COLS: gl.constexpr):
-    """COLS blocks of 64 values of chunk i_n, if there is one, on their way to place `at`."""
+def _come_values(d_v, all_v, bar, i_b, i_h, i_v, i_n, N, first, L: gl.constexpr, BLOCKS: gl.constexpr):
+    """BLOCKS blocks of 64 values of chunk i_n, if there is one, on their way to places from `first` on."""
     there = i_n < N
-    mbarrier.expect(bar, COLS * descs[2].block_type.nbytes, pred=there)
-    for i in gl.static_range(COLS):
-        to = places[2].index(at * COLS + i)
-        tma.async_copy_global_to_shared(descs[2], [i_b, i_h, i_n * L, i_v + 64 * i], bar, to, pred=there)
+    mbarrier.expect(bar, BLOCKS * d_v.block_type.nbytes, pred=there)
+    for i in gl.static_range(BLOCKS):
+        tma.async_copy_global_to_shared(d_v, [i_b, i_h, i_n * L, i_v + 64 * i], bar, all_v.index(first + i), pred=there)
 
 
 @gluon.jit
-def _come_weights(all_g, pointers, i_c, L: gl.constexpr):
-    """α, β, u, M and the floor of a chunk on their way."""
-    for i in gl.static_range(5):
-        _fetch_vector(all_g.index(i), pointers[i] + i_c * L, L)
+def _come_weights(s_alpha, s_u, p_alpha, p_u, i_c, L: gl.constexpr, W: gl.constexpr):
+    """α and u of a chunk on their way."""
+    o = i_c * L + gl.arange(0, L, gl.BlockedLayout([4], [32], [W], [0]))
+    async_copy.async_copy_global_to_shared(s_alpha, p_alpha + o)
+    async_copy.async_copy_global_to_shared(s_u, p_u + o)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _decayed(b_p, all_g, p_document, scale, L: gl.constexpr, RESET: gl.constexpr):
-    """P of the products of queries and keys."""
-    o_t, o_j = gl.arange(0, L, _rows(L)), gl.arange(0, L, _columns(L))
-    seen = o_t[:, None] >= o_j[None, :]
-    if RESET:
-        seen = seen & (gl.load(p_document + o_t)[:, None] == gl.load(p_document + o_j)[None, :])
-    b_u, b_top = all_g.index(2).load(_columns(L)), all_g.index(3).load(_rows(L))
-    return b_p * (scale * gl.exp2(gl.where(seen, b_u[None, :] - b_top[:, None], -float("inf"))))
+def _tokens_weights(pointers, i_c, L: gl.constexpr, W: gl.constexpr):
+    """β, M and the floor of the tokens of a chunk."""
+    o = i_c * L + gl.arange(0, L, _tokens(W))
+    return gl.load(pointers[1] + o), gl.load(pointers[3] + o), gl.load(pointers[4] + o)
 
 
 @gluon.jit
-def _denominator(b_p, b_qn, b_beta, all_g, eps, L: gl.constexpr, NORM: gl.constexpr):
-    """den of every token, and the signed sum in it where that counts, else 0."""
-    b_den, b_s = all_g.index(4).load(_rows(L)), gl.zeros([L], gl.float32, _rows(L))
+def _begin(places, at, L: gl.constexpr, W: gl.constexpr):
+    """The products of queries and keys, begun."""
+    s_k = places[1].index(at).permute([1, 0])
+    return _product(places[0].index(at), s_k, gl.zeros([L, L], gl.float32, _scores_layout(W)))
+
+
+@gluon.jit
+def _store_sums(p_den, p_s, b_den, b_s, i_c, i_v, L: gl.constexpr, W: gl.constexpr):
+    o_t = i_c * L + gl.arange(0, L, _tokens(W))
+    gl.store(p_den + o_t, b_den, mask=i_v == 0)
+    gl.store(p_s + o_t, b_s, mask=i_v == 0)
+
+
+@gluon.jit
+def _decayed(b_p, s_u, b_top, p_document, L: gl.constexpr, RESET: gl.constexpr, W: gl.constexpr):
+    """P / a of the products of queries and keys."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, _scores_layout(W))
+    o_t, o_j = gl.arange(0, L, _tokens(W)), gl.arange(0, L, COLUMNS)
+    seen = o_t[:, None] >= o_j[None, :]
+    if RESET:
+        seen = seen & (gl.load(p_document + o_t)[:, None] == gl.load(p_document + o_j)[None, :])
+    return b_p * gl.exp2(gl.where(seen, s_u.load(COLUMNS)[None, :] - b_top[:, None], -float("inf")))
+
+
+@gluon.jit
+def _denominator(b_p, b_qn, b_beta, b_den, scale, eps, NORM: gl.constexpr):
+    """den of every token, out of its floor, and the signed sum in it where that counts, else 0."""
+    b_s = gl.zeros_like(b_den)
     if NORM:
-        b_sum = gl.sum(b_p, 1) + b_beta * b_qn
+        b_sum = scale * (gl.sum(b_p, 1) + b_beta * b_qn)
         b_s = gl.where(gl.abs(b_sum) > b_den, b_sum, 0.0)
         b_den = gl.maximum(gl.abs(b_sum), b_den) + eps
     return b_den, b_s
 
 
 @gluon.jit
-def _weigh(s_k, b_n, b_gamma, all_g):
-    """64 features of k times α in their place; those of n behind the chunk."""
-    b_k = s_k.load(_lines()).to(gl.float32) * all_g.index(0).load(gl.SliceLayout(1, _lines()))[:, None]
+def _with_n(s_q, s_n, W: gl.constexpr):
+    b_q = s_q.load(_lines(W)).to(gl.float32) * s_n.load(gl.SliceLayout(0, _lines(W)))[None, :]
+    return gl.convert_layout(gl.sum(b_q, 1), _tokens(W))
+
+
+@gluon.jit
+def _weigh(s_k, s_n, b_n, b_gamma, s_alpha, W: gl.constexpr):
+    """k times α in its place; n behind the chunk, which goes to its place too."""
+    b_k = s_k.load(_features(W)).to(gl.float32) * s_alpha.load(gl.SliceLayout(1, _features(W)))[:, None]
     s_k.store(b_k.to(gl.bfloat16))
-    return b_n * b_gamma + gl.sum(b_k, 0)
-
-
-@gluon.jit
-def _with_n(s_q, b_n):
-    return gl.sum(s_q.load(_lines()).to(gl.float32) * b_n[None, :], 1)
-
-
-@gluon.jit
-def _store_n(p_n, b_n, b_m, o_n, K, i_v):
-    gl.store(p_n + o_n, b_n, mask=(o_n < K) & (i_v == 0))
-    gl.store(p_n + 64 + o_n, b_m, mask=(o_n + 64 < K) & (i_v == 0))
+    b_n = b_n * b_gamma + gl.sum(b_k, 0)
+    s_n.store(b_n)
+    return b_n
 
 
 @gluon.jit
 def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps, i_b, i_h, i_bh, i_v, N, K,
-            L: gl.constexpr, COLS: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
-    """For every chunk P / den and a β / den, k times α in the place of k, den and n; and the tiles of all chunks."""
-    full, ready, done, values = bars
-    all_p, all_w, all_g = vectors
+            L: gl.constexpr, BK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr, W: gl.constexpr):  # fmt: skip
+    """For every chunk P / den and a β / den, k times α in the place of k, den and n; and q and k of all chunks."""
+    full, ready, done, _ = bars
+    all_p, all_w, all_a, all_u, s_n = vectors
     p_n, p_den, p_s, p_gamma = outs
     for i in gl.static_range(3):
         _come_keys(descs, places, full.index(i), i_b, i_h, i, N, i, L)
-        if i < 2:
-            _come_values(descs, places, values.index(i), i_b, i_h, i_v, i, N, i, L, COLS)
-    o_n = gl.arange(0, 64, gl.SliceLayout(0, _lines()))
+    last = i_bh * N + N - 1
+    _come_weights(all_a.index(0), all_u.index(0), pointers[0], pointers[2], i_bh * N, L, W)
+    _come_weights(all_a.index(1), all_u.index(1), pointers[0], pointers[2], gl.minimum(i_bh * N + 1, last), L, W)
+    b_beta, b_top, b_floor = _tokens_weights(pointers, i_bh * N, L, W)
+    o_n = gl.arange(0, BK, gl.SliceLayout(0, _features(W)))
+    kept = (o_n < K) & (i_v == 0)
     b_n = gl.load(p_n0 + i_bh * K + o_n, mask=o_n < K, other=0.0)
-    b_m = gl.load(p_n0 + i_bh * K + 64 + o_n, mask=o_n + 64 < K, other=0.0)
-    _come_weights(all_g, pointers, i_bh * N, L)
+    s_n.store(b_n)
+    mbarrier.wait(full.index(0), 0)
+    b_x = _begin(places, 0, L, W)
     for i in range(N):
         at, turn = i % 3 + _anew(i * 0), (i & 1) + _anew(i * 0)
-        s_q, s_k, i_c = places[0].index(at), places[1].index(at), i_bh * N + i
+        i_c, then = i_bh * N + i, (i + 1) % 3
         b_gamma = gl.load(p_gamma + i_c)
-        _store_n(p_n + (i_bh * (N + 1) + i) * K, b_n, b_m, o_n, K, i_v)
-        mbarrier.wait(full.index(at), i // 3 & 1)
-        b_p = _product(s_q, s_k.permute([1, 0]), gl.zeros([L, L], gl.float32, _sums(L)))
-        b_qn = _with_n(s_q.slice(0, 64, dim=1), b_n) + _with_n(s_q.slice(64, 64, dim=1), b_m)
-        b_p = warpgroup_mma_wait(0, deps=[b_p])
-        async_copy.wait_group(0)
+        gl.store(p_n + (i_c + i_bh) * K + o_n, b_n, mask=kept)
+        b_qn = _with_n(places[0].index(at), s_n, W)
+        b_p = warpgroup_mma_wait(0, deps=[b_x])
+        async_copy.wait_group(1)
+        # Everybody's products are through with k as it was, and the weights are there.
         gl.thread_barrier()
-        b_p = _decayed(b_p, all_g, p_document + i_c * L, scale, L, RESET)
-        b_beta = scale * all_g.index(1).load(_rows(L))
-        b_den, b_s = _denominator(b_p, gl.convert_layout(b_qn, _rows(L)), b_beta, all_g, eps, L, NORM)
-        b_part = 1.0 / b_den
+        b_p = _decayed(b_p, all_u.index(turn), b_top, p_document + i_c * L, L, RESET, W)
+        b_den, b_s = _denominator(b_p, b_qn, b_beta, b_floor, scale, eps, NORM)
+        b_part = scale / b_den
         all_p.index(turn).store((b_p * b_part[:, None]).to(gl.bfloat16))
         all_w.index(turn).store(b_beta * b_part)
-        # Everybody's products are through with k as it was.
-        gl.thread_barrier()
-        b_n = _weigh(s_k.slice(0, 64, dim=1), b_n, b_gamma, all_g)
-        b_m = _weigh(s_k.slice(64, 64, dim=1), b_m, b_gamma, all_g)
+        b_beta, b_top, b_floor = _tokens_weights(pointers, gl.minimum(i_c + 1, last), L, W)
+        _store_sums(p_den, p_s, b_den, b_s, i_c, i_v, L, W)
+        b_n = _weigh(places[1].index(at), s_n, b_n, b_gamma, all_a.index(turn), W)
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(ready.index(at))
-        _come_weights(all_g, pointers, gl.minimum(i_c + 1, i_bh * N + N - 1), L)
-        o_t = i_c * L + gl.arange(0, L, _rows(L))
-        gl.store(p_den + o_t, b_den, mask=i_v == 0)
-        gl.store(p_s + o_t, b_s, mask=i_v == 0)
+        _come_weights(all_a.index(turn), all_u.index(turn), pointers[0], pointers[2], gl.minimum(i_c + 2, last), L, W)
         if i > 0:
             # The columns are through with the chunk before: its places, P and weights may be written again.
             before = (i + 2) % 3
             mbarrier.wait(done.index(before), (i - 1) // 3 & 1)
-            _come_values(descs, places, values.index(1 - turn), i_b, i_h, i_v, i + 1, N, 1 - turn, L, COLS)
             _come_keys(descs, places, full.index(before), i_b, i_h, i + 2, N, before, L)
+        # The products of the next chunk run beside what follows; behind the last one nobody wants them.
+        mbarrier.wait(full.index(then), (i + 1) // 3 & 1, pred=i + 1 < N)
+        b_x = _begin(places, then, L, W)
+    warpgroup_mma_wait(0, deps=[b_x])
     async_copy.wait_group(0)
-    _store_n(p_n + (i_bh * (N + 1) + N) * K, b_n, b_m, o_n, K, i_v)
+    gl.store(p_n + (i_bh * (N + 1) + N) * K + o_n, b_n, mask=kept)
 
 
 @gluon.jit
@@ -200,12 +237,15 @@ def _out(d_h, b_h, s_h, i_b, i_h, i_t, i_v):
 
 
 @gluon.jit
-def _values(d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_bh, i_v, N, K, V,
+def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_bh, i_v, N, K, V,
             WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr):  # fmt: skip
     """h of half of the columns, in one block of 64 or in two, and their last C."""
     full, ready, done, values = bars
     BLOCKS: gl.constexpr = COLS // 2
     i_v += 64 * WHICH * BLOCKS
+    for i in gl.static_range(2):
+        first = (2 * WHICH + i) * BLOCKS
+        _come_values(d_v, places[2], values.index(2 * WHICH + i), i_b, i_h, i_v, i, N, first, L, BLOCKS)
     b_c = _first(p_c0, i_bh, i_v, K, V, BK)
     b_e = b_c
     if BLOCKS == 2:
@@ -216,11 +256,12 @@ def _values(d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, 
         zero = _anew(i * 0)
         at, turn = i % 3 + zero, (i & 1) + zero
         s_q, s_k, s_p, s_w = places[0].index(at), places[1].index(at), vectors[0].index(turn), vectors[1].index(turn)
-        i_x, s_c, s_h = turn * COLS + WHICH * BLOCKS, own[0].index(WHICH + zero), own[1].index(WHICH + zero)
+        i_x, s_c, s_h = (2 * WHICH + turn) * BLOCKS, own[0].index(WHICH + zero), own[1].index(WHICH + zero)
         b_next = gl.load(p_gamma + i_bh * N + gl.minimum(i + 1, N - 1))
         mbarrier.wait(full.index(at), i // 3 & 1)
-        mbarrier.wait(values.index(turn), i // 2 & 1)
-        mbarrier.wait(ready.index(at), i // 3 & 1)
+        wanted, turns = (values.index(2 * WHICH + turn), ready.index(at)), (i // 2 & 1, i // 3 & 1)
+        mbarrier.wait(wanted[0], turns[0])
+        mbarrier.wait(wanted[1], turns[1])
         b_h, b_c = _block(b_c, b_gamma, s_q, s_k, places[2].index(i_x), s_p, s_w, s_c, L)
         if BLOCKS == 2:
             _out(d_h, b_h, s_h, i_b, i_h, i * L, i_v)
@@ -228,6 +269,7 @@ def _values(d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, 
         # After its barriers nobody of this group reads the tiles any more.
         _out(d_h, b_h, s_h, i_b, i_h, i * L, i_v + 64 * (BLOCKS - 1))
         mbarrier.arrive(done.index(at))
+        _come_values(d_v, places[2], values.index(2 * WHICH + turn), i_b, i_h, i_v, i + 2, N, i_x, L, BLOCKS)
         b_gamma = b_next
     tma.store_wait(0)
     _last(p_c_last, b_c, i_bh, i_v, K, V, BK)
@@ -244,9 +286,9 @@ def _counters(PLACES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["N"])
-def mlstm_groups_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
+def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
                         p_document, p_den, p_s, H, N, K, V, scale, eps,
-                        L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, REGS: gl.constexpr,
+                        L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, REGS: gl.constexpr, W: gl.constexpr,
                         NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
     """h of 64 · COLS columns, the last memory, denominators, and n of every chunk."""
     tiles_v = (V + 64 * COLS - 1) // (64 * COLS)
@@ -261,17 +303,21 @@ def mlstm_groups_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, 
     all_h = gl.allocate_shared_memory(gl.bfloat16, [2, L, 64], WIDE)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     all_w = gl.allocate_shared_memory(gl.float32, [2, L], FLAT)
-    all_g = gl.allocate_shared_memory(gl.float32, [5, L], FLAT)
-    # q and k are there; what the scores make of them is; both groups of columns are through with a chunk; v is there.
-    bars = _counters(3, 1), _counters(3, 1), _counters(3, 2), _counters(2, 1)
-    places, vectors, own = (all_q, all_k, all_v), (all_p, all_w, all_g), (all_c, all_h)
+    all_a = gl.allocate_shared_memory(gl.float32, [2, L], FLAT)
+    all_u = gl.allocate_shared_memory(gl.float32, [2, L], FLAT)
+    s_n = gl.allocate_shared_memory(gl.float32, [BK], FLAT)
+    # q and k are there; what the scores make of them is; both groups of columns are through with a chunk; v of either is there.
+    bars = _counters(3, 1), _counters(3, 1), _counters(3, 2), _counters(4, 1)
+    places, vectors, own = (all_q, all_k, all_v), (all_p, all_w, all_a, all_u, s_n), (all_c, all_h)
     pointers, outs = (p_alpha, p_beta, p_u, p_top, p_floor), (p_n, p_den, p_s, p_gamma)
     gl.warp_specialize(
         [
-            (_scores, ((d_q, d_k, d_v), places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps,
-                       i_b, i_h, i_bh, i_v, N, K, L, COLS, NORM, RESET)),
-            (_values, (d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_bh, i_v, N, K, V, 0, L, BK, COLS)),
-            (_values, (d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_bh, i_v, N, K, V, 1, L, BK, COLS)),
+            (_scores, ((d_q, d_k), places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps,
+                       i_b, i_h, i_bh, i_v, N, K, L, BK, NORM, RESET, W)),
+            (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
+                       i_b, i_h, i_bh, i_v, N, K, V, 0, L, BK, COLS)),
+            (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
+                       i_b, i_h, i_bh, i_v, N, K, V, 1, L, BK, COLS)),
         ],
         [4, 4],
         [REGS, REGS],
@@ -280,7 +326,7 @@ def mlstm_groups_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, 
         mbarrier.invalidate(bars[0].index(i))
         mbarrier.invalidate(bars[1].index(i))
         mbarrier.invalidate(bars[2].index(i))
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.invalidate(bars[3].index(i))
 
 
@@ -290,9 +336,11 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
     ns = call.vector(n, call.rows, call.N + 1, call.K)
     den, s, c_last = call.vector(ns), call.vector(ns), call.vector(ns, call.rows, call.K, call.V)
     h = padded(v, v.shape)
-    mlstm_groups_kernel[(call.rows * cdiv(call.V, plan.BV),)](
+    registers = REGISTERS if COLS == 4 else NARROW
+    mlstm_walk_kernel[(call.rows * cdiv(call.V, plan.BV),)](
         heads(q, L, K), heads(k, L, K), heads(v, L, 64), heads(h, L, 64), c.contiguous(), n.contiguous(), c_last, ns,
         gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
-        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=REGISTERS, num_warps=4, **call.flags,
+        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=registers, W=WARPS,
+        num_warps=WARPS, **call.flags,
     )  # fmt: skip
     return h.contiguous(), c_last, ns, den, s, None
