@@ -31,8 +31,9 @@ from exlstm.models.linear import LinearPath
 MEMORIES, BACK, DOUBTS = (1.0, 8.0), (3, 2), (1.0, 0.5)
 # Steps of a span at least: fewer tell little of a scale.
 FEW = 24
-# Origins a span; spans that must lie between the beginning of what was not learnt from and an origin.
-ORIGINS, LEAST = 4, 2
+# Origins a span, and with a network, which is a hundred times as slow; spans that must lie between the beginning of what was not
+# learnt from and an origin.
+ORIGINS, FEWER, LEAST = 4, 2, 2
 # Logarithm of the factor at most, and where the curve of averages is known.
 FURTHEST, GRID = 1.0, torch.linspace(-2, 2, 81)
 # Errors held at once.
@@ -68,7 +69,7 @@ class Drift:
         return max(self.judges["linear"].config.horizon, season, FEW)
 
     def stride(self, season: int) -> int:
-        return -(-self.span(season) // ORIGINS)
+        return -(-self.span(season) // (FEWER if "network" in self.judges else ORIGINS))
 
     def counts(self, season: int) -> list[int]:
         """Origins that each of the averages goes back."""
