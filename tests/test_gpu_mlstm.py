@@ -16,7 +16,7 @@ import exlstm
 import exlstm.ops.mlstm.plan as planning
 import exlstm.ops.mlstm.triton as operator
 from exlstm.ops.mlstm import MLSTMState, mlstm
-from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, Plan, Tiles, TwoPass, Walk, choose, power
+from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, Plan, Streams, Tiles, TwoPass, Walk, choose, power
 from gpu import (
     DEVICE,
     INTERPRETED,
@@ -466,9 +466,10 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 # The backward in one walk: 296 bytes in all, with resets 356, where Triton's own pipeline had thousands.
 SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 356}
 # Numbers that stand for addresses, outside of the products; with resets most.
-SPILLS |= {("mlstm_walk_kernel", 128): 768}
+SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
 GLUON = {"mlstm_walk_kernel": (12, 227), "mlstm_backward_kernel": (4, 113), "mlstm_gradients_kernel": (4, 113)}
+GLUON |= {"mlstm_streams_kernel": (16, 227)}
 
 
 @here
@@ -481,6 +482,8 @@ GLUON = {"mlstm_walk_kernel": (12, 227), "mlstm_backward_kernel": (4, 113), "mls
         (8, 256, 512, False, ("none",)),
         (16, 128, 256, False, ("mlstm_walk_kernel",)),
         (16, 128, 256, True, ("mlstm_walk_kernel",)),
+        (16, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
+        (16, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (32, 64, 128, False, ("mlstm_backward_kernel",)),
         (32, 64, 128, True, ("mlstm_backward_kernel",)),
         (8, 64, 128, False, ("mlstm_gradients_kernel",)),
@@ -502,6 +505,7 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     monkeypatch.setattr(gates.Call, "__init__", as_on_a_gpu)
     monkeypatch.setattr(operator, "runs_on", lambda q: True)
     monkeypatch.setattr(planning, "gluon", lambda device: bool(hopper))
+    monkeypatch.setattr(planning, "BACKWALK", "mlstm_streams_kernel" in hopper)
     reset = torch.zeros(8, 1024, dtype=torch.bool) if with_reset else None
     sizes = [(8, 1024, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
     leaves = [torch.zeros(size, dtype=BF16 if len(size) > 3 else F32).requires_grad_() for size in sizes]
@@ -511,7 +515,8 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     names = {kernel.__name__ for kernel, _ in found}
     assert len(found) > (5 if hopper else 10)
     assert names & set(GLUON) == set(hopper) & set(GLUON)
-    assert ("mlstm_dq_kernel" in names) == (not {"mlstm_backward_kernel", "mlstm_gradients_kernel"} & set(hopper))
+    back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_streams_kernel"}
+    assert ("mlstm_dq_kernel" in names) == (not back & set(hopper))
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
         name, ptx = kernel.__name__, built.asm["ptx"]
         registers, spilled = cost(built, tmp_path)
@@ -536,6 +541,10 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     assert [backward(rows) for rows in (1, 127, 128, 4096)] == [Fused, Fused, Chain, Chain]
     assert [backward(128, values=width) for width in (64, 96, 128, 256)] == [Chain, Chain, Chain, TwoPass]
     assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "BACKWALK", True)
+        assert [backward(rows, 128, 256) for rows in (127, 128)] == [TwoPass, Streams]
+        assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
 
     def walks(rows, keys, values, **more):
@@ -618,6 +627,19 @@ WALKS = [
 def test_wide_heads_in_one_walk(sizes, options):
     inputs = case(**{"keys": 128, "values": 256, "batch": 8, "heads": 16, "dtype": BF16, **sizes})
     equal(check(inputs, BF16, **options), run(inputs, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "options"), WALKS, ids=str)
+def test_wide_heads_back_in_two_walks(sizes, options, monkeypatch):
+    monkeypatch.setattr(planning, "BACKWALK", True)
+    test_wide_heads_in_one_walk(sizes, options)
+
+
+@pytest.mark.gpu
+def test_wide_heads_back_in_two_walks_with_resets_and_padding(monkeypatch):
+    monkeypatch.setattr(planning, "BACKWALK", True)
+    test_wide_heads_in_one_walk_with_resets_and_padding()
 
 
 @pytest.mark.gpu

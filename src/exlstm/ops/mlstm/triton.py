@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, TwoPass, Walk, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, Streams, TwoPass, Walk, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,6 +57,8 @@ def _kernels(plan):
         from exlstm.ops.mlstm import one_pass as kernels
     elif isinstance(plan, Walk):
         from exlstm.ops.mlstm import walk as kernels
+    elif isinstance(plan, Streams):
+        from exlstm.ops.mlstm import streams as kernels
     elif isinstance(plan, Chain | Fused):
         from exlstm.ops.mlstm import hopper as kernels
     else:
