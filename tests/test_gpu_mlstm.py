@@ -480,8 +480,8 @@ GLUON |= {"mlstm_streams_kernel": (16, 227)}
         (16, 128, 256, True, ()),
         (32, 64, 128, False, ()),
         (8, 256, 512, False, ("none",)),
-        (16, 128, 256, False, ("mlstm_walk_kernel",)),
-        (16, 128, 256, True, ("mlstm_walk_kernel",)),
+        (16, 128, 192, False, ("mlstm_walk_kernel",)),
+        (8, 128, 256, True, ("mlstm_walk_kernel",)),
         (16, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (16, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (32, 64, 128, False, ("mlstm_backward_kernel",)),
@@ -505,7 +505,6 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     monkeypatch.setattr(gates.Call, "__init__", as_on_a_gpu)
     monkeypatch.setattr(operator, "runs_on", lambda q: True)
     monkeypatch.setattr(planning, "gluon", lambda device: bool(hopper))
-    monkeypatch.setattr(planning, "BACKWALK", "mlstm_streams_kernel" in hopper)
     reset = torch.zeros(8, 1024, dtype=torch.bool) if with_reset else None
     sizes = [(8, 1024, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
     leaves = [torch.zeros(size, dtype=BF16 if len(size) > 3 else F32).requires_grad_() for size in sizes]
@@ -541,10 +540,8 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     assert [backward(rows) for rows in (1, 127, 128, 4096)] == [Fused, Fused, Chain, Chain]
     assert [backward(128, values=width) for width in (64, 96, 128, 256)] == [Chain, Chain, Chain, TwoPass]
     assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
-    with monkeypatch.context() as patch:
-        patch.setattr(planning, "BACKWALK", True)
-        assert [backward(rows, 128, 256) for rows in (127, 128)] == [TwoPass, Streams]
-        assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
+    assert [backward(rows, 128, 256) for rows in (127, 128)] == [TwoPass, Streams]
+    assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
 
     def walks(rows, keys, values, **more):
@@ -607,7 +604,7 @@ def test_narrow_heads_with_resets_and_padding(batch, heads, chunk):
     equal(check(inputs, BF16, chunk=chunk, **marks), run(inputs, chunk=chunk, **marks))
 
 
-# The walk forward, with as many rows as it is for: widths at its tiles and inside of them.
+# The walk forward, and at 128/256 the two walks back, with as many rows as they are for: widths at the tiles and inside of them.
 WALKS = [
     ({"steps": 1}, {}),
     ({"steps": 64}, {}),
@@ -627,19 +624,6 @@ WALKS = [
 def test_wide_heads_in_one_walk(sizes, options):
     inputs = case(**{"keys": 128, "values": 256, "batch": 8, "heads": 16, "dtype": BF16, **sizes})
     equal(check(inputs, BF16, **options), run(inputs, **options))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "options"), WALKS, ids=str)
-def test_wide_heads_back_in_two_walks(sizes, options, monkeypatch):
-    monkeypatch.setattr(planning, "BACKWALK", True)
-    test_wide_heads_in_one_walk(sizes, options)
-
-
-@pytest.mark.gpu
-def test_wide_heads_back_in_two_walks_with_resets_and_padding(monkeypatch):
-    monkeypatch.setattr(planning, "BACKWALK", True)
-    test_wide_heads_in_one_walk_with_resets_and_padding()
 
 
 @pytest.mark.gpu

@@ -5,7 +5,6 @@ of sequences and heads only decides between a few variants, where there are too 
 Tiles were chosen on one H200, what hopper.py is for on one H100 (docs/log.md).
 """
 
-import os
 from functools import cache
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ FEW = 128
 # What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
 # Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
 CAPABILITY, GLUON = (9, 0), "3.6."
-# Whether heads of 128/256 go back in two walks there, see streams.py.
-BACKWALK = os.environ.get("EXLSTM_BACKWALK", "0") == "1"
 
 
 class Tiles(NamedTuple):
@@ -104,7 +101,7 @@ def choose(q, v, chunk: int) -> Plan:
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
         backward = Chain(64) if _on_hopper(q, v) else two
-        if BACKWALK and (keys, values) == (128, 256) and rows >= FEW and gluon(q.device):
+        if (keys, values) == (128, 256) and rows >= FEW and gluon(q.device):
             backward = Streams(64)
         walks = K == 128 and V >= 128 and rows * V // 128 >= FEW and gluon(q.device)
         return Plan(_walk(V, rows) if walks else _one_pass(K, V, rows), backward)
