@@ -258,10 +258,7 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
         raise ValueError(f"column {columns.id!r} has no id in row {int(np.flatnonzero(ids.isna())[0]) + 1}")
     y = numbers(frame, columns.target)
     codes, names = pd.factorize(ids.reset_index(drop=True), sort=False)
-    clock, same = np.asarray(times), codes[1:] == codes[:-1]
-    sorted_already = bool(((codes[1:] > codes[:-1]) | same & (clock[1:] >= clock[:-1])).all())
-    # Millions of rows take as long to sort as to be forecast.
-    order = np.arange(len(codes)) if sorted_already else np.lexsort((clock, codes))
+    order, sorted_already = frequency.order(codes, np.asarray(times))
     codes, times, y = codes[order], times[order], y[order]
     starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
     rows = np.diff(np.r_[starts, len(codes)])
