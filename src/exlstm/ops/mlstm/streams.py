@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from exlstm.ops.mlstm.gates import padded
 from exlstm.ops.mlstm.hopper import _anew, _columns, _fetch_vector, _product, _rows, _sums, heads
 from exlstm.ops.mlstm.plan import cdiv
+from exlstm.ops.mlstm.walk import _counters
 
 # Registers a thread of the groups that keep a memory; the scores have what is left.
 REGISTERS, BRINGING = 192, 24
@@ -439,14 +440,6 @@ def _keys(tiles, made, bars, d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_su
 @gluon.jit
 def _places(COUNT: gl.constexpr):
     return gl.allocate_shared_memory(gl.bfloat16, [COUNT, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
-
-
-@gluon.jit
-def _counters(PLACES: gl.constexpr, COUNT: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
-        mbarrier.init(bars.index(i), count=COUNT)
-    return bars
 
 
 @gluon.jit(do_not_specialize=["N"])
