@@ -125,6 +125,13 @@ def parity_of(p):
     return torch.linalg.det(torch.eye(len(p), dtype=torch.float64)[list(p)]).item()
 
 
+def only(word):
+    """The commonest token, which no other is as common as."""
+    (_, most), *rest = sorted(((word.count(t), t) for t in set(word)), reverse=True)
+    assert not rest or rest[0][0] < word.count(most)
+    return [most]
+
+
 ANSWERS = {
     "parity": lambda word: [sum(word) % 2],
     "even_pairs": lambda word: [int(sum(a != b for a, b in itertools.pairwise(word)) % 2 == 0)],
@@ -133,6 +140,7 @@ ANSWERS = {
     "bracket_arithmetic": result,
     "solve_equation": solution,
     "majority": lambda word: [-counted(word)[1]],
+    "majority_unique": only,
     "majority_count": lambda word: [min(62, counted(word)[0])],
     "missing_duplicate": duplicate,
     "bucket_sort": sorted,

@@ -251,7 +251,7 @@ ROWS = {
         "counting: aⁿ bⁿ, majority, majority count, lengths to 128, asked to 2048",
         tuple(
             Case(name, name, train=((3, 128, 0),), test=((128, 2048, 0), (128, 256, 0)))
-            for name in ("a_n_b_n", "a_n_b_n_uniform", "majority", "majority_count")
+            for name in ("a_n_b_n", "a_n_b_n_uniform", "majority", "majority_unique", "majority_count")
         ),
         (*RECURRENT, *PEERS),
         steps=5000,

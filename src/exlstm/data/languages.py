@@ -60,6 +60,20 @@ def majority(draw: Draws, wanted: Wanted) -> TaskBatch:
     return ask(word, wanted.lengths, rank.argmax(1, keepdim=True), MAJORITY, wanted.longest + 1)
 
 
+def majority_unique(draw: Draws, wanted: Wanted) -> TaskBatch:
+    """Words over 63 tokens, one of them commoner than all others: where several were, one has another's place."""
+    word, turn = draw.below(MAJORITY, wanted.longest), draw.below(MAJORITY, 1)
+    counts = _counts(word, wanted)
+    # Every rank and every place is another number, so that all devices choose alike.
+    rank = counts * MAJORITY + (torch.arange(MAJORITY, device=word.device) + turn) % MAJORITY
+    most = rank.argmax(1, keepdim=True)
+    several = (counts == counts.amax(1, keepdim=True)).sum(1, keepdim=True) > 1
+    order = draw.below(1 << 20, wanted.longest) * wanted.longest + torch.arange(wanted.longest, device=word.device)
+    place = torch.where(wanted.inside() & (word != most), order, -1).argmax(1, keepdim=True)
+    word = word.scatter(1, place, torch.where(several, most, word.gather(1, place)))
+    return ask(word, wanted.lengths, most, MAJORITY, wanted.longest + 1)
+
+
 def majority_count(draw: Draws, wanted: Wanted) -> TaskBatch:
     """Words over 63 tokens: how often the commonest one occurs, 62 for more."""
     word = draw.below(MAJORITY, wanted.longest)

@@ -39,6 +39,7 @@ TASKS = {
     "cycle_navigation": Task(languages.cycle_navigation, 9, 1 / 5),
     "even_pairs": Task(languages.even_pairs, 3, 1 / 2),
     "majority": Task(languages.majority, 64, 1 / 63),
+    "majority_unique": Task(languages.majority_unique, 64, 1 / 63),
     "majority_count": Task(languages.majority_count, 64, 1 / 63),
     "missing_duplicate": Task(languages.missing_duplicate, 11, 1 / 9),
     "arithmetic": Task(languages.arithmetic, 10, 1 / 5),
