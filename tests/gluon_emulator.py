@@ -3,8 +3,9 @@
 `with emulated(seed):` sends every launch of a kernel in Gluon here. Its Python functions run as they stand, in a world whose `gl`
 works on torch tensors (gluon_numbers.py) and on a machine with groups, barriers and shared memory (gluon_machine.py).
 Not modelled: registers and their number, speed, banks, how special functions round, clusters, races in global memory,
-whatever the compiler checks by itself, and what it does wrong. Barriers that the compiler puts between what a group's own threads do to
-a place count; before anything asynchronous, or where another group is told, a kernel must say `gl.thread_barrier()` itself.
+whatever the compiler checks by itself, and what it does wrong. Barriers that the compiler puts between what a group's own
+threads do to a place count; before anything asynchronous, or where another group is told, a kernel must say
+`gl.thread_barrier()` itself.
 """
 
 import inspect
@@ -188,10 +189,10 @@ class Product:
             access.epoch = self.group.epoch
 
     def __repr__(self):
-        return f"the product begun at {self.line}, which was not waited for,"
+        return f"the product begun at {self.line} that was not waited for"
 
     def __getattr__(self, name):
-        return fault(repr(self))
+        return fault(f"{self} is used")
 
 
 def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False, **_):

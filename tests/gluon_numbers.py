@@ -120,7 +120,7 @@ def data(*xs):
     """Their torch tensors in one type, as Triton promotes them."""
     for x in xs:
         if not isinstance(x, Tensor | int | float):
-            fault(f"{x} is no number")
+            fault(f"{x} is used as a number")
     types = [x.dtype for x in xs if isinstance(x, Tensor)] or [torch.int32]
     dtype = types[0]
     for other in types:
