@@ -21,13 +21,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 import gluon_numbers as numbers
-from gluon_machine import Barrier, Fault, Load, Machine, Memory, where
+from gluon_machine import Barrier, Fault, Ledger, Load, Machine, Memory, where
 from gluon_numbers import Int, Pointer, Tensor, fault, typed
 
 __all__ = ["Fault", "emulated"]
-
-machine: Machine | None = None
-
 
 # Shared memory
 
@@ -59,7 +56,7 @@ class Place:
         return Place(self.memory, self.data.permute(order), self.layout, self.box, axes)
 
     def touch(self, kind, **how):
-        return self.memory.touch(self.box, machine.current, kind, **how)
+        return self.memory.touch(self.box, Machine.now.current, kind, **how)
 
     def load(self, layout):
         self.touch("read", over=True)
@@ -68,7 +65,7 @@ class Place:
     def store(self, value):
         if value.shape != self.shape or value.dtype != self.dtype:
             fault(f"{value.dtype} {value.shape} into a place {self.dtype} {self.shape}")
-        machine.current.unfenced.append(self.touch("write", write=True, over=True))
+        Machine.now.current.unfenced.append(self.touch("write", write=True, over=True))
         self.data.copy_(value.data)
 
 
@@ -81,7 +78,7 @@ def allocate(dtype, shape, layout, value=None):
     if isinstance(layout, hopper.mbarrier.MBarrierLayout):
         return Barriers(Barrier(f"barrier {i} of [{where()}]") for i in range(shape[0]))
     memory = Memory(shape, typed(dtype))
-    machine.allocate(memory.data.nbytes)
+    Machine.now.allocate(memory.data.nbytes)
     place = Place(memory, memory.data, layout, tuple((0, n) for n in shape), list(range(len(shape))))
     if value is not None:
         place.store(value)
@@ -96,7 +93,7 @@ class Descriptor:
 
     def __init__(self, made):
         base = made.base.detach()
-        self.data, self.dtype = base.as_strided(made.shape, made.strides), base.dtype
+        self.data, self.dtype, self.flat = base.as_strided(made.shape, made.strides), base.dtype, numbers.flat(base)
         self.block_shape, self.layout = list(made.block_shape), made.layout
         self.block_type = SimpleNamespace(nbytes=math.prod(self.block_shape) * base.element_size())
 
@@ -111,14 +108,17 @@ class Descriptor:
         spans = [(max(a, 0), max(a, 0, min(a + n, size))) for a, n, size in zip(at, self.block_shape, self.data.shape)]
         there = tuple(slice(a, b) for a, b in spans)
         here = tuple(slice(a - o, b - o) for (a, b), o in zip(spans, at))
-        return self.data[there], place.data.view(self.block_shape)[here]
+        strides = (self.flat.numel(), *self.data.stride())
+        marks = Machine.now.ledger.of(self.flat).as_strided((4, *self.data.shape), strides, self.data.storage_offset())
+        return self.data[there], place.data.view(self.block_shape)[here], marks[(slice(None), *there)]
 
 
 def copy_in(desc, at, barrier, place, pred=True):
     if not pred:
         return
     barrier.alive()
-    there, here = desc.parts(at, place)
+    there, here, marks = desc.parts(at, place)
+    Machine.now.ledger.touch(marks, Machine.now.current, False, Ledger.NEVER)
     access = place.touch("load", write=True, asynchronous=True)
     place.data.fill_(math.nan)
 
@@ -126,12 +126,13 @@ def copy_in(desc, at, barrier, place, pred=True):
         place.data.zero_()
         here.copy_(there)
 
-    machine.loads.append(Load(barrier, access, place.data.nbytes, copy))
+    Machine.now.loads.append(Load(barrier, access, place.data.nbytes, copy))
 
 
 def copy_out(desc, at, place):
-    there, here = desc.parts(at, place)
-    group, access = machine.current, place.touch("store to memory", asynchronous=True)
+    there, here, marks = desc.parts(at, place)
+    Machine.now.ledger.touch(marks, Machine.now.current, True, Ledger.NEVER)
+    group, access = Machine.now.current, place.touch("store to memory", asynchronous=True)
 
     def copy():
         there.copy_(here)
@@ -144,7 +145,7 @@ def copy_by_threads(place, pointer, mask=True):
     offset, wanted = pointer.at(mask)
     if place.shape != list(offset.shape) or place.dtype != pointer.flat.dtype:
         fault(f"a copy of {pointer.flat.dtype} {list(offset.shape)} to a place {place.dtype} {place.shape}")
-    group, access = machine.current, place.touch("copy by threads", write=True)
+    group, access = Machine.now.current, place.touch("copy by threads", write=True)
     place.data.fill_(math.nan)
 
     def copy():
@@ -156,16 +157,16 @@ def copy_by_threads(place, pointer, mask=True):
 
 
 def commit_group():
-    group = machine.current
+    group = Machine.now.current
     copies, group.copies = group.copies, []
     group.committed.append(lambda: [copy() for copy in copies])
 
 
 def waits_for(name):
     def wait(pendings=0):
-        machine.current.retire(getattr(machine.current, name), pendings)
+        Machine.now.current.retire(getattr(Machine.now.current, name), pendings)
         # The compiler lets the threads of a group meet behind such a wait.
-        machine.current.meet()
+        Machine.now.current.meet()
 
     return wait
 
@@ -178,7 +179,7 @@ class Product:
 
     def __init__(self, a, b, acc):
         self.a, self.b, self.acc, self.layout, self.shape, self.found = a, b, acc, acc.layout, acc.shape, None
-        self.group, self.line = machine.current, where()
+        self.group, self.line = Machine.now.current, where()
         self.accesses = [x.touch("product", asynchronous=True) for x in (a, b) if isinstance(x, Place)]
         self.group.products.append(self.finish)
 
@@ -209,7 +210,7 @@ def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False, **_):
 
 
 def warpgroup_mma_wait(num_outstanding=0, deps=None):
-    machine.current.retire(machine.current.products, num_outstanding)
+    Machine.now.current.retire(Machine.now.current.products, num_outstanding)
     found = [Tensor(x.found, x.layout) if isinstance(x, Product) and x.found is not None else x for x in deps]
     return found[0] if len(found) == 1 else tuple(found)
 
@@ -219,19 +220,19 @@ def warpgroup_mma_wait(num_outstanding=0, deps=None):
 
 def wait(barrier, phase, pred=True, deps=()):
     if pred:
-        machine.wait(barrier, int(phase))
+        Machine.now.wait(barrier, int(phase))
 
 
 def arrive(barrier, *, count=1, pred=True):
     if pred:
-        barrier.arrive(machine.current, count)
-        machine.pause()
+        barrier.arrive(Machine.now.current, count)
+        Machine.now.pause()
 
 
 def expect(barrier, bytes, pred=True):
     if pred:
         barrier.bytes += bytes
-        barrier.arrive(machine.current, 1)
+        barrier.arrive(Machine.now.current, 1)
 
 
 def invalidate(barrier):
@@ -266,12 +267,12 @@ class Language:
             moved,
             range,
         )
-        self.program_id, self.num_programs = (lambda axis, i=i: machine.grid[axis][i] for i in range(2))
+        self.program_id, self.num_programs = (lambda axis, i=i: Machine.now.grid[axis][i] for i in range(2))
         self.zeros = lambda shape, dtype, layout=None: full(shape, 0, dtype, layout)
         self.zeros_like = lambda x: Tensor(torch.zeros_like(x.data), x.layout)
         self.convert_layout = lambda x, layout, assert_trivial=False: Tensor(*numbers.data(x), layout)
-        self.thread_barrier = lambda: machine.current.meet()
-        self.warp_specialize = lambda partitions, warps, registers=None: machine.specialize(partitions)
+        self.thread_barrier = lambda: Machine.now.current.meet()
+        self.warp_specialize = lambda partitions, warps, registers=None: Machine.now.specialize(partitions)
         self.minimum, self.maximum = (
             numbers.elementwise(*works) for works in ((torch.minimum, min), (torch.maximum, max))
         )
@@ -299,7 +300,7 @@ STANDS_FOR = {
     hopper.async_copy: SimpleNamespace(
         async_copy_global_to_shared=copy_by_threads, commit_group=commit_group, wait_group=waits_for("committed")
     ),
-    hopper.fence_async_shared: lambda cluster=False: machine.current.fence(),
+    hopper.fence_async_shared: lambda cluster=False: Machine.now.current.fence(),
     hopper.warpgroup_mma: warpgroup_mma,
     hopper.warpgroup_mma_wait: warpgroup_mma_wait,
 }  # fmt: skip
@@ -333,16 +334,16 @@ def argument(x, constant):
 
 def launch(kernel, grid, seed, arguments, options):
     """All programs of `kernel`, one after the other."""
-    global machine
     named = {name: x for name, x in options.items() if name in kernel.arg_names}
     bound = inspect.signature(kernel.fn).bind(*arguments, **named).arguments
     constants = {kernel.arg_names[i] for i in kernel.constexprs}
     values = [argument(x, name in constants) for name, x in bound.items()]
     work = emulated_function(kernel, {})
+    ledger = Ledger()
     for i in range(grid[0]):
-        machine = Machine(seed)
-        machine.grid = [(Int(i), Int(grid[0]))]
-        machine.run(lambda: work(*values))
+        Machine.now = Machine(i, seed, ledger)
+        Machine.now.grid = [(Int(i), Int(grid[0]))]
+        Machine.now.run(lambda: work(*values))
 
 
 @contextmanager

@@ -93,6 +93,44 @@ class Memory:
         return new
 
 
+class Ledger:
+    """Which group of which program wrote each number in global memory last and which read it, in one launch, and when."""
+
+    # An epoch that nobody can know to be over: the copy engine tells of shared memory alone. And a reader that stands for many.
+    NEVER, MANY = 1 << 30, -1
+
+    def __init__(self):
+        self.marks = {}
+
+    def of(self, flat):
+        """Writer, its epoch, reader, its epoch of every number."""
+        key = flat.data_ptr(), flat.dtype
+        if key not in self.marks:
+            self.marks[key] = torch.zeros(4, flat.numel(), dtype=torch.int32)
+        return self.marks[key]
+
+    def touch(self, marks, group, write, epoch):
+        """`marks` (4, ...) of some numbers as they were, which come back as they are now."""
+        self.check(marks[:2], group, write, "was written by")
+        if write:
+            self.check(marks[2:], group, write, "was read by")
+            marks[0], marks[1] = group.key, epoch
+        else:
+            alone = (marks[2] == 0) | (marks[2] == group.key)
+            marks[2], marks[3] = torch.where(alone, group.key, self.MANY), epoch
+        return marks
+
+    def check(self, marks, group, write, told):
+        (who, when), does = marks, "writes" if write else "reads"
+        for key in who.unique().tolist() if who.any() else ():
+            others = {other.key: other for other in Machine.now.groups}
+            latest = when[who == key].max()
+            if key and (key != group.key or latest == self.NEVER):
+                by = others.get(key, "another program" if key > 0 else "several")
+                if not isinstance(by, Group) or group.clock.get(by, 0) < latest:
+                    raise Fault(f"{group} {does} global memory that {told} {by}, and nothing says before; at {where()}")
+
+
 class Barrier:
     """An mbarrier: a phase is over when `count` have arrived and all bytes are there that were announced."""
 
@@ -156,8 +194,8 @@ class Load:
 class Group:
     """A group of warps: its thread, its clock, and what it has begun and not waited for, the oldest first."""
 
-    def __init__(self, name, clock):
-        self.name, self.clock, self.epoch = name, dict(clock), 1
+    def __init__(self, name, key, clock):
+        self.name, self.key, self.clock, self.epoch = name, key, dict(clock), 1
         self.go, self.done, self.ready, self.waits = threading.Semaphore(0), False, None, ()
         # Phases of each barrier that it can be sure of; stores to shared memory that it has not fenced.
         self.seen, self.unfenced = {}, []
@@ -188,9 +226,13 @@ class Group:
 
 
 class Machine:
-    """One program: its groups, and the copies on their way."""
+    """One program: its number, its groups, and the copies on their way."""
 
-    def __init__(self, seed):
+    # The one that runs.
+    now = None
+
+    def __init__(self, program, seed, ledger):
+        self.program, self.ledger = program, ledger
         self.draw, self.late, self.ranks = random.Random(seed), seed % 2 == 0, {}
         self.groups, self.threads, self.loads, self.bytes = [], [], [], 0
         self.back, self.current, self.stopped, self.fault = threading.Semaphore(0), None, False, None
@@ -212,7 +254,7 @@ class Machine:
             raise Fault(f"the program ends with loads on their way, from {self.loads[0].access.line}")
 
     def start(self, name, work, clock):
-        group = Group(name, clock)
+        group = Group(name, 16 * self.program + len(self.groups) + 1, clock)
         self.groups.append(group)
         self.threads.append(threading.Thread(target=self._body, args=(group, work), daemon=True))
         self.threads[-1].start()

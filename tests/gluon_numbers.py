@@ -5,7 +5,7 @@ import math
 import torch
 from triton.experimental.gluon import language as gl
 
-from gluon_machine import Fault, where
+from gluon_machine import Fault, Machine, where
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 TYPES |= {"int1": torch.bool, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
@@ -78,6 +78,13 @@ class Tensor:
         return Tensor(~self.data, self.layout)
 
 
+def flat(x):
+    """All numbers of the storage of x."""
+    return torch.empty(0, dtype=x.dtype).set_(
+        x.untyped_storage(), 0, (x.untyped_storage().nbytes() // x.element_size(),)
+    )
+
+
 class Pointer:
     """Addresses of numbers in `flat`, of which those from `low` to `high` belong to the tensor that was handed in."""
 
@@ -86,11 +93,9 @@ class Pointer:
 
     @classmethod
     def of(cls, x):
-        size = x.untyped_storage().nbytes() // x.element_size()
-        flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), 0, (size,))
         last = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else -1
         low = x.storage_offset()
-        return cls(flat, low, low + last + 1, torch.tensor(low))
+        return cls(flat(x), low, low + last + 1, torch.tensor(low))
 
     def __add__(self, other):
         more = other.data.long() if isinstance(other, Tensor) else int(other)
@@ -98,13 +103,16 @@ class Pointer:
 
     __radd__ = __add__
 
-    def at(self, mask):
-        """Offsets, and which of them are wanted; those lie inside."""
+    def at(self, mask, write=False):
+        """Offsets, and which of them are wanted; those lie inside, and are in order with what others do."""
         wanted = mask.data if isinstance(mask, Tensor) else torch.tensor(bool(mask))
         offset, wanted = torch.broadcast_tensors(self.offset, wanted)
         outside = offset[wanted & ((offset < self.low) | (offset >= self.high))]
         if len(outside):
             fault(f"number {int(outside[0]) - self.low} of {self.high - self.low}")
+        ledger, group, found = Machine.now.ledger, Machine.now.current, offset[wanted]
+        marks = ledger.of(self.flat)
+        marks[:, found] = ledger.touch(marks[:, found], group, write, group.epoch)
         return offset.clamp(self.low, max(self.low, self.high - 1)), wanted
 
 
@@ -167,7 +175,7 @@ def load(pointer, mask=True, other=math.nan, **_):
 
 def store(pointer, value, mask=True, **_):
     common(pointer, value, mask)
-    offset, wanted = pointer.at(mask)
+    offset, wanted = pointer.at(mask, write=True)
     value = data(value)[0].to(pointer.flat.dtype)
     pointer.flat[offset[wanted]] = value.expand(offset.shape)[wanted]
 

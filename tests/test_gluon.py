@@ -265,8 +265,6 @@ def numbers_kernel(p_x, N, FAULT: gl.constexpr):
         b_x = b_x[:, None]
     if FAULT == "outside":
         gl.store(p_x + o, b_x)
-    if FAULT == "unmasked":
-        b_x = gl.load(p_x + o, mask=o < N)
     if FAULT == "shared":
         gl.allocate_shared_memory(gl.float32, [60000], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if FAULT == "empty":
@@ -296,3 +294,8 @@ def test_numbers_are_those_of_a_card():
 def test_wrong_numbers_are_reported(fault, told):
     with emulated(), pytest.raises(Fault, match=told):
         numbers_kernel[(1,)](torch.arange(70.0)[3:63], 60, fault)
+
+
+def test_programs_that_write_the_same_numbers_are_reported():
+    with emulated(), pytest.raises(Fault, match="group 0 reads global memory that was written by another program"):
+        numbers_kernel[(2,)](torch.arange(70.0), 60, "")
