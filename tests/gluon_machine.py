@@ -180,13 +180,14 @@ class Load:
 
     def __init__(self, barrier, access, size, copy):
         self.barrier, self.access, self.size, self.copy = barrier, access, size, copy
-        access.agent = barrier
+        self.clock, access.agent = dict(access.group.clock), barrier
 
     def land(self):
         if self.barrier.bytes < self.size:
             raise Fault(f"{self.barrier}: {self.size} bytes come that nobody announced, from {self.access.line}")
         self.copy()
         self.access.epoch = self.barrier.phase + 1
+        join(self.barrier.coming, self.clock)
         self.barrier.bytes -= self.size
         self.barrier.turn()
 
@@ -197,9 +198,9 @@ class Group:
     def __init__(self, name, key, clock):
         self.name, self.key, self.clock, self.epoch = name, key, dict(clock), 1
         self.go, self.done, self.ready, self.waits = threading.Semaphore(0), False, None, ()
-        # Phases of each barrier that it can be sure of; stores to shared memory that it has not fenced.
-        self.seen, self.unfenced = {}, []
         self.products, self.copies, self.committed, self.stores = [], [], [], []
+        # Stores to shared memory that it has not fenced.
+        self.unfenced = []
 
     def meet(self):
         """All threads of the group know what each of them did."""
@@ -215,6 +216,9 @@ class Group:
         """The oldest are over, all but `keep`."""
         while len(queue) > keep:
             queue.pop(0)()
+
+    def stuck(self):
+        return " ".join(map(str, ("\n ", self, "waits for", *self.waits)))
 
     def finish(self):
         for name in ("products", "copies", "committed", "stores"):
@@ -279,10 +283,7 @@ class Machine:
         ready = [group for group in self.groups if not group.done and (group.ready is None or group.ready())]
         choices = ready if ready and self.late else ready + self.loads
         if not choices:
-            stuck = [
-                " ".join(map(str, ("\n ", group, "waits for", *group.waits))) for group in self.groups if not group.done
-            ]
-            raise Fault("nobody can go on:" + "".join(stuck))
+            raise Fault("".join(["nobody can go on:", *(group.stuck() for group in self.groups if not group.done)]))
         if self.draw.random() < 0.05:
             self.ranks.clear()
         chosen = max(choices, key=lambda x: self.ranks.setdefault(x, self.draw.random()))
@@ -325,9 +326,8 @@ class Machine:
         barrier.alive()
         group = self.current
         self.pause(lambda: barrier.passes(parity), f"parity {parity} of", barrier)
-        seen = group.seen.get(barrier, 0)
-        sure = group.seen[barrier] = seen + (seen + 1 + parity) % 2
-        join(group.clock, barrier.known[sure])
+        over = group.clock.get(barrier, 0)
+        join(group.clock, barrier.known[over + (over + 1 + parity) % 2])
 
     def allocate(self, size):
         self.bytes += size
