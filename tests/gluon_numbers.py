@@ -165,11 +165,7 @@ def where_(condition, x, y):
 def load(pointer, mask=True, other=math.nan, **_):
     """What is masked is NaN where nobody says what else."""
     (offset, wanted), dtype = pointer.at(mask), pointer.flat.dtype
-    other = (
-        other.data
-        if isinstance(other, Tensor)
-        else torch.tensor(other if dtype.is_floating_point or other == other else 1)
-    )
+    other = other.data if isinstance(other, Tensor) else torch.tensor(other)
     return Tensor(torch.where(wanted, pointer.flat[offset], other.to(dtype)), common(pointer, mask))
 
 
