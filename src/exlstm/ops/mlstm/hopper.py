@@ -23,6 +23,7 @@ from exlstm.ops.mlstm import gates as descriptors
 from exlstm.ops.mlstm.gates import padded
 from exlstm.ops.mlstm.intra import denominator_gradient
 from exlstm.ops.mlstm.plan import Chain, cdiv, power
+from exlstm.ops.mlstm.segments import ends
 from exlstm.ops.mlstm.two_pass import states
 
 
@@ -189,14 +190,14 @@ def _inside(b_dq, b_p, b_g, b_part, b_beta, o_t, o_j, p_document, at, scale, pha
 
 
 @gluon.jit
-def _keys_from_behind(b_dk, b_gamma, b_inflow, b_flow, p_inflow, i_bh, N, i_n, phase, vectors, s_dn, s_k,
+def _keys_from_behind(b_dk, b_gamma, b_inflow, b_flow, p_inflow, i_row, N, i_n, phase, vectors, s_dn, s_k,
                       BK: gl.constexpr, L: gl.constexpr):  # fmt: skip
     """What dk has from dC⁺ and dn⁺; the inflow goes to memory, and dn⁻ in the place of dn⁺."""
     b_dn = s_dn.load(_columns(BK))
     b_nn = b_gamma * gl.sum(vectors[6].index(phase).load(_columns(BK)) * b_dn, 0)
     b_dk = (b_dk + b_dn[None, :]) * vectors[2].index(phase).load(_rows(BK))[:, None]
     b_kin = gl.convert_layout(gl.sum(s_k.load(_sums(BK)).to(gl.float32) * b_dk, 1), _rows(L))
-    gl.store(p_inflow + i_bh * N + i_n, b_nn + gl.sum(b_inflow + b_kin, 0))
+    gl.store(p_inflow + i_row * N + i_n, b_nn + gl.sum(b_inflow + b_kin, 0))
     s_dn.store(b_dn * b_gamma + b_flow)
     return b_dk
 
@@ -209,32 +210,32 @@ def _row_sums(p_out, at, s_x, b_dx, o_t, BK: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _first_fetches(inputs, i_b, i_h, i_bh, N, i_n, tiles, bars, L: gl.constexpr):
+def _first_fetches(inputs, i_b, i_h, i_row, i_first, N, i_n, tiles, bars, L: gl.constexpr):
     d_q, d_k, d_v, d_dh, d_c = inputs
     s_q, s_k, s_v, s_dh, s_c, _, _, _ = tiles
-    _fetch(d_c, [(i_bh * N + i_n).to(gl.int32), 0, 0], bars.index(4), s_c, N > 0)
-    _fetch(d_dh, [i_b, i_h, i_n * L, 0], bars.index(3), s_dh, N > 0)
-    _fetch(d_q, [i_b, i_h, i_n * L, 0], bars.index(0), s_q, N > 0)
-    _fetch(d_k, [i_b, i_h, i_n * L, 0], bars.index(1), s_k, N > 0)
-    _fetch(d_v, [i_b, i_h, i_n * L, 0], bars.index(2), s_v, N > 0)
+    _fetch(d_c, [(i_row * N + i_n).to(gl.int32), 0, 0], bars.index(4), s_c, N > 0)
+    _fetch(d_dh, [i_b, i_h, (i_first + i_n) * L, 0], bars.index(3), s_dh, N > 0)
+    _fetch(d_q, [i_b, i_h, (i_first + i_n) * L, 0], bars.index(0), s_q, N > 0)
+    _fetch(d_k, [i_b, i_h, (i_first + i_n) * L, 0], bars.index(1), s_k, N > 0)
+    _fetch(d_v, [i_b, i_h, (i_first + i_n) * L, 0], bars.index(2), s_v, N > 0)
 
 
 @gluon.jit
-def _last_memory(p_dc, p_dn, s_dn, r_k, i_bh, K, V, BK: gl.constexpr, BV: gl.constexpr, EMPTY: gl.constexpr):
+def _last_memory(p_dc, p_dn, s_dn, r_k, i_row, K, V, BK: gl.constexpr, BV: gl.constexpr, EMPTY: gl.constexpr):
     """dC after the last chunk, with dn in its place."""
     if EMPTY:
         b_dc = gl.zeros([BK, BV], gl.float32, _sums(BV))
         s_dn.store(gl.zeros([BK], gl.float32, _columns(BK)))
     else:
-        o_c, inside = _memory(i_bh, K, V, BK, BV)
+        o_c, inside = _memory(i_row, K, V, BK, BV)
         b_dc = gl.load(p_dc + o_c, mask=inside, other=0.0)
-        s_dn.store(gl.load(p_dn + i_bh * K + r_k))
+        s_dn.store(gl.load(p_dn + i_row * K + r_k))
     return b_dc
 
 
 @gluon.jit
-def _gradients(b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at, o_t, d_q, d_k, d_v, d_dh, i_b, i_h, i_bh,
-               N, i_n, more, phase, vectors, s_dn, tiles, s_w, bars,
+def _gradients(b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at, o_t, d_q, d_k, d_v, d_dh, i_b, i_h, i_row,
+               i_first, N, i_n, more, phase, vectors, s_dn, tiles, s_w, bars,
                L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):  # fmt: skip
     """dq, dk and dv into the places of a dS, P and dC, and dC⁻; the tiles of the chunk before come as theirs are through."""
     s_q, s_k, s_v, s_dh, _, s_dc, s_p, s_g = tiles
@@ -242,8 +243,8 @@ def _gradients(b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at
     b_dq = _product(s_g, s_k, b_dq)
     b_dv = _product(s_k, s_dc, gl.zeros([L, BV], gl.float32, _sums(BV)))
     b_dk = warpgroup_mma_wait(2, deps=[b_dk])
-    b_dk = _keys_from_behind(b_dk, b_gamma, b_inflow, b_flow, p_inflow, i_bh, N, i_n, phase, vectors, s_dn, s_k, BK, L)
-    _fetch(d_v, [i_b, i_h, (i_n - 1) * L, 0], bars.index(2), s_v, more)
+    b_dk = _keys_from_behind(b_dk, b_gamma, b_inflow, b_flow, p_inflow, i_row, N, i_n, phase, vectors, s_dn, s_k, BK, L)
+    _fetch(d_v, [i_b, i_h, (i_first + i_n - 1) * L, 0], bars.index(2), s_v, more)
     b_dk = _product(s_g.permute([1, 0]), s_q, b_dk)
     b_dq, b_dv = warpgroup_mma_wait(1, deps=[b_dq, b_dv])
     b_dv = b_dv * vectors[2].index(phase).load(_rows(BV))[:, None]
@@ -253,12 +254,12 @@ def _gradients(b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at
     b_dk = warpgroup_mma_wait(2, deps=[b_dk])
     _row_sums(p_kdk, at, s_k, b_dk, o_t, BK, L)
     gl.thread_barrier()
-    _fetch(d_q, [i_b, i_h, (i_n - 1) * L, 0], bars.index(0), s_q, more)
-    _fetch(d_k, [i_b, i_h, (i_n - 1) * L, 0], bars.index(1), s_k, more)
+    _fetch(d_q, [i_b, i_h, (i_first + i_n - 1) * L, 0], bars.index(0), s_q, more)
+    _fetch(d_k, [i_b, i_h, (i_first + i_n - 1) * L, 0], bars.index(1), s_k, more)
     s_g.store(b_dq.to(gl.bfloat16))
     b_dv, b_dc = warpgroup_mma_wait(0, deps=[b_dv, b_dc])
     gl.thread_barrier()
-    _fetch(d_dh, [i_b, i_h, (i_n - 1) * L, 0], bars.index(3), s_dh, more)
+    _fetch(d_dh, [i_b, i_h, (i_first + i_n - 1) * L, 0], bars.index(3), s_dh, more)
     s_p.store(b_dk.to(gl.bfloat16))
     s_dc.store(b_dv.to(gl.bfloat16))
     fence_async_shared()
@@ -266,13 +267,20 @@ def _gradients(b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at
     return b_dc
 
 
-@gluon.jit(do_not_specialize=["N"])
+@gluon.jit(do_not_specialize=["S", "N"])
 def mlstm_backward_kernel(d_q, d_k, d_v, d_dh, d_c, d_dq, d_dk, d_dv, p_dc, p_dn, p_dc_first, p_dn_first, p_n, p_u, p_top,
-                          p_document, p_alpha, p_beta, p_gamma, p_den, p_s, p_qdq, p_kdk, p_inflow, H, N, K, V, scale,
+                          p_document, p_alpha, p_beta, p_gamma, p_den, p_s, p_qdq, p_kdk, p_inflow, H, S, N, K, V, scale,
                           L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr,
-                          EMPTY: gl.constexpr):  # fmt: skip
+                          EMPTY: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """dq, dk, dv and what the gates' gradients are made of, from the last chunk to the first, with dC and dn on chip."""
-    i_bh = gl.program_id(0).to(gl.int64)
+    i_row = gl.program_id(0).to(gl.int64)
+    i_bh, i_first, first = i_row, 0, True
+    if CUT:
+        i_bh, i_first, first = i_row // S, (i_row % S).to(gl.int32) * N, i_row % S == 0
+        # n and the first memory stand with those of the sequence.
+        p_n += (i_bh - i_row) * K
+        p_dc_first += (i_bh - i_row) * K * V
+        p_dn_first += (i_bh - i_row) * K
     i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
     places = _places(L, BK, BV)
     all_w = gl.allocate_shared_memory(gl.bfloat16, [1, L, BK], gl.NVMMASharedLayout(128, 16, rank=2))
@@ -280,42 +288,42 @@ def mlstm_backward_kernel(d_q, d_k, d_v, d_dh, d_c, d_dq, d_dk, d_dv, p_dc, p_dn
     s_dn = gl.allocate_shared_memory(gl.float32, [BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = _barriers(5)
     last = N - 1
-    _first_fetches((d_q, d_k, d_v, d_dh, d_c), i_b, i_h, i_bh, N, last, _tiles(places, 0), bars, L)
-    _fetch_vectors(0, vectors, pointers, (i_bh * N + last) * L, (i_bh * (N + 1) + last) * K, L)
+    _first_fetches((d_q, d_k, d_v, d_dh, d_c), i_b, i_h, i_row, i_first, N, last, _tiles(places, 0), bars, L)
+    _fetch_vectors(0, vectors, pointers, (i_row * N + last) * L, (i_row * (N + 1) + last) * K, L)
     r_t, r_j = gl.arange(0, L, _rows(L)), gl.arange(0, L, _columns(L))
     r_k = gl.arange(0, BK, gl.BlockedLayout([1], [32], [4], [0]))
-    b_dc = _last_memory(p_dc, p_dn, s_dn, r_k, i_bh, K, V, BK, BV, EMPTY)
+    b_dc = _last_memory(p_dc, p_dn, s_dn, r_k, i_row, K, V, BK, BV, EMPTY)
     for i in range(N):
         zero = _anew(i * 0)
         tiles, s_w = _tiles(places, zero), all_w.index(zero)
         i_n, phase, more = N - 1 - i, i & 1, i < N - 1
-        at, o_t, o_j = (i_bh * N + i_n) * L, _anew(r_t), _anew(r_j)
+        at, o_t, o_j = (i_row * N + i_n) * L, _anew(r_t), _anew(r_j)
         async_copy.wait_group(0)
         before = gl.maximum(i_n - 1, 0)
-        _fetch_vectors(1 - phase, vectors, pointers, (i_bh * N + before) * L, (i_bh * (N + 1) + before) * K, L)
+        _fetch_vectors(1 - phase, vectors, pointers, (i_row * N + before) * L, (i_row * (N + 1) + before) * K, L)
         b_part, b_beta = 1.0 / vectors[0].index(phase).load(_rows(L)), scale * vectors[3].index(phase).load(_rows(L))
-        b_gamma = gl.load(p_gamma + i_bh * N + i_n)
+        b_gamma = gl.load(p_gamma + i_row * N + i_n)
         # The chunk before, whose stores read them, is through with the places of dC, P and a dS.
         tma.store_wait(0)
         b_dq, b_p, b_g, b_inflow = _first_products(b_dc, b_gamma, phase, tiles, bars, L, BK, BV)
-        _fetch(d_c, [(i_bh * N + i_n - 1).to(gl.int32), 0, 0], bars.index(4), tiles[4], more)
+        _fetch(d_c, [(i_row * N + i_n - 1).to(gl.int32), 0, 0], bars.index(4), tiles[4], more)
         b_dq, b_flow = _inside(
             b_dq, b_p, b_g, b_part, b_beta, o_t, o_j, p_document, at, scale, phase, vectors, tiles, s_w, L, BK, NORM, RESET
         )  # fmt: skip
         b_dc = _gradients(
             b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at, o_t, d_q, d_k, d_v, d_dh,
-            i_b, i_h, i_bh, N, i_n, more, phase, vectors, s_dn, tiles, s_w, bars, L, BK, BV,
+            i_b, i_h, i_row, i_first, N, i_n, more, phase, vectors, s_dn, tiles, s_w, bars, L, BK, BV,
         )  # fmt: skip
-        tma.async_copy_shared_to_global(d_dq, [i_b, i_h, i_n * L, 0], tiles[7])
-        tma.async_copy_shared_to_global(d_dk, [i_b, i_h, i_n * L, 0], tiles[6])
-        tma.async_copy_shared_to_global(d_dv, [i_b, i_h, i_n * L, 0], tiles[5])
+        tma.async_copy_shared_to_global(d_dq, [i_b, i_h, (i_first + i_n) * L, 0], tiles[7])
+        tma.async_copy_shared_to_global(d_dk, [i_b, i_h, (i_first + i_n) * L, 0], tiles[6])
+        tma.async_copy_shared_to_global(d_dv, [i_b, i_h, (i_first + i_n) * L, 0], tiles[5])
     tma.store_wait(0)
     async_copy.wait_group(0)
     for i in gl.static_range(5):
         mbarrier.invalidate(bars.index(i))
-    o_c, inside = _memory(i_bh, K, V, BK, BV)
-    gl.store(p_dc_first + o_c, b_dc, mask=inside)
-    gl.store(p_dn_first + i_bh * K + r_k, s_dn.load(gl.BlockedLayout([1], [32], [4], [0])))
+    o_c, inside = _memory(i_row, K, V, BK, BV)
+    gl.store(p_dc_first + o_c, b_dc, mask=inside & first)
+    gl.store(p_dn_first + i_row * K + r_k, s_dn.load(gl.BlockedLayout([1], [32], [4], [0])), mask=first)
 
 
 @gluon.jit
@@ -463,18 +471,18 @@ def backward(plan, call, grads, q, k, v, gates, c, saved):
 
 
 def _chain(plan, call, grads, q, k, v, gates, saved):
-    (dh, dc, dn), (_, den, s, ns, cs), L, K = grads, saved, plan.L, call.K
-    V, empty = power(call.V), dc is None
+    (dh, dc, dn), (h, den, s, ns, cs), L, S, K = grads, saved, plan.L, plan.S, call.K
+    V, (dc, dn) = power(call.V), ends(call, S, (q, h, dh), gates, (den, s), (dc, dn))
     dq, dk, dv = padded(q, q.shape), padded(k, k.shape), padded(v, v.shape)
     qdq, kdk = call.vector(den, 1, call.tokens), call.vector(den, 1, call.tokens)
     inflow = call.vector(den, 1, call.rows * call.N)
     first_c, first_n = call.vector(den, call.rows, K, call.V), call.vector(den, call.rows, K)
     keys, values = ([heads(x, L, width) for x in xs] for xs, width in (((q, k, dq, dk), K), ((v, dh, dv), V)))
-    mlstm_backward_kernel[(call.rows,)](
+    mlstm_backward_kernel[(call.rows * S,)](
         keys[0], keys[1], values[0], values[1], matrices(cs, K, V), keys[2], keys[3], values[2],
-        first_c if empty else dc.contiguous(), first_n if empty else dn.contiguous(), first_c, first_n, ns, gates.u, gates.top,
-        gates.document, gates.alpha, gates.beta, gates.gamma, den, s, qdq, kdk, inflow, call.H, call.N, K, call.V, call.scale,
-        L=L, BK=K, BV=V, EMPTY=empty, **call.flags, num_warps=4,
+        first_c if dc is None else dc, first_n if dn is None else dn, first_c, first_n, ns, gates.u, gates.top,
+        gates.document, gates.alpha, gates.beta, gates.gamma, den, s, qdq, kdk, inflow,
+        call.H, S, call.N // S, K, call.V, call.scale, L=L, BK=K, BV=V, EMPTY=dc is None, CUT=S > 1, **call.flags, num_warps=4,
     )  # fmt: skip
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), (qdq, kdk, inflow), first_c, first_n
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from exlstm.ops.mlstm.gates import heads, matrices, padded, tile
 from exlstm.ops.mlstm.intra import intra
 from exlstm.ops.mlstm.plan import cdiv, memories
+from exlstm.ops.mlstm.segments import starts
 
 
 @triton.jit
@@ -32,27 +33,34 @@ def _scores(b_q, b_k, b_n, b_beta, p_u, p_top, p_floor, p_document, o_t, scale, 
     return b_p, b_den, b_s
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["S", "N"])
 def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta,
-                         p_gamma, p_den, p_s, p_cs, H, N, K, V, s_c, scale, eps,
+                         p_gamma, p_den, p_s, p_cs, H, S, N, K, V, s_c, scale, eps,
                          L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, SCORES: tl.constexpr,
-                         NORM: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                         NORM: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+                         CUT: tl.constexpr):  # fmt: skip
     """h of BV columns, the last memory and that before every EVERY-th chunk; with SCORES, P, den and s are not read but found."""
     tiles = tl.cdiv(V, BV)
-    i_bh, i_v = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BV
+    i_row, i_v = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BV
+    i_bh, i_first = i_row, 0
+    if CUT:
+        i_bh, i_first = i_row // S, (i_row % S).to(tl.int32) * N
+        # n and the last memory stand with those of the sequence.
+        p_n += (i_bh - i_row) * K
+        p_c_last += (i_bh - i_row) * K * V
     i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
     o_k, o_v, o_l = tl.arange(0, BK), i_v + tl.arange(0, BV), tl.arange(0, L)
-    o_c = i_bh * K * V + o_k[:, None] * V + o_v[None, :]
+    o_c = i_row * K * V + o_k[:, None] * V + o_v[None, :]
     inside = (o_k < K)[:, None] & (o_v < V)[None, :]
     b_c = tl.load(p_c0 + o_c, mask=inside, other=0.0)
-    b_n = tl.load(p_n0 + i_bh * K + o_k, mask=o_k < K, other=0.0)
+    b_n = tl.load(p_n0 + i_row * K + o_k, mask=o_k < K, other=0.0)
     for i_n in tl.range(0, N, num_stages=STAGES):
-        b_q = tile(d_q, i_b, i_h, i_n * L, 0, L, BK, DOT)
-        b_k = tile(d_k, i_b, i_h, i_n * L, 0, L, BK, DOT)
-        b_v = tile(d_v, i_b, i_h, i_n * L, i_v, L, BV, DOT)
-        o_t = (i_bh * N + i_n) * L + o_l
+        b_q = tile(d_q, i_b, i_h, (i_first + i_n) * L, 0, L, BK, DOT)
+        b_k = tile(d_k, i_b, i_h, (i_first + i_n) * L, 0, L, BK, DOT)
+        b_v = tile(d_v, i_b, i_h, (i_first + i_n) * L, i_v, L, BV, DOT)
+        o_t = (i_row * N + i_n) * L + o_l
         if EVERY and i_n % EVERY == 0:
-            o_s = ((i_bh * N + i_n) // EVERY * K + o_k[:, None]) * s_c + o_v[None, :]
+            o_s = ((i_row * N + i_n) // EVERY * K + o_k[:, None]) * s_c + o_v[None, :]
             tl.store(p_cs + o_s, b_c.to(DOT), mask=inside)
         b_beta = scale * tl.load(p_beta + o_t)
         if SCORES:
@@ -61,32 +69,36 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u
             )
             b_p = b_p.to(DOT)
             if i_v == 0:
-                tl.store(p_n + (i_bh * (N + 1) + i_n) * K + o_k, b_n, mask=o_k < K)
+                tl.store(p_n + (i_row * (N + 1) + i_n) * K + o_k, b_n, mask=o_k < K)
                 tl.store(p_s + o_t, b_s)
                 tl.store(p_den + o_t, b_den)
         else:
-            b_p = d_p.load([i_bh.to(tl.int32), i_n * L, 0]).reshape(L, L)
+            b_p = d_p.load([i_bh.to(tl.int32), (i_first + i_n) * L, 0]).reshape(L, L)
             b_den = tl.load(p_den + o_t)
         b_h = tl.dot(b_q, b_c.to(DOT), input_precision="ieee") * b_beta[:, None]
         b_h = tl.dot(b_p, b_v, b_h, input_precision="ieee") * (1.0 / b_den)[:, None]
-        d_h.store([i_b, i_h, i_n * L, i_v], b_h.to(d_h.dtype).reshape(1, 1, L, BV))
-        b_c *= tl.load(p_gamma + i_bh * N + i_n)
+        d_h.store([i_b, i_h, (i_first + i_n) * L, i_v], b_h.to(d_h.dtype).reshape(1, 1, L, BV))
+        b_c *= tl.load(p_gamma + i_row * N + i_n)
         b_w = tl.load(p_alpha + o_t)[:, None]
         if SCORES:
-            b_n = b_n * tl.load(p_gamma + i_bh * N + i_n) + tl.sum(b_k.to(tl.float32) * b_w, 0)
+            b_n = b_n * tl.load(p_gamma + i_row * N + i_n) + tl.sum(b_k.to(tl.float32) * b_w, 0)
         # The weights go where there are fewer numbers.
         if BK <= BV:
             b_c = tl.dot((b_k.to(tl.float32) * b_w).to(DOT).T, b_v, b_c, input_precision="ieee")
         else:
             b_c = tl.dot(b_k.T, (b_v.to(tl.float32) * b_w).to(DOT), b_c, input_precision="ieee")
+    kept = (o_k < K) & (i_v == 0)
+    if CUT:
+        # What stands behind a segment is where the next one starts, which stores it.
+        inside, kept = inside & (i_row % S == S - 1), kept & (i_row % S == S - 1)
     tl.store(p_c_last + o_c, b_c, mask=inside)
     if SCORES:
-        tl.store(p_n + (i_bh * (N + 1) + N) * K + o_k, b_n, mask=(o_k < K) & (i_v == 0))
+        tl.store(p_n + (i_row * (N + 1) + N) * K + o_k, b_n, mask=kept)
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps, every):
     """h, the last C, n of every chunk, den and s, and C before every `every`-th chunk, of none where 0."""
-    L, (BK, BV, *_) = plan.L, plan.forward
+    L, S, (BK, BV, *_) = plan.L, plan.S, plan.forward
     if plan.SCORES:
         ns = call.vector(n, call.rows, call.N + 1, call.K)
         p, den, s = padded(ns, (1, 1, L), call.dtype), call.vector(ns), call.vector(ns)
@@ -98,11 +110,12 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
         if every
         else None
     )
+    c, n = starts(call, S, k, v, gates, (c, n))
     h, c_last = padded(v, v.shape), call.vector(den, call.rows, call.K, call.V)
-    mlstm_forward_kernel[(call.rows * cdiv(call.V, BV),)](
-        heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c.contiguous(),
-        n.contiguous(), c_last, ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
-        h if cs is None else cs, call.H, call.N, call.K, call.V, 0 if cs is None else cs.stride(1), call.scale, eps,
-        L=L, EVERY=every, SCORES=plan.SCORES, DOT=call.dot, **call.flags, **plan.forward._asdict(),
+    mlstm_forward_kernel[(call.rows * S * cdiv(call.V, BV),)](
+        heads(q, L, BK), heads(k, L, BK), heads(v, L, BV), matrices(p, L, L), heads(h, L, BV), c, n,
+        c_last, ns, gates.u, gates.top, gates.floor, gates.document, gates.alpha, gates.beta, gates.gamma, den, s,
+        h if cs is None else cs, call.H, S, call.N // S, call.K, call.V, 0 if cs is None else cs.stride(1), call.scale, eps,
+        L=L, EVERY=every, SCORES=plan.SCORES, CUT=S > 1, DOT=call.dot, **call.flags, **plan.forward._asdict(),
     )  # fmt: skip
     return h.contiguous(), c_last, ns, den, s, cs

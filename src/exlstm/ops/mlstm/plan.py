@@ -1,7 +1,8 @@
 """How the kernels cut the work up: chunk lengths, tiles and warps, by widths of heads, dtype and card; needs no Triton.
 
-Nothing here depends on the length of a sequence, so a kernel is compiled once for a width of heads and serves every T; the number
-of sequences and heads only decides between a few variants, where there are too few of them to fill the card.
+No kernel is compiled for a length of sequences, only for a width of heads, and serves every T; the number of sequences and heads
+decides between a few variants, where there are too few of them to fill the card: for kernels that walk through a sequence, long
+ones are then cut into segments (segments.py), as many as fill it.
 Tiles were chosen on one H200, what hopper.py is for on one H100 (docs/log.md).
 """
 
@@ -17,6 +18,9 @@ FEW = 128
 # What the kernels of hopper.py are written for, and ran on: the matrix units of Hopper, and a Gluon whose names change from one
 # Triton to the next. Elsewhere the backward goes in two passes, and nobody needs to know.
 CAPABILITY, GLUON = (9, 0), "3.6."
+# Multiprocessors of Hopper, how many in a hundred of them segments should keep busy, and the tokens of a segment at least: with
+# fewer, finding where it starts is as much work as the segment.
+PROCESSORS, BUSY, SHORT = 132, 70, 512
 
 
 class Tiles(NamedTuple):
@@ -44,7 +48,7 @@ class TwoPass(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """Chunk length L (rows a program too), whether `forward` works the scores out itself, and tiles; see one_pass.py."""
+    """Chunk length L (rows a program too), whether `forward` works the scores out itself, tiles and segments; see one_pass.py."""
 
     L: int
     BT: int
@@ -52,25 +56,29 @@ class OnePass(NamedTuple):
     SCORES: bool
     intra: Tiles
     forward: Tiles
+    S: int = 1
 
 
 class Walk(NamedTuple):
-    """Chunk length L of a forward in one kernel, and the columns of a memory that a program keeps; see walk.py."""
+    """Chunk length L of a forward in one kernel, the columns of a memory that a program keeps, and segments; see walk.py."""
 
     L: int
     BV: int
+    S: int = 1
 
 
 class Chain(NamedTuple):
-    """Chunk length L of a backward that walks through all chunks of a sequence; see hopper.py."""
+    """Chunk length L of a backward that walks through all chunks of a segment, and these; see hopper.py."""
 
     L: int
+    S: int = 1
 
 
 class Streams(NamedTuple):
     """The same of a backward that walks there and back, of keys of 128 and values of 256; see streams.py."""
 
     L: int
+    S: int = 1
 
 
 class Fused(NamedTuple):
@@ -98,6 +106,8 @@ def choose(q, v, chunk: int) -> Plan:
     if chunk:
         length = min(256, max(16, 1 << chunk.bit_length() - 1))
         two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
+    elif large and gluon(q.device) and (plan := _segmented(q, v, two)):
+        return plan
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
         backward = Chain(64) if _on_hopper(q, v) else two
@@ -113,6 +123,39 @@ def choose(q, v, chunk: int) -> Plan:
 def _walk(V, rows):
     """The walk; with all values in a program where these are enough."""
     return Walk(64, 256 if V > 128 and rows >= FEW else 128)
+
+
+def _segmented(q, v, two) -> Plan | None:
+    """The plan for few rows of long sequences, None where there are many, or where they are short."""
+    (_, tokens, _, keys), values, rows = q.shape, v.shape[-1], q.shape[0] * q.shape[2]
+    K, V = power(keys), power(values)
+    if rows >= FEW:
+        return None
+    if _on_hopper(q, v):
+        # Two programs stand on a multiprocessor.
+        S = segments(rows, tokens, 2 * PROCESSORS)
+        return Plan(_one_pass(K, V, rows * S)._replace(S=S), Chain(64, S)) if S else None
+    if K != 128 or not 128 <= V <= 256:
+        return None
+    forward = 1 if rows * V // 128 >= FEW else segments(rows * V // 128, tokens, PROCESSORS)
+    backward = segments(rows, tokens, PROCESSORS) if (keys, values) == (128, 256) else 0
+    return Plan(Walk(64, 128, forward), Streams(64, backward) if backward else two) if forward else None
+
+
+def segments(programs, tokens, places) -> int:
+    """Segments of a sequence, a power of two, where there are `programs` without them; 0 where sequences are too short."""
+    S = 1
+    while 100 * programs * S < BUSY * cdiv(programs * S, places) * places:
+        S *= 2
+        if tokens < S * SHORT:
+            return 0
+    return S
+
+
+def sums(keys, values) -> Tiles:
+    """The tile of a memory that a program of segments.py sums; keys are then read once or twice."""
+    K, V = min(128, power(keys)), min(128, power(values))
+    return Tiles(K, V, 8 if K * V > 8192 else 4, 3)
 
 
 def _on_hopper(q, v) -> bool:
@@ -131,8 +174,10 @@ def gluon(device) -> bool:
 
 
 def padded_length(plan: Plan, time: int, save: bool) -> int:
-    """Tokens of a row with what fills its last chunk, of the backward too where one follows."""
-    length = max(plan.forward.L, plan.backward.L) if save else plan.forward.L
+    """Tokens of a row with what fills its last chunk, of the backward too where one follows, in segments of equal length."""
+    forward, backward = (x.L * getattr(x, "S", 1) for x in plan)
+    # Where segments end must not depend on whether a backward follows. All these are powers of two.
+    length = max(forward, backward) if save or forward > plan.forward.L else forward
     return cdiv(time, length) * length
 
 

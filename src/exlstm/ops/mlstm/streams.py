@@ -25,7 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from exlstm.ops.mlstm.gates import padded
 from exlstm.ops.mlstm.hopper import _anew, _columns, _fetch_vector, _product, _rows, _sums, heads
 from exlstm.ops.mlstm.plan import cdiv
-from exlstm.ops.mlstm.walk import _counters
+from exlstm.ops.mlstm.segments import ends, starts
+from exlstm.ops.mlstm.walk import _counters, _first_chunk
 
 # Registers a thread of the groups that keep a memory; the scores have what is left.
 REGISTERS, BRINGING = 192, 24
@@ -43,14 +44,15 @@ def _come(desc, at, bar, place):
 
 
 @gluon.jit
-def _bring(descs, tiles, bars, i_b, i_h, N, BACK: gl.constexpr):
+def _bring(descs, tiles, bars, i_b, i_h, i_row, S, N, BACK: gl.constexpr, CUT: gl.constexpr):
     """X and Y of every chunk into the places that turn has, then the four tiles of A and of M into theirs."""
     d_x, d_y, d_a, d_m = descs
     all_x, all_y, all_a, all_m = tiles
     keys_full, keys_empty, a_full, a_empty, m_full, m_empty = bars
+    i_first = _first_chunk(i_row, S, N, CUT)
     SIZE: gl.constexpr = d_x.block_type.nbytes
     for i in range(N):
-        i_t, turn = (N - 1 - i if BACK else i) * 64, i & 1
+        i_t, turn = (i_first + (N - 1 - i if BACK else i)) * 64, i & 1
         # A barrier that nothing has arrived at yet lets pass who waits for phase 1.
         mbarrier.wait(keys_empty.index(turn), (i >> 1 & 1) ^ 1)
         mbarrier.expect(keys_full.index(turn), 4 * SIZE)
@@ -181,23 +183,25 @@ def _there(b_p, all_g, at, s_half, tiles, blocks, half_full, keys_empty, p_ds, s
 
 
 @gluon.jit
-def _scores(tiles, made, bars, d_dv, pointers, p_row, p_ds, p_document, scale, i_b, i_h, i_bh, N,
-            BACK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
+def _scores(tiles, made, bars, d_dv, pointers, p_row, p_ds, p_document, scale, i_b, i_h, i_row, S, N,
+            BACK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """a dS of every chunk; ds, or dv."""
     all_x, all_y, all_g, s_wn = tiles[0], tiles[1], made[4], made[6]
     keys_full, keys_empty, g_full, g_empty, half_full, vectors_full = bars[0]
-    start = N - 1 if BACK else 0
-    _come_vectors(all_g, pointers, p_row, 0, i_bh * N + start, i_bh * (N + 1) + start + BACK)
+    start, i_first = N - 1 if BACK else 0, _first_chunk(i_row, S, N, CUT)
+    _come_vectors(all_g, pointers, p_row, 0, i_row * N + start, i_row * (N + 1) + start + BACK)
     for i in range(N):
         zero = _anew(i * 0)
         i_n, phase = N - 1 - i if BACK else i, i & 1
-        turn, at, i_c = phase + zero, 8 * (i % 3) + zero, i_bh * N + i_n
+        turn, at, i_c = phase + zero, 8 * (i % 3) + zero, i_row * N + i_n
         async_copy.wait_group(0)
         gl.thread_barrier()
         mbarrier.arrive(vectors_full.index(turn))
         # The keys are through with what stood there two chunks ago, or a dS of the last could not have been stored.
         after = gl.maximum(i_n - 1, 0) if BACK else gl.minimum(i_n + 1, N - 1)
-        _come_vectors(all_g, pointers, p_row, 8 * ((i + 1) % 3) + zero, i_bh * N + after, i_bh * (N + 1) + after + BACK)
+        _come_vectors(
+            all_g, pointers, p_row, 8 * ((i + 1) % 3) + zero, i_row * N + after, i_row * (N + 1) + after + BACK
+        )
         keys = all_x.index(2 * turn), all_x.index(2 * turn + 1), all_y.index(2 * turn), all_y.index(2 * turn + 1)
         mbarrier.wait(keys_full.index(turn), i >> 1 & 1)
         b_p = _product(keys[0], keys[2].permute([1, 0]), gl.zeros([64, 64], gl.float32, _sums(64)))
@@ -205,7 +209,7 @@ def _scores(tiles, made, bars, d_dv, pointers, p_row, p_ds, p_document, scale, i
         b_p = warpgroup_mma_wait(0, deps=[b_p])
         b_p *= _decay(all_g, at, p_document + i_c * 64, scale, BACK, RESET)
         if BACK:
-            place = i_b, i_h, i_n * 64
+            place = i_b, i_h, (i_first + i_n) * 64
             b_g = _back(b_p, keys, all_g, at, made, tiles, bars[1], keys_empty.index(turn), d_dv, place, phase, zero)
             mbarrier.wait(g_empty, phase ^ 1)
         else:
@@ -223,17 +227,17 @@ def _scores(tiles, made, bars, d_dv, pointers, p_row, p_ds, p_document, scale, i
 
 
 @gluon.jit
-def _corner(i_bh, G: gl.constexpr, B: gl.constexpr):
+def _corner(i_row, G: gl.constexpr, B: gl.constexpr):
     """Offsets of the numbers in tile (G, B) of a memory (128, 256)."""
     o_k, o_v = _anew(gl.arange(0, 64, _rows(64))), _anew(gl.arange(0, 64, _columns(64)))
-    return i_bh * 32768 + (64 * G + o_k)[:, None] * 256 + (64 * B + o_v)[None, :]
+    return i_row * 32768 + (64 * G + o_k)[:, None] * 256 + (64 * B + o_v)[None, :]
 
 
 @gluon.jit
-def _first(p_c, i_bh, G: gl.constexpr, B: gl.constexpr, EMPTY: gl.constexpr):
+def _first(p_c, i_row, G: gl.constexpr, B: gl.constexpr, EMPTY: gl.constexpr):
     if EMPTY:
         return gl.zeros([64, 64], gl.float32, _sums(64))
-    return gl.load(p_c + _corner(i_bh, G, B))
+    return gl.load(p_c + _corner(i_row, G, B))
 
 
 @gluon.jit
@@ -289,22 +293,22 @@ def _row_sums(s_x, b_dx):
 
 
 @gluon.jit
-def _overlap(b_0, b_1, b_2, b_3, p_kept, p_n, p_dn, i_bh, i_n, N, whole, G: gl.constexpr):
+def _overlap(b_0, b_1, b_2, b_3, p_kept, p_n, p_dn, i_row, i_n, N, whole, G: gl.constexpr):
     """<C⁻, dC⁺> + <n⁻, dn⁺> of these rows and a chunk before which C was kept, else 0."""
     b_cdc = 0.0
     if whole:
-        i_kept = i_bh * ((N + 1) // 2) + i_n // 2
+        i_kept = i_row * ((N + 1) // 2) + i_n // 2
         b_sum = _with_kept(p_kept, b_0, i_kept, G, 0) + _with_kept(p_kept, b_1, i_kept, G, 1)
         b_sum += _with_kept(p_kept, b_2, i_kept, G, 2) + _with_kept(p_kept, b_3, i_kept, G, 3)
-        o_n = (i_bh * (N + 1) + i_n) * 128 + 64 * G + gl.arange(0, 64, _columns(64))
+        o_n = (i_row * (N + 1) + i_n) * 128 + 64 * G + gl.arange(0, 64, _columns(64))
         b_cdc = gl.sum(b_sum, 0) + gl.sum(gl.load(p_n + o_n) * gl.load(p_dn + o_n + 128), 0)
     return b_cdc
 
 
 @gluon.jit
-def _keep(b_0, b_1, b_2, b_3, p_kept, i_bh, i_n, N, G: gl.constexpr):
+def _keep(b_0, b_1, b_2, b_3, p_kept, i_row, i_n, N, G: gl.constexpr):
     """C before chunk i_n, where the walk back wants it."""
-    i_kept = i_bh * ((N + 1) // 2) + i_n // 2
+    i_kept = i_row * ((N + 1) // 2) + i_n // 2
     if (i_n % 2 == 1) & (i_n < N) | (i_n == N - 1):
         gl.store(p_kept + _kept(i_kept, G, 0), b_0.to(gl.bfloat16))
         gl.store(p_kept + _kept(i_kept, G, 1), b_1.to(gl.bfloat16))
@@ -365,11 +369,12 @@ def _from_memory(b_dx, s_x, s_wn, all_g, at, g_full, p_sums, i_c, scale, phase,
 
 
 @gluon.jit
-def _last(p_last, b_0, b_1, b_2, b_3, i_bh, G: gl.constexpr):
-    gl.store(p_last + _corner(i_bh, G, 0), b_0)
-    gl.store(p_last + _corner(i_bh, G, 1), b_1)
-    gl.store(p_last + _corner(i_bh, G, 2), b_2)
-    gl.store(p_last + _corner(i_bh, G, 3), b_3)
+def _last(p_last, b_0, b_1, b_2, b_3, i_row, S, G: gl.constexpr, CUT: gl.constexpr):
+    final = i_row % S == 0 if CUT else True
+    gl.store(p_last + _corner(i_row, G, 0), b_0, mask=final)
+    gl.store(p_last + _corner(i_row, G, 1), b_1, mask=final)
+    gl.store(p_last + _corner(i_row, G, 2), b_2, mask=final)
+    gl.store(p_last + _corner(i_row, G, 3), b_3, mask=final)
 
 
 @gluon.jit
@@ -385,24 +390,25 @@ def _tell(b_dx, s_x, s_half, half_full, a_empty, SILENT: gl.constexpr):
 
 @gluon.jit
 def _keys(tiles, made, bars, d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_sums, p_flow, p_inflow, p_xdx, scale,
-          i_b, i_h, i_bh, rows, N,
-          G: gl.constexpr, BACK: gl.constexpr, NORM: gl.constexpr, EMPTY: gl.constexpr):  # fmt: skip
+          i_b, i_h, i_row, rows, S, N,
+          G: gl.constexpr, BACK: gl.constexpr, NORM: gl.constexpr, EMPTY: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """dX of 64 columns, and 64 rows of the memory, from chunk to chunk."""
     all_x, all_y, all_a, all_m = tiles
+    i_first = _first_chunk(i_row, S, N, CUT)
     pieces, all_w, all_ds, all_g, s_half, s_wn = made
     keys_full, keys_empty, g_full, g_empty, half_full, vectors_full = bars[0]
-    b_0, b_1 = _first(p_c, i_bh, G, 0, EMPTY), _first(p_c, i_bh, G, 1, EMPTY)
-    b_2, b_3 = _first(p_c, i_bh, G, 2, EMPTY), _first(p_c, i_bh, G, 3, EMPTY)
+    b_0, b_1 = _first(p_c, i_row, G, 0, EMPTY), _first(p_c, i_row, G, 1, EMPTY)
+    b_2, b_3 = _first(p_c, i_row, G, 2, EMPTY), _first(p_c, i_row, G, 3, EMPTY)
     if not BACK:
-        _keep(b_0, b_1, b_2, b_3, p_kept, i_bh, 0, N, G)
-    b_in, p_part, p_sum = 0.0, G * rows + i_bh * N, p_xdx + G * rows * 64
+        _keep(b_0, b_1, b_2, b_3, p_kept, i_row, 0, N, G)
+    b_in, p_part, p_sum = 0.0, G * rows + i_row * N, p_xdx + G * rows * 64
     for i in range(N):
         zero = _anew(i * 0)
         i_n, phase = N - 1 - i if BACK else i, i & 1
-        turn, at, i_c = phase + zero, 8 * (i % 3) + zero, i_bh * N + i_n
+        turn, at, i_c = phase + zero, 8 * (i % 3) + zero, i_row * N + i_n
         b_gamma, whole = gl.load(p_gamma + i_c), (i_n % 2 == 1) | (i_n == N - 1)
         if BACK:
-            b_cdc = b_gamma * _overlap(b_0, b_1, b_2, b_3, p_kept, p_n, p_dn, i_bh, i_n, N, whole, G)
+            b_cdc = b_gamma * _overlap(b_0, b_1, b_2, b_3, p_kept, p_n, p_dn, i_row, i_n, N, whole, G)
         s_x, s_y, s_w = all_x.index(2 * turn + G), all_y.index(2 * turn + G), all_w.index(G + zero)
         mbarrier.wait(vectors_full.index(turn), i >> 1 & 1)
         mbarrier.wait(keys_full.index(turn), i >> 1 & 1)
@@ -415,7 +421,7 @@ def _keys(tiles, made, bars, d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_su
         b_0, b_1, b_2, b_3 = _writes(b_0, b_1, b_2, b_3, b_gamma, s_w, all_m, bars[1], phase, zero)
         if not BACK:
             # Of the chunk after this one.
-            _keep(b_0, b_1, b_2, b_3, p_kept, i_bh, i + 1, N, G)
+            _keep(b_0, b_1, b_2, b_3, p_kept, i_row, i + 1, N, G)
         b_dx, b_flow = _from_memory(b_dx, s_x, s_wn, all_g, at, g_full, p_sums, i_c, scale, phase, G, BACK, NORM)
         if BACK:
             # <C⁺, dC⁺> is γ <C⁻, dC⁺> and what the keys wrote, <C⁻, dC⁻> the same and what the queries read.
@@ -431,10 +437,10 @@ def _keys(tiles, made, bars, d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_su
         gl.thread_barrier()
         mbarrier.arrive(keys_empty.index(turn))
         mbarrier.arrive(g_empty)
-        tma.async_copy_shared_to_global(d_dx, [i_b, i_h, i_n * 64, 64 * G], s_w)
+        tma.async_copy_shared_to_global(d_dx, [i_b, i_h, (i_first + i_n) * 64, 64 * G], s_w)
     tma.store_wait(0)
     if BACK:
-        _last(p_last, b_0, b_1, b_2, b_3, i_bh, G)
+        _last(p_last, b_0, b_1, b_2, b_3, i_row, S, G, CUT)
 
 
 @gluon.jit
@@ -442,13 +448,20 @@ def _places(COUNT: gl.constexpr):
     return gl.allocate_shared_memory(gl.bfloat16, [COUNT, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
 
 
-@gluon.jit(do_not_specialize=["N"])
+@gluon.jit(do_not_specialize=["S", "N"])
 def mlstm_streams_kernel(d_x, d_y, d_a, d_m, d_dx, d_dv, p_c, p_last, p_kept, p_n, p_dn, p_sums, p_flow, p_inflow, p_xdx,
-                         p_alpha, p_beta, p_gamma, p_u, p_top, p_document, p_den, p_s, p_ds, H, N, scale,
+                         p_alpha, p_beta, p_gamma, p_u, p_top, p_document, p_den, p_s, p_ds, H, S, N, scale,
                          REGS: gl.constexpr, FEW: gl.constexpr, BACK: gl.constexpr, NORM: gl.constexpr,
-                         RESET: gl.constexpr, EMPTY: gl.constexpr):  # fmt: skip
+                         RESET: gl.constexpr, EMPTY: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """dq, ds, C before every second chunk and Σ a β ds q of each; back, with what it wrote, dk, dv, dC and the inflows."""
-    i_bh = gl.program_id(0).to(gl.int64)
+    i_row = gl.program_id(0).to(gl.int64)
+    i_bh = i_row
+    if CUT:
+        i_bh = i_row // S
+        # n, dn and the last memory stand with those of the sequence.
+        p_n += (i_bh - i_row) * 128
+        p_dn += (i_bh - i_row) * 128
+        p_last += (i_bh - i_row) * 32768
     i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
     tiles = _places(4), _places(4), _places(4), _places(4)
     pieces, all_w, all_ds, all_p, all_out = _places(4), _places(2), _places(1), _places(1), _places(2)
@@ -469,12 +482,13 @@ def mlstm_streams_kernel(d_x, d_y, d_a, d_m, d_dx, d_dv, p_c, p_last, p_kept, p_
     gl.warp_specialize(
         [
             (_scores, (tiles, made, (chunk, blocks), d_dv, pointers, p_dn if BACK else p_n, p_ds, p_document, scale,
-                       i_b, i_h, i_bh, N, BACK, NORM, RESET)),
+                       i_b, i_h, i_row, S, N, BACK, NORM, RESET, CUT)),
             (_keys, (tiles, shared, (chunk, blocks), d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_sums, p_flow, p_inflow,
-                     p_xdx, scale, i_b, i_h, i_bh, rows, N, 0, BACK, NORM, EMPTY)),
+                     p_xdx, scale, i_b, i_h, i_row, rows, S, N, 0, BACK, NORM, EMPTY, CUT)),
             (_keys, (tiles, shared, (chunk, blocks), d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_sums, p_flow, p_inflow,
-                     p_xdx, scale, i_b, i_h, i_bh, rows, N, 1, BACK, NORM, EMPTY)),
-            (_bring, ((d_x, d_y, d_a, d_m), tiles, (keys_full, keys_empty, a_full, a_empty, m_full, m_empty), i_b, i_h, N, BACK)),
+                     p_xdx, scale, i_b, i_h, i_row, rows, S, N, 1, BACK, NORM, EMPTY, CUT)),
+            (_bring, ((d_x, d_y, d_a, d_m), tiles, (keys_full, keys_empty, a_full, a_empty, m_full, m_empty),
+                      i_b, i_h, i_row, S, N, BACK, CUT)),
         ],
         [4, 4, 4],
         [REGS, REGS, FEW],
@@ -483,7 +497,7 @@ def mlstm_streams_kernel(d_x, d_y, d_a, d_m, d_dx, d_dv, p_c, p_last, p_kept, p_
 
 def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
-    (dh, dc, dn), (_, den, s, ns, _), L, empty = grads, saved, plan.L, grads[1] is None
+    (dh, dc, dn), (h, den, s, ns, _), L, S = grads, saved, plan.L, plan.S
     dq, dk, dv = padded(q, q.shape), padded(k, k.shape), padded(v, v.shape)
     qdq, kdk = call.vector(den, 2, call.tokens), call.vector(den, 2, call.tokens)
     flow, inflow = call.vector(den, 2, call.rows * call.N), call.vector(den, 2, call.rows * call.N)
@@ -491,18 +505,20 @@ def backward(plan, call, grads, q, k, v, gates, c, saved):
     sums = call.vector(den, call.rows, call.N, call.K)
     if not call.flags["NORM"]:
         sums.zero_()
-    kept = q.new_empty(call.rows * cdiv(call.N, 2), call.K, call.V)
+    kept = q.new_empty(call.rows * S * cdiv(call.N // S, 2), call.K, call.V)
     t_q, t_k, t_v, t_dh, t_dq, t_dk, t_dv = (heads(x, L, 64) for x in (q, k, v, dh, dq, dk, dv))
     vectors = (gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.document, den, s, ds)
-    sizes = (call.H, call.N, call.scale)
-    options = {"REGS": REGISTERS, "FEW": BRINGING, "num_warps": 4, **call.flags}
-    mlstm_streams_kernel[(call.rows,)](
-        t_q, t_k, t_dh, t_v, t_dq, t_dv, c.contiguous(), first, kept, ns, ns, sums, flow, inflow, qdq, *vectors, *sizes,
+    sizes = (call.H, S, call.N // S, call.scale)
+    options = {"REGS": REGISTERS, "FEW": BRINGING, "CUT": S > 1, "num_warps": 4, **call.flags}
+    start, _ = starts(call, S, k, v, gates, (c, None))
+    mlstm_streams_kernel[(call.rows * S,)](
+        t_q, t_k, t_dh, t_v, t_dq, t_dv, start, first, kept, ns, ns, sums, flow, inflow, qdq, *vectors, *sizes,
         BACK=False, EMPTY=False, **options,
     )  # fmt: skip
     dns = call.normaliser_scan(sums, gates, dn, reverse=True)
-    mlstm_streams_kernel[(call.rows,)](
-        t_k, t_q, t_v, t_dh, t_dk, t_dv, first if empty else dc.contiguous(), first, kept, ns, dns, sums, flow, inflow, kdk,
-        *vectors, *sizes, BACK=True, EMPTY=empty, **options,
+    end, _ = ends(call, S, (q, h, dh), gates, (den, None), (dc, None))
+    mlstm_streams_kernel[(call.rows * S,)](
+        t_k, t_q, t_v, t_dh, t_dk, t_dv, first if end is None else end, first, kept, ns, dns, sums, flow, inflow, kdk,
+        *vectors, *sizes, BACK=True, EMPTY=end is None, **options,
     )  # fmt: skip
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), (qdq, kdk, inflow), first, dns[:, 0].clone()

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from exlstm.ops.mlstm.gates import padded
 from exlstm.ops.mlstm.hopper import _anew, _columns, _product, _rows, _sums, heads
 from exlstm.ops.mlstm.plan import cdiv, power
+from exlstm.ops.mlstm.segments import starts
 
 # Warps of the scores, and registers a thread of the two groups that keep C; the scores have what is left.
 WARPS, REGISTERS = 4, 192
@@ -51,21 +52,28 @@ def _features(W):
 
 
 @gluon.jit
-def _come_keys(descs, places, bar, i_b, i_h, i_n, N, at, L: gl.constexpr):
-    """q and k of chunk i_n, if there is one, on their way to place `at`."""
-    there = i_n < N
-    mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes, pred=there)
-    tma.async_copy_global_to_shared(descs[0], [i_b, i_h, i_n * L, 0], bar, places[0].index(at), pred=there)
-    tma.async_copy_global_to_shared(descs[1], [i_b, i_h, i_n * L, 0], bar, places[1].index(at), pred=there)
+def _first_chunk(i_row, S, N, CUT: gl.constexpr):
+    """Where a row begins in its sequence, in chunks."""
+    return (i_row % S).to(gl.int32) * N if CUT else 0
 
 
 @gluon.jit
-def _come_values(d_v, all_v, bar, i_b, i_h, i_v, i_n, N, first, L: gl.constexpr, BLOCKS: gl.constexpr):
-    """BLOCKS blocks of 64 values of chunk i_n, if there is one, on their way to places from `first` on."""
+def _come_keys(descs, places, bar, i_b, i_h, i_first, i_n, N, at, L: gl.constexpr):
+    """q and k of chunk i_n, if there is one, on their way to place `at`."""
+    there = i_n < N
+    mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(descs[0], [i_b, i_h, (i_first + i_n) * L, 0], bar, places[0].index(at), pred=there)
+    tma.async_copy_global_to_shared(descs[1], [i_b, i_h, (i_first + i_n) * L, 0], bar, places[1].index(at), pred=there)
+
+
+@gluon.jit
+def _come_values(d_v, all_v, bar, i_b, i_h, i_first, i_v, i_n, N, place, L: gl.constexpr, BLOCKS: gl.constexpr):
+    """BLOCKS blocks of 64 values of chunk i_n, if there is one, on their way to places from `place` on."""
     there = i_n < N
     mbarrier.expect(bar, BLOCKS * d_v.block_type.nbytes, pred=there)
     for i in gl.static_range(BLOCKS):
-        tma.async_copy_global_to_shared(d_v, [i_b, i_h, i_n * L, i_v + 64 * i], bar, all_v.index(first + i), pred=there)
+        at = [i_b, i_h, (i_first + i_n) * L, i_v + 64 * i]
+        tma.async_copy_global_to_shared(d_v, at, bar, all_v.index(place + i), pred=there)
 
 
 @gluon.jit
@@ -137,29 +145,31 @@ def _weigh(s_k, s_n, b_n, b_gamma, s_alpha, W: gl.constexpr):
 
 
 @gluon.jit
-def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps, i_b, i_h, i_bh, i_v, N, K,
-            L: gl.constexpr, BK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr, W: gl.constexpr):  # fmt: skip
+def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps, i_b, i_h, i_row, i_v, S, N, K,
+            L: gl.constexpr, BK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr, CUT: gl.constexpr,
+            W: gl.constexpr):  # fmt: skip
     """For every chunk P / den and a β / den, k times α in the place of k, den and n; and q and k of all chunks."""
     full, ready, done, _ = bars
+    i_first = _first_chunk(i_row, S, N, CUT)
     all_p, all_w, all_a, all_u, s_n = vectors
     p_n, p_den, p_s, p_gamma = outs
     for i in gl.static_range(3):
-        _come_keys(descs, places, full.index(i), i_b, i_h, i, N, i, L)
-    last = i_bh * N + N - 1
-    _come_weights(all_a.index(0), all_u.index(0), pointers[0], pointers[2], i_bh * N, L, W)
-    _come_weights(all_a.index(1), all_u.index(1), pointers[0], pointers[2], gl.minimum(i_bh * N + 1, last), L, W)
-    b_beta, b_top, b_floor = _tokens_weights(pointers, i_bh * N, L, W)
+        _come_keys(descs, places, full.index(i), i_b, i_h, i_first, i, N, i, L)
+    last = i_row * N + N - 1
+    _come_weights(all_a.index(0), all_u.index(0), pointers[0], pointers[2], i_row * N, L, W)
+    _come_weights(all_a.index(1), all_u.index(1), pointers[0], pointers[2], gl.minimum(i_row * N + 1, last), L, W)
+    b_beta, b_top, b_floor = _tokens_weights(pointers, i_row * N, L, W)
     o_n = gl.arange(0, BK, gl.SliceLayout(0, _features(W)))
     kept = (o_n < K) & (i_v == 0)
-    b_n = gl.load(p_n0 + i_bh * K + o_n, mask=o_n < K, other=0.0)
+    b_n = gl.load(p_n0 + i_row * K + o_n, mask=o_n < K, other=0.0)
     s_n.store(b_n)
     mbarrier.wait(full.index(0), 0)
     b_x = _begin(places, 0, L, W)
     for i in range(N):
         at, turn = i % 3 + _anew(i * 0), (i & 1) + _anew(i * 0)
-        i_c, then = i_bh * N + i, (i + 1) % 3
+        i_c, then = i_row * N + i, (i + 1) % 3
         b_gamma = gl.load(p_gamma + i_c)
-        gl.store(p_n + (i_c + i_bh) * K + o_n, b_n, mask=kept)
+        gl.store(p_n + (i_c + i_row) * K + o_n, b_n, mask=kept)
         b_qn = _with_n(places[0].index(at), s_n, W)
         b_p = warpgroup_mma_wait(0, deps=[b_x])
         async_copy.wait_group(1)
@@ -181,32 +191,37 @@ def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scal
             # The columns are through with the chunk before: its places, P and weights may be written again.
             before = (i + 2) % 3
             mbarrier.wait(done.index(before), (i - 1) // 3 & 1)
-            _come_keys(descs, places, full.index(before), i_b, i_h, i + 2, N, before, L)
+            _come_keys(descs, places, full.index(before), i_b, i_h, i_first, i + 2, N, before, L)
         # The products of the next chunk run beside what follows; behind the last one nobody wants them.
         mbarrier.wait(full.index(then), (i + 1) // 3 & 1, pred=i + 1 < N)
         b_x = _begin(places, then, L, W)
     warpgroup_mma_wait(0, deps=[b_x])
     async_copy.wait_group(0)
-    gl.store(p_n + (i_bh * (N + 1) + N) * K + o_n, b_n, mask=kept)
+    if CUT:
+        # What stands behind a segment is where the next one starts, which stores it.
+        kept = kept & (i_row % S == S - 1)
+    gl.store(p_n + (i_row * (N + 1) + N) * K + o_n, b_n, mask=kept)
 
 
 @gluon.jit
-def _corner(i_bh, i_v, K, V, BK: gl.constexpr):
+def _corner(i_row, i_v, K, V, BK: gl.constexpr):
     """Offsets of the numbers in 64 columns of a memory, and which of them are there."""
     # Made anew where they are wanted: kept over the loop they would not fit into the registers.
     o_k, o_v = _anew(gl.arange(0, BK, _rows(64))), i_v + _anew(gl.arange(0, 64, _columns(64)))
-    return i_bh * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+    return i_row * K * V + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
 
 
 @gluon.jit
-def _first(p_c0, i_bh, i_v, K, V, BK: gl.constexpr):
-    o_c, inside = _corner(i_bh, i_v, K, V, BK)
+def _first(p_c0, i_row, i_v, K, V, BK: gl.constexpr):
+    o_c, inside = _corner(i_row, i_v, K, V, BK)
     return gl.load(p_c0 + o_c, mask=inside, other=0.0)
 
 
 @gluon.jit
-def _last(p_c_last, b_c, i_bh, i_v, K, V, BK: gl.constexpr):
-    o_c, inside = _corner(i_bh, i_v, K, V, BK)
+def _last(p_c_last, b_c, i_row, i_v, S, K, V, BK: gl.constexpr, CUT: gl.constexpr):
+    o_c, inside = _corner(i_row, i_v, K, V, BK)
+    if CUT:
+        inside = inside & (i_row % S == S - 1)
     gl.store(p_c_last + o_c, b_c, mask=inside)
 
 
@@ -237,44 +252,45 @@ def _out(d_h, b_h, s_h, i_b, i_h, i_t, i_v):
 
 
 @gluon.jit
-def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_bh, i_v, N, K, V,
-            WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr):  # fmt: skip
+def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_row, i_v, S, N, K, V,
+            WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """h of half of the columns, in one block of 64 or in two, and their last C."""
     full, ready, done, values = bars
     BLOCKS: gl.constexpr = COLS // 2
+    i_first = _first_chunk(i_row, S, N, CUT)
     i_v += 64 * WHICH * BLOCKS
     for i in gl.static_range(2):
         first = (2 * WHICH + i) * BLOCKS
-        _come_values(d_v, places[2], values.index(2 * WHICH + i), i_b, i_h, i_v, i, N, first, L, BLOCKS)
-    b_c = _first(p_c0, i_bh, i_v, K, V, BK)
+        _come_values(d_v, places[2], values.index(2 * WHICH + i), i_b, i_h, i_first, i_v, i, N, first, L, BLOCKS)
+    b_c = _first(p_c0, i_row, i_v, K, V, BK)
     b_e = b_c
     if BLOCKS == 2:
-        b_e = _first(p_c0, i_bh, i_v + 64, K, V, BK)
-    b_gamma = gl.load(p_gamma + i_bh * N)
+        b_e = _first(p_c0, i_row, i_v + 64, K, V, BK)
+    b_gamma = gl.load(p_gamma + i_row * N)
     for i in range(N):
         # Addresses are made anew in every turn: kept over the loop they would not fit into the registers.
         zero = _anew(i * 0)
         at, turn = i % 3 + zero, (i & 1) + zero
         s_q, s_k, s_p, s_w = places[0].index(at), places[1].index(at), vectors[0].index(turn), vectors[1].index(turn)
         i_x, s_c, s_h = (2 * WHICH + turn) * BLOCKS, own[0].index(WHICH + zero), own[1].index(WHICH + zero)
-        b_next = gl.load(p_gamma + i_bh * N + gl.minimum(i + 1, N - 1))
+        b_next = gl.load(p_gamma + i_row * N + gl.minimum(i + 1, N - 1))
         mbarrier.wait(full.index(at), i // 3 & 1)
         wanted, turns = (values.index(2 * WHICH + turn), ready.index(at)), (i // 2 & 1, i // 3 & 1)
         mbarrier.wait(wanted[0], turns[0])
         mbarrier.wait(wanted[1], turns[1])
         b_h, b_c = _block(b_c, b_gamma, s_q, s_k, places[2].index(i_x), s_p, s_w, s_c, L)
         if BLOCKS == 2:
-            _out(d_h, b_h, s_h, i_b, i_h, i * L, i_v)
+            _out(d_h, b_h, s_h, i_b, i_h, (i_first + i) * L, i_v)
             b_h, b_e = _block(b_e, b_gamma, s_q, s_k, places[2].index(i_x + 1), s_p, s_w, s_c, L)
         # After its barriers nobody of this group reads the tiles any more.
-        _out(d_h, b_h, s_h, i_b, i_h, i * L, i_v + 64 * (BLOCKS - 1))
+        _out(d_h, b_h, s_h, i_b, i_h, (i_first + i) * L, i_v + 64 * (BLOCKS - 1))
         mbarrier.arrive(done.index(at))
-        _come_values(d_v, places[2], values.index(2 * WHICH + turn), i_b, i_h, i_v, i + 2, N, i_x, L, BLOCKS)
+        _come_values(d_v, places[2], values.index(2 * WHICH + turn), i_b, i_h, i_first, i_v, i + 2, N, i_x, L, BLOCKS)
         b_gamma = b_next
     tma.store_wait(0)
-    _last(p_c_last, b_c, i_bh, i_v, K, V, BK)
+    _last(p_c_last, b_c, i_row, i_v, S, K, V, BK, CUT)
     if BLOCKS == 2:
-        _last(p_c_last, b_e, i_bh, i_v + 64, K, V, BK)
+        _last(p_c_last, b_e, i_row, i_v + 64, S, K, V, BK, CUT)
 
 
 @gluon.jit
@@ -285,14 +301,20 @@ def _counters(PLACES: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=["N"])
+@gluon.jit(do_not_specialize=["S", "N"])
 def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
-                        p_document, p_den, p_s, H, N, K, V, scale, eps,
+                        p_document, p_den, p_s, H, S, N, K, V, scale, eps,
                         L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, REGS: gl.constexpr, W: gl.constexpr,
-                        NORM: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
-    """h of 64 · COLS columns, the last memory, denominators, and n of every chunk."""
+                        NORM: gl.constexpr, RESET: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
+    """h of 64 · COLS columns of a sequence or of its segments, the last memory, denominators, and n of every chunk."""
     tiles_v = (V + 64 * COLS - 1) // (64 * COLS)
-    i_bh, i_v = (gl.program_id(0) // tiles_v).to(gl.int64), (gl.program_id(0) % tiles_v) * (64 * COLS)
+    i_row, i_v = (gl.program_id(0) // tiles_v).to(gl.int64), (gl.program_id(0) % tiles_v) * (64 * COLS)
+    i_bh = i_row
+    if CUT:
+        i_bh = i_row // S
+        # n and the last memory stand with those of the sequence.
+        p_n += (i_bh - i_row) * K
+        p_c_last += (i_bh - i_row) * K * V
     i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
     WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     all_q = gl.allocate_shared_memory(gl.bfloat16, [3, L, BK], WIDE)
@@ -313,11 +335,11 @@ def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_
     gl.warp_specialize(
         [
             (_scores, ((d_q, d_k), places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps,
-                       i_b, i_h, i_bh, i_v, N, K, L, BK, NORM, RESET, W)),
+                       i_b, i_h, i_row, i_v, S, N, K, L, BK, NORM, RESET, CUT, W)),
             (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
-                       i_b, i_h, i_bh, i_v, N, K, V, 0, L, BK, COLS)),
+                       i_b, i_h, i_row, i_v, S, N, K, V, 0, L, BK, COLS, CUT)),
             (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
-                       i_b, i_h, i_bh, i_v, N, K, V, 1, L, BK, COLS)),
+                       i_b, i_h, i_row, i_v, S, N, K, V, 1, L, BK, COLS, CUT)),
         ],
         [4, 4],
         [REGS, REGS],
@@ -332,15 +354,16 @@ def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_
 
 def forward(plan, call, q, k, v, gates, c, n, eps, every):
     """h, the last C, n of every chunk, den and s; C of none, for whoever wants it works it out again."""
-    L, K, COLS = plan.L, power(call.K), plan.BV // 64
+    L, S, K, COLS = plan.L, plan.S, power(call.K), plan.BV // 64
+    c, n = starts(call, S, k, v, gates, (c, n))
     ns = call.vector(n, call.rows, call.N + 1, call.K)
     den, s, c_last = call.vector(ns), call.vector(ns), call.vector(ns, call.rows, call.K, call.V)
     h = padded(v, v.shape)
     registers = REGISTERS if COLS == 4 else NARROW
-    mlstm_walk_kernel[(call.rows * cdiv(call.V, plan.BV),)](
-        heads(q, L, K), heads(k, L, K), heads(v, L, 64), heads(h, L, 64), c.contiguous(), n.contiguous(), c_last, ns,
+    mlstm_walk_kernel[(call.rows * S * cdiv(call.V, plan.BV),)](
+        heads(q, L, K), heads(k, L, K), heads(v, L, 64), heads(h, L, 64), c, n, c_last, ns,
         gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
-        call.H, call.N, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=registers, W=WARPS,
-        num_warps=WARPS, **call.flags,
+        call.H, S, call.N // S, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=registers, W=WARPS,
+        CUT=S > 1, num_warps=WARPS, **call.flags,
     )  # fmt: skip
     return h.contiguous(), c_last, ns, den, s, None
