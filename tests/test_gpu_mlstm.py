@@ -41,6 +41,8 @@ if INTERPRETED:
     LIMITS[BF16] = (8e-3, 1.6e-2, 3e-2)
 # L, BT, BJ of small plans: one block a chunk, several, and one-pass forwards that read scores or work them out.
 SMALL = {"two": (16, 16, 16), "blocks": (64, 32, 16), "one": (16, 16, 16), "scores": (16, 16, 16)}
+# The same in two segments and in four.
+SMALL |= {"one cut": (16, 16, 16), "scores cut": (16, 16, 16)}
 # A case of the laws: in the interpreter every row costs half a second, on a GPU it has what a one-pass forward wants.
 SIZES = {"keys": 16, "values": 16} if INTERPRETED else {"keys": 64, "values": 128, "batch": 4, "heads": 8}
 EACH = [(plan, F32) for plan in SMALL] if INTERPRETED else [("own", F32), ("own", BF16)]
@@ -59,10 +61,12 @@ def cut(kind, q, v, chunk):
     wide = [torch.empty(256, 1, 1, x.shape[-1], dtype=BF16, device="meta") for x in (q, v)]
     plan, (L, BT, BJ) = choose(*wide, 0), SMALL[kind]
     two = _narrow(plan.backward)._replace(L=L, BT=BT, BJ=BJ)
-    if kind not in ("one", "scores"):
+    if kind in ("two", "blocks"):
         return Plan(two, two)
     assert isinstance(plan.forward, OnePass)
-    one = _narrow(plan.forward)._replace(L=L, BT=BT, BJ=BJ, SCORES=kind == "scores")
+    one = _narrow(plan.forward)._replace(L=L, BT=BT, BJ=BJ, SCORES="scores" in kind)
+    if "cut" in kind:
+        one = one._replace(S=4 if one.SCORES else 2)
     whole = one.forward._replace(BK=power(q.shape[-1]), BV=max(16, power(v.shape[-1]) // 2))
     # Its backward has chunks twice as long.
     return Plan(one._replace(forward=whole), two._replace(L=2 * L, BT=2 * BT))
@@ -143,6 +147,7 @@ def check(inputs, dtype, **options):
 STEPS = (1, 2, 15, 63, 64, 65)
 if INTERPRETED:
     LENGTHS = [("two", F32, steps) for steps in STEPS] + [("blocks", F32, 66), ("one", F32, 40), ("scores", F32, 33)]
+    LENGTHS += [("one cut", F32, 70), ("scores cut", F32, 100), ("scores cut", F32, 7)]
 else:
     LENGTHS = [(*row, steps) for row, steps in product(EACH, (*STEPS, 1000))]
 
@@ -177,7 +182,13 @@ def test_equals_the_reference_for_few_rows_and_many(keys, values, batch, heads):
 
 if INTERPRETED:
     # Resets take the interpreter seconds.
-    FLAGS = [("scores", F32, "reset"), ("two", F32, "mask"), ("blocks", F32, "both"), ("two", F32, "every")]
+    FLAGS = [
+        ("scores", F32, "reset"),
+        ("one cut", F32, "both"),
+        ("two", F32, "mask"),
+        ("blocks", F32, "both"),
+        ("two", F32, "every"),
+    ]
 else:
     FLAGS = [(*row, kind) for row, kind in product(EACH, ["reset", "mask", "both", "every"])]
 
@@ -463,8 +474,8 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 
 # Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 150 each way, with n on chip
 # as well, which takes 0.53 ms where n from a pass of its own took 0.59.
-# The backward in one walk: 296 bytes in all, with resets 356, where Triton's own pipeline had thousands.
-SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 356}
+# The backward in one walk: 296 bytes in all, with resets 356, in segments 424, where Triton's own pipeline had thousands.
+SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 440}
 # Numbers that stand for addresses, outside of the products; with resets most.
 SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
@@ -481,7 +492,10 @@ GLUON |= {"mlstm_streams_kernel": (16, 227)}
         (32, 64, 128, False, ()),
         (8, 256, 512, False, ("none",)),
         (16, 128, 192, False, ("mlstm_walk_kernel",)),
-        (8, 128, 256, True, ("mlstm_walk_kernel",)),
+        (8, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
+        (4, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
+        (4, 128, 192, True, ("mlstm_walk_kernel",)),
+        (4, 64, 128, True, ("mlstm_backward_kernel",)),
         (16, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (16, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (32, 64, 128, False, ("mlstm_backward_kernel",)),
@@ -491,7 +505,10 @@ GLUON |= {"mlstm_streams_kernel": (16, 227)}
     ],
 )
 def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, monkeypatch, tmp_path):
-    """Every kernel of a forward and a backward in bfloat16: real code, matrix instructions where matrices meet, few spills."""
+    """Every kernel of a forward and a backward in bfloat16: real code, matrix instructions where matrices meet, few spills.
+
+    Few heads are those of long sequences, which are cut into segments.
+    """
     import triton
 
     from exlstm.ops.mlstm import gates
@@ -505,8 +522,9 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     monkeypatch.setattr(gates.Call, "__init__", as_on_a_gpu)
     monkeypatch.setattr(operator, "runs_on", lambda q: True)
     monkeypatch.setattr(planning, "gluon", lambda device: bool(hopper))
-    reset = torch.zeros(8, 1024, dtype=torch.bool) if with_reset else None
-    sizes = [(8, 1024, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
+    steps = 4096 if heads == 4 else 1024
+    reset = torch.zeros(8, steps, dtype=torch.bool) if with_reset else None
+    sizes = [(8, steps, heads, *width) for width in ((keys,), (keys,), (values,), (), ())]
     leaves = [torch.zeros(size, dtype=BF16 if len(size) > 3 else F32).requires_grad_() for size in sizes]
     found = compile_only(monkeypatch)
     h, state = mlstm(*leaves, reset=reset, backend="triton")
@@ -515,6 +533,7 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     assert len(found) > (5 if hopper else 10)
     assert names & set(GLUON) == set(hopper) & set(GLUON)
     back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_streams_kernel"}
+    assert ("mlstm_segment_sums_kernel" in names) == (heads == 4 or (heads, keys) == (8, 128))
     assert ("mlstm_dq_kernel" in names) == (not back & set(hopper))
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
         name, ptx = kernel.__name__, built.asm["ptx"]
@@ -540,7 +559,7 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     assert [backward(rows) for rows in (1, 127, 128, 4096)] == [Fused, Fused, Chain, Chain]
     assert [backward(128, values=width) for width in (64, 96, 128, 256)] == [Chain, Chain, Chain, TwoPass]
     assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
-    assert [backward(rows, 128, 256) for rows in (127, 128)] == [TwoPass, Streams]
+    assert [backward(rows, 128, 256) for rows in (92, 93, 128)] == [TwoPass, Streams, Streams]
     assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
 
@@ -548,7 +567,7 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
         q, v = (torch.empty(rows, 1, 1, width, dtype=BF16, device="meta") for width in (keys, values))
         return isinstance(choose(q, v, more.get("chunk", 0)).forward, Walk)
 
-    assert [walks(rows, 128, 256) for rows in (63, 64, 128, 4096)] == [False, True, True, True]
+    assert [walks(rows, 128, 256) for rows in (46, 47, 64, 128, 4096)] == [False, True, True, True, True]
     assert walks(128, 96, 192) and walks(128, 128, 128) and not walks(128, 128, 64) and not walks(128, 64, 128)
     assert (
         not walks(128, 256, 512)
@@ -556,6 +575,80 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
         and not walks(128, 32, 128)
         and not walks(128, 128, 256, chunk=64)
     )
+
+
+@here
+def test_few_long_sequences_are_cut_into_segments(monkeypatch):
+    """As many as fill the card, none of them short; many rows, short ones and other widths go as they always do."""
+
+    def cut(rows, steps, keys, values):
+        q, v = (torch.empty(rows, steps, 1, width, dtype=BF16, device="meta") for width in (keys, values))
+        return choose(q, v, 0)
+
+    few = cut(32, 65536, 128, 256)
+    monkeypatch.setattr(planning, "gluon", lambda device: True)
+    assert cut(32, 65536, 128, 256) != few and cut(32, 65536, 256, 512) == cut(32, 64, 256, 512)
+    found = {rows: cut(rows, 65536, 128, 256) for rows in (2, 8, 16, 32, 48, 64, 96, 128)}
+    assert [plan.forward.S for plan in found.values()] == [32, 8, 4, 2, 1, 1, 1, 1]
+    assert [plan.backward.S for plan in found.values()] == [64, 16, 8, 4, 2, 2, 1, 1]
+    found = [cut(rows, 65536, 64, 128) for rows in (16, 32, 64, 100, 128)]
+    assert [(plan.forward.S, plan.backward.S) for plan in found] == [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
+    assert [type(cut(32, steps, 128, 256).forward) for steps in (1023, 1024)] == [OnePass, Walk]
+    assert [type(cut(32, steps, 128, 256).backward) for steps in (2047, 2048)] == [TwoPass, Streams]
+    assert [type(cut(64, steps, 64, 128).backward) for steps in (2047, 2048)] == [Fused, Chain]
+    assert cut(32, 65536, 128, 192) == Plan(Walk(64, 128, 2), few.backward)
+    for rows, steps in product(range(1, 128), (1, 1000, 4096, 65536)):
+        S = planning.segments(rows, steps, 132)
+        assert S & (S - 1) == 0 and (S < 2 or steps >= S * 512)
+        assert not S or rows * S >= 0.7 * planning.cdiv(rows * S, 132) * 132
+        # All of a sequence, in segments of as many chunks each, forward and backward, whatever follows.
+        plan = cut(rows, steps, 128, 256)
+        if isinstance(plan.backward, Streams):
+            tokens = planning.padded_length(plan, steps, True)
+            assert steps <= tokens < steps + max(512, steps // 4)
+            assert not any(tokens % (part.S * part.L) for part in plan)
+            assert plan.forward.S == 1 or planning.padded_length(plan, steps, False) == tokens
+
+
+@law
+@pytest.mark.parametrize(("options", "parts"), [({}, 1), ({"normalize": False}, 2), ({"eps": 0.1}, 3)], ids=str)
+def test_segments_start_and_end_where_the_sequence_stands(options, parts, monkeypatch):
+    """C and n at every border, and their gradients, against the recurrence up to there and from there on."""
+    from exlstm.ops.mlstm import gates, segments
+
+    monkeypatch.setattr(segments, "parts", lambda programs, chunks: parts)
+    L, S, N, keys, values = 16, 3, 4, 24, 40
+    tokens = S * N * L
+    inputs = case(tokens, keys, values, heads=2)
+    reset = flags(1, tokens, density=0.02, seed=3)
+    reset[:, N * L], reset[:, 2 * N * L + 5] = True, True
+    normalize, eps, scale = options.get("normalize", True), options.get("eps", 0.0), keys**-0.5
+    q, k, v, i, f, c, n, m = inputs
+    h, *_, den, s, _, _ = operator._forward(*inputs, reset, scale, normalize, eps, L, True)
+    dh, dc, dn = (normal(*x.shape, seed=20 + i) for i, x in enumerate((h, c, n)))
+    call = gates.Call(q, v, reset, scale, normalize, L, tokens)
+    found = call.gates(i, f, m)
+    with poisoned():
+        cs, ns = segments.starts(call, S, k, v, found, (c, n))
+        dcs, dns = segments.ends(call, S, (q, h, dh), found, (den, s), (dc, dn))
+        alone = segments.starts(call, S, k, v, found, (c, None))[0]
+        fresh = segments.ends(call, S, (q, h, dh), found, (den, s), (None, None))
+    equal([alone], [cs])
+    cs, ns, dcs, dns = (x.view(2, S, *x.shape[1:]) for x in (cs, ns, dcs, dns))
+    state, x = MLSTMState(*doubled((c, n, m))), doubled(inputs[:5])
+    for at in range(S):
+        close([cs[:, at], ns[:, at]], [state.c[0], state.n[0]], 2e-6)
+        part = slice(at * N * L, (at + 1) * N * L)
+        _, state = mlstm(*(y[:, part] for y in x), state, reset=reset[:, part], backend="reference", **options)
+        leaves, part = [y.detach().requires_grad_() for y in state[:2]], slice((at + 1) * N * L, None)
+        if at == S - 1:
+            equal([dcs[:, at], dns[:, at]], [dc[0], dn[0]])
+            equal([y.view(2, S, -1)[:, at] for y in fresh], [torch.zeros_like(y).view(2, -1) for y in (c, n)])
+            break
+        rest = MLSTMState(*leaves, state.m)
+        out, last = mlstm(*(y[:, part] for y in x), rest, reset=reset[:, part], backend="reference", **options)
+        wanted = torch.autograd.grad([out, *last[:2]], leaves, doubled((dh[:, part], dc, dn)))
+        close([dcs[:, at], dns[:, at]], [y[0] for y in wanted], 1e-5)
 
 
 @here
@@ -630,6 +723,40 @@ def test_wide_heads_in_one_walk(sizes, options):
 def test_wide_heads_in_one_walk_with_resets_and_padding():
     inputs = case(200, 128, 256, 8, 16, BF16)
     marks = {"reset": flags(8, 200, density=0.1, seed=1), "mask": flags(8, 200, density=0.7, seed=2)}
+    equal(check(inputs, BF16, **marks), run(inputs, **marks))
+
+
+# Few sequences and heads, so long that they are cut into segments; and so short that these get fewer, or none.
+LONG = [
+    ({"batch": 1, "heads": 16, "steps": 8192}, {}),
+    ({"batch": 2, "heads": 16, "steps": 4096, "state": False}, {}),
+    ({"batch": 2, "heads": 16, "steps": 4100, "bias": -10.0}, {}),
+    ({"batch": 4, "heads": 16, "steps": 2049}, {}),
+    ({"batch": 3, "heads": 16, "steps": 2500}, {"normalize": False, "scale": 1.0}),
+    ({"batch": 1, "heads": 7, "steps": 9000, "state": False}, {"eps": 0.1, "scale": 0.3}),
+    ({"batch": 2, "heads": 16, "steps": 2047}, {}),
+    ({"batch": 2, "heads": 16, "steps": 1023}, {}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("keys", "values"), [(64, 128), (64, 96), (128, 256), (96, 192)])
+@pytest.mark.parametrize(("sizes", "options"), LONG, ids=str)
+def test_few_long_sequences(sizes, options, keys, values):
+    inputs = case(**{"keys": keys, "values": values, "dtype": BF16, **sizes})
+    found = check(inputs, BF16, **options)
+    equal(found, run(inputs, **options))
+    equal(forward(inputs, **options), found[:4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("keys", "values"), [(64, 128), (128, 256)])
+def test_few_long_sequences_with_resets_and_padding(keys, values):
+    inputs = case(4200, keys, values, 2, 16, BF16)
+    reset = flags(2, 4200, density=0.002, seed=1)
+    # Where segments end, of four and of eight, and a token to either side.
+    reset[0, [1087, 1088, 1089]] = reset[1, [576, 2176]] = True
+    marks = {"reset": reset, "mask": flags(2, 4200, density=0.7, seed=2)}
     equal(check(inputs, BF16, **marks), run(inputs, **marks))
 
 

@@ -152,10 +152,18 @@ def segments(programs, tokens, places) -> int:
     return S
 
 
+def parts(programs, chunks) -> int:
+    """Parts of a segment of `chunks`, where there are `programs` without them: two on a multiprocessor, of 8 chunks at least."""
+    P = 1
+    while programs * P < 2 * FEW and chunks >= 16 * P:
+        P *= 2
+    return P
+
+
 def sums(keys, values) -> Tiles:
-    """The tile of a memory that a program of segments.py sums; keys are then read once or twice."""
-    K, V = min(128, power(keys)), min(128, power(values))
-    return Tiles(K, V, 8 if K * V > 8192 else 4, 3)
+    """The tile of a memory that a program of segments.py sums, so small that two or three programs stand on a multiprocessor."""
+    K, V = power(keys), power(values)
+    return Tiles(128 if K > 128 else min(64, K), min(128, V), 8, 3)
 
 
 def _on_hopper(q, v) -> bool:
