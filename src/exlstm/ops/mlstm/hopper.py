@@ -267,27 +267,31 @@ def _gradients(b_dq, b_dc, b_gamma, b_inflow, b_flow, p_inflow, p_qdq, p_kdk, at
     return b_dc
 
 
+@gluon.jit
+def _segment(S, N, CUT: gl.constexpr):
+    """Row of this program, of its sequence and head, the chunk of the sequence where it begins, and whether that is the first."""
+    i_row = gl.program_id(0).to(gl.int64)
+    i_bh, i_first, first = i_row, 0, True
+    if CUT:
+        i_bh, i_first, first = i_row // S, (i_row % S).to(gl.int32) * N, i_row % S == 0
+    return i_row, i_bh, i_first, first
+
+
 @gluon.jit(do_not_specialize=["S", "N"])
 def mlstm_backward_kernel(d_q, d_k, d_v, d_dh, d_c, d_dq, d_dk, d_dv, p_dc, p_dn, p_dc_first, p_dn_first, p_n, p_u, p_top,
                           p_document, p_alpha, p_beta, p_gamma, p_den, p_s, p_qdq, p_kdk, p_inflow, H, S, N, K, V, scale,
                           L: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr,
                           EMPTY: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """dq, dk, dv and what the gates' gradients are made of, from the last chunk to the first, with dC and dn on chip."""
-    i_row = gl.program_id(0).to(gl.int64)
-    i_bh, i_first, first = i_row, 0, True
-    if CUT:
-        i_bh, i_first, first = i_row // S, (i_row % S).to(gl.int32) * N, i_row % S == 0
-        # n and the first memory stand with those of the sequence.
-        p_n += (i_bh - i_row) * K
-        p_dc_first += (i_bh - i_row) * K * V
-        p_dn_first += (i_bh - i_row) * K
+    i_row, i_bh, i_first, first = _segment(S, N, CUT)
+    # n of the chunks stand with those of the sequence.
+    p_n += (i_bh - i_row) * K
     i_b, i_h = (i_bh // H).to(gl.int32), (i_bh % H).to(gl.int32)
     places = _places(L, BK, BV)
     all_w = gl.allocate_shared_memory(gl.bfloat16, [1, L, BK], gl.NVMMASharedLayout(128, 16, rank=2))
-    vectors, pointers = _vectors(L, BK), (p_den, p_s, p_alpha, p_beta, p_top, p_u, p_n)
+    vectors, pointers, last = _vectors(L, BK), (p_den, p_s, p_alpha, p_beta, p_top, p_u, p_n), N - 1
     s_dn = gl.allocate_shared_memory(gl.float32, [BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = _barriers(5)
-    last = N - 1
     _first_fetches((d_q, d_k, d_v, d_dh, d_c), i_b, i_h, i_row, i_first, N, last, _tiles(places, 0), bars, L)
     _fetch_vectors(0, vectors, pointers, (i_row * N + last) * L, (i_row * (N + 1) + last) * K, L)
     r_t, r_j = gl.arange(0, L, _rows(L)), gl.arange(0, L, _columns(L))
@@ -321,9 +325,9 @@ def mlstm_backward_kernel(d_q, d_k, d_v, d_dh, d_c, d_dq, d_dk, d_dv, p_dc, p_dn
     async_copy.wait_group(0)
     for i in gl.static_range(5):
         mbarrier.invalidate(bars.index(i))
-    o_c, inside = _memory(i_row, K, V, BK, BV)
+    o_c, inside = _memory(i_bh, K, V, BK, BV)
     gl.store(p_dc_first + o_c, b_dc, mask=inside & first)
-    gl.store(p_dn_first + i_row * K + r_k, s_dn.load(gl.BlockedLayout([1], [32], [4], [0])), mask=first)
+    gl.store(p_dn_first + i_bh * K + r_k, s_dn.load(gl.BlockedLayout([1], [32], [4], [0])), mask=first)
 
 
 @gluon.jit

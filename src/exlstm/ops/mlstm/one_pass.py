@@ -33,27 +33,31 @@ def _scores(b_q, b_k, b_n, b_beta, p_u, p_top, p_floor, p_document, o_t, scale, 
     return b_p, b_den, b_s
 
 
+@triton.jit
+def _segment(i_row, S, N, CUT: tl.constexpr):
+    """Sequence and head of a row, the chunk where it begins, and whether it is final: another's end is a start, stored there."""
+    i_bh, i_first, final = i_row, 0, True
+    if CUT:
+        i_bh, i_first, final = i_row // S, (i_row % S).to(tl.int32) * N, i_row % S == S - 1
+    return i_bh, i_first, final
+
+
 @triton.jit(do_not_specialize=["S", "N"])
 def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u, p_top, p_floor, p_document, p_alpha, p_beta,
-                         p_gamma, p_den, p_s, p_cs, H, S, N, K, V, s_c, scale, eps,
+                         p_gamma, p_den, p_s, p_cs, H, S, N, K, V, s_c, scale, eps, CUT: tl.constexpr,
                          L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EVERY: tl.constexpr, SCORES: tl.constexpr,
-                         NORM: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-                         CUT: tl.constexpr):  # fmt: skip
+                         NORM: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """h of BV columns, the last memory and that before every EVERY-th chunk; with SCORES, P, den and s are not read but found."""
     tiles = tl.cdiv(V, BV)
     i_row, i_v = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BV
-    i_bh, i_first = i_row, 0
-    if CUT:
-        i_bh, i_first = i_row // S, (i_row % S).to(tl.int32) * N
-        # n and the last memory stand with those of the sequence.
-        p_n += (i_bh - i_row) * K
-        p_c_last += (i_bh - i_row) * K * V
+    i_bh, i_first, final = _segment(i_row, S, N, CUT)
+    # n and the last memory stand with those of the sequence.
+    p_n, p_c_last = p_n + (i_bh - i_row) * K, p_c_last + (i_bh - i_row) * K * V
     i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
     o_k, o_v, o_l = tl.arange(0, BK), i_v + tl.arange(0, BV), tl.arange(0, L)
     o_c = i_row * K * V + o_k[:, None] * V + o_v[None, :]
     inside = (o_k < K)[:, None] & (o_v < V)[None, :]
-    b_c = tl.load(p_c0 + o_c, mask=inside, other=0.0)
-    b_n = tl.load(p_n0 + i_row * K + o_k, mask=o_k < K, other=0.0)
+    b_c, b_n = tl.load(p_c0 + o_c, mask=inside, other=0.0), tl.load(p_n0 + i_row * K + o_k, mask=o_k < K, other=0.0)
     for i_n in tl.range(0, N, num_stages=STAGES):
         b_q = tile(d_q, i_b, i_h, (i_first + i_n) * L, 0, L, BK, DOT)
         b_k = tile(d_k, i_b, i_h, (i_first + i_n) * L, 0, L, BK, DOT)
@@ -87,13 +91,9 @@ def mlstm_forward_kernel(d_q, d_k, d_v, d_p, d_h, p_c0, p_n0, p_c_last, p_n, p_u
             b_c = tl.dot((b_k.to(tl.float32) * b_w).to(DOT).T, b_v, b_c, input_precision="ieee")
         else:
             b_c = tl.dot(b_k.T, (b_v.to(tl.float32) * b_w).to(DOT), b_c, input_precision="ieee")
-    kept = (o_k < K) & (i_v == 0)
-    if CUT:
-        # What stands behind a segment is where the next one starts, which stores it.
-        inside, kept = inside & (i_row % S == S - 1), kept & (i_row % S == S - 1)
-    tl.store(p_c_last + o_c, b_c, mask=inside)
+    tl.store(p_c_last + o_c, b_c, mask=inside & final)
     if SCORES:
-        tl.store(p_n + (i_row * (N + 1) + N) * K + o_k, b_n, mask=kept)
+        tl.store(p_n + (i_row * (N + 1) + N) * K + o_k, b_n, mask=(o_k < K) & (i_v == 0) & final)
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps, every):

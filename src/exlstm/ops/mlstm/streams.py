@@ -394,14 +394,13 @@ def _keys(tiles, made, bars, d_dx, p_gamma, p_c, p_last, p_kept, p_n, p_dn, p_su
           G: gl.constexpr, BACK: gl.constexpr, NORM: gl.constexpr, EMPTY: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
     """dX of 64 columns, and 64 rows of the memory, from chunk to chunk."""
     all_x, all_y, all_a, all_m = tiles
-    i_first = _first_chunk(i_row, S, N, CUT)
     pieces, all_w, all_ds, all_g, s_half, s_wn = made
     keys_full, keys_empty, g_full, g_empty, half_full, vectors_full = bars[0]
     b_0, b_1 = _first(p_c, i_row, G, 0, EMPTY), _first(p_c, i_row, G, 1, EMPTY)
     b_2, b_3 = _first(p_c, i_row, G, 2, EMPTY), _first(p_c, i_row, G, 3, EMPTY)
     if not BACK:
         _keep(b_0, b_1, b_2, b_3, p_kept, i_row, 0, N, G)
-    b_in, p_part, p_sum = 0.0, G * rows + i_row * N, p_xdx + G * rows * 64
+    i_first, p_part, p_sum, b_in = _first_chunk(i_row, S, N, CUT), G * rows + i_row * N, p_xdx + G * rows * 64, 0.0
     for i in range(N):
         zero = _anew(i * 0)
         i_n, phase = N - 1 - i if BACK else i, i & 1

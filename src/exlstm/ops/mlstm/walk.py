@@ -58,6 +58,12 @@ def _first_chunk(i_row, S, N, CUT: gl.constexpr):
 
 
 @gluon.jit
+def _of_last(mask, i_row, S, CUT: gl.constexpr):
+    """`mask` where a row is the last segment: what stands behind another is where the next one starts, which stores it."""
+    return mask & (i_row % S == S - 1) if CUT else mask
+
+
+@gluon.jit
 def _come_keys(descs, places, bar, i_b, i_h, i_first, i_n, N, at, L: gl.constexpr):
     """q and k of chunk i_n, if there is one, on their way to place `at`."""
     there = i_n < N
@@ -146,22 +152,20 @@ def _weigh(s_k, s_n, b_n, b_gamma, s_alpha, W: gl.constexpr):
 
 @gluon.jit
 def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps, i_b, i_h, i_row, i_v, S, N, K,
-            L: gl.constexpr, BK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr, CUT: gl.constexpr,
-            W: gl.constexpr):  # fmt: skip
+            L: gl.constexpr, BK: gl.constexpr, NORM: gl.constexpr, RESET: gl.constexpr, W: gl.constexpr,
+            CUT: gl.constexpr):  # fmt: skip
     """For every chunk P / den and a β / den, k times α in the place of k, den and n; and q and k of all chunks."""
     full, ready, done, _ = bars
-    i_first = _first_chunk(i_row, S, N, CUT)
     all_p, all_w, all_a, all_u, s_n = vectors
     p_n, p_den, p_s, p_gamma = outs
+    i_first, last = _first_chunk(i_row, S, N, CUT), i_row * N + N - 1
     for i in gl.static_range(3):
         _come_keys(descs, places, full.index(i), i_b, i_h, i_first, i, N, i, L)
-    last = i_row * N + N - 1
     _come_weights(all_a.index(0), all_u.index(0), pointers[0], pointers[2], i_row * N, L, W)
     _come_weights(all_a.index(1), all_u.index(1), pointers[0], pointers[2], gl.minimum(i_row * N + 1, last), L, W)
     b_beta, b_top, b_floor = _tokens_weights(pointers, i_row * N, L, W)
     o_n = gl.arange(0, BK, gl.SliceLayout(0, _features(W)))
-    kept = (o_n < K) & (i_v == 0)
-    b_n = gl.load(p_n0 + i_row * K + o_n, mask=o_n < K, other=0.0)
+    kept, b_n = (o_n < K) & (i_v == 0), gl.load(p_n0 + i_row * K + o_n, mask=o_n < K, other=0.0)
     s_n.store(b_n)
     mbarrier.wait(full.index(0), 0)
     b_x = _begin(places, 0, L, W)
@@ -197,10 +201,7 @@ def _scores(descs, places, vectors, bars, pointers, outs, p_n0, p_document, scal
         b_x = _begin(places, then, L, W)
     warpgroup_mma_wait(0, deps=[b_x])
     async_copy.wait_group(0)
-    if CUT:
-        # What stands behind a segment is where the next one starts, which stores it.
-        kept = kept & (i_row % S == S - 1)
-    gl.store(p_n + (i_row * (N + 1) + N) * K + o_n, b_n, mask=kept)
+    gl.store(p_n + (i_row * (N + 1) + N) * K + o_n, b_n, mask=_of_last(kept, i_row, S, CUT))
 
 
 @gluon.jit
@@ -220,9 +221,7 @@ def _first(p_c0, i_row, i_v, K, V, BK: gl.constexpr):
 @gluon.jit
 def _last(p_c_last, b_c, i_row, i_v, S, K, V, BK: gl.constexpr, CUT: gl.constexpr):
     o_c, inside = _corner(i_row, i_v, K, V, BK)
-    if CUT:
-        inside = inside & (i_row % S == S - 1)
-    gl.store(p_c_last + o_c, b_c, mask=inside)
+    gl.store(p_c_last + o_c, b_c, mask=_of_last(inside, i_row, S, CUT))
 
 
 @gluon.jit
@@ -335,7 +334,7 @@ def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_
     gl.warp_specialize(
         [
             (_scores, ((d_q, d_k), places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps,
-                       i_b, i_h, i_row, i_v, S, N, K, L, BK, NORM, RESET, CUT, W)),
+                       i_b, i_h, i_row, i_v, S, N, K, L, BK, NORM, RESET, W, CUT)),
             (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
                        i_b, i_h, i_row, i_v, S, N, K, V, 0, L, BK, COLS, CUT)),
             (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
