@@ -474,8 +474,8 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 
 # Bytes that a kernel may write and read again where it is more than 64: for heads of 64 / 128, 150 each way, with n on chip
 # as well, which takes 0.53 ms where n from a pass of its own took 0.59.
-# The backward in one walk: 296 bytes in all, with resets 356, in segments 424, where Triton's own pipeline had thousands.
-SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 440}
+# The backward in one walk: 296 bytes in all, with resets 356, in segments 372, where Triton's own pipeline had thousands.
+SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 372}
 # Numbers that stand for addresses, outside of the products; with resets most.
 SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
@@ -634,10 +634,17 @@ def test_segments_start_and_end_where_the_sequence_stands(options, parts, monkey
         alone = segments.starts(call, S, k, v, found, (c, None))[0]
         fresh = segments.ends(call, S, (q, h, dh), found, (den, s), (None, None))
     equal([alone], [cs])
+    # The same in small tiles.
+    monkeypatch.setattr(segments, "sums", lambda *widths: Tiles(16, 16, 4, 1))
+    small = (
+        segments.starts(call, S, k, v, found, (c, n)),
+        segments.ends(call, S, (q, h, dh), found, (den, None), (dc, None)),
+    )
+    close([*small[0], small[1][0]], doubled([cs, ns, dcs]), 2e-6)
     cs, ns, dcs, dns = (x.view(2, S, *x.shape[1:]) for x in (cs, ns, dcs, dns))
     state, x = MLSTMState(*doubled((c, n, m))), doubled(inputs[:5])
     for at in range(S):
-        close([cs[:, at], ns[:, at]], [state.c[0], state.n[0]], 2e-6)
+        close([cs[:, at], ns[:, at]], [state.c[0], state.n[0]], [5e-6, 2e-6])
         part = slice(at * N * L, (at + 1) * N * L)
         _, state = mlstm(*(y[:, part] for y in x), state, reset=reset[:, part], backend="reference", **options)
         leaves, part = [y.detach().requires_grad_() for y in state[:2]], slice((at + 1) * N * L, None)

@@ -102,7 +102,10 @@ def starts(call, S, k, v, gates, first):
 
 
 def ends(call, S, tensors, gates, denominators, last):
-    """dC, and dn where s is given, where every segment ends, of q, h and dh, den and s, and of those behind the last, or None."""
+    """dC, and dn where s is given, where every segment ends, of q, h and dh, den and s, and of those behind the last, or None.
+
+    What dn wants of h and dh is summed over all values by one program, so s is only for values that fit into a tile.
+    """
     if S == 1:
         return tuple(None if x is None else x.contiguous() for x in last)
     (q, h, dh), (den, s) = tensors, denominators
@@ -113,6 +116,7 @@ def _chained(call, S, tensors, weights, gamma, first, with_n, reverse=False):
     (BK, BV, num_warps, STAGES), K, V, L, N = sums(call.K, call.V), call.K, call.V, call.L, call.N // S
     programs = call.rows * (S - 1) * cdiv(K, BK) * cdiv(V, BV)
     P = parts(programs, N)
+    assert not (with_n and reverse) or BV >= V
     count, norm = call.rows * (S - 1) * P, with_n and (call.flags["NORM"] or not reverse)
     c, n, decay = (call.vector(gamma, count, *size) for size in ((K, V), (K,), ()))
     x, y, h = (heads(x, L, width) for x, width in zip(tensors, (BK, BV, BV)))
