@@ -477,10 +477,10 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 # The backward in one walk: 296 bytes in all, with resets 356, in segments 372, where Triton's own pipeline had thousands.
 SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 372}
 # Numbers that stand for addresses, outside of the products; with resets most.
-SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400}
+SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400, ("mlstm_chunks_kernel", 256): 456}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
 GLUON = {"mlstm_walk_kernel": (12, 227), "mlstm_backward_kernel": (4, 113), "mlstm_gradients_kernel": (4, 113)}
-GLUON |= {"mlstm_streams_kernel": (16, 227)}
+GLUON |= {"mlstm_streams_kernel": (16, 227), "mlstm_columns_kernel": (12, 227), "mlstm_chunks_kernel": (16, 227)}
 
 
 @here
@@ -490,7 +490,8 @@ GLUON |= {"mlstm_streams_kernel": (16, 227)}
         (8, 256, 512, False, ()),
         (16, 128, 256, True, ()),
         (32, 64, 128, False, ()),
-        (8, 256, 512, False, ("none",)),
+        (8, 256, 512, False, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
+        (8, 256, 512, True, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (16, 128, 192, False, ("mlstm_walk_kernel",)),
         (8, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (4, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
@@ -532,7 +533,7 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     names = {kernel.__name__ for kernel, _ in found}
     assert len(found) > (5 if hopper else 10)
     assert names & set(GLUON) == set(hopper) & set(GLUON)
-    back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_streams_kernel"}
+    back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_streams_kernel", "mlstm_chunks_kernel"}
     assert ("mlstm_segment_sums_kernel" in names) == (heads == 4 or (heads, keys) == (8, 128))
     assert ("mlstm_dq_kernel" in names) == (not back & set(hopper))
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():

@@ -5,6 +5,7 @@ u, M, α, β and exp(-m) of every token, γ of every chunk. Prefix sums run in f
 what each chunk does to the stabiliser, a scan over the chunks, and the rest. Vectors are (B·H, N·L), N chunks, float32.
 """
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -295,6 +296,7 @@ class Call:
 
     def gates(self, log_i, log_f, m) -> Gates:
         """log_i, log_f (B, T, H) in nats, m (B, H)."""
+        self.given = log_i, log_f, m
         L, N, BN = self.L, self.N, min(1024, power(self.N, 1))
         BH, grid = self._heads_together()
         shift, floor, starts = m.new_empty(3, self.rows, N + 1, dtype=torch.float64)
@@ -308,6 +310,12 @@ class Call:
         found = Gates(u, top, *(lows or (u, u)), alpha, beta, floor, self.vector(m, self.rows, N), document, last_m)
         mlstm_gates_kernel[grid](*inputs, starts, *found[:-1], *sizes, self.pair)
         return found
+
+    def in_chunks(self, L):
+        """The same call in chunks of L tokens, and its gates."""
+        call = copy(self)
+        call.L, call.N = L, self.N * self.L // L
+        return call, call.gates(*self.given)
 
     def normalisers(self, k, gates, start):
         """n (B·H, N + 1, K) at the start of every chunk and after the last, of k (B, T, H, K)."""

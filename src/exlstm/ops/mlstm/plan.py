@@ -67,6 +67,20 @@ class Walk(NamedTuple):
     S: int = 1
 
 
+class Columns(NamedTuple):
+    """Chunk length L of a forward of keys of 256 and values of 512, whose programs keep 128 columns each; see columns.py."""
+
+    L: int
+    S: int = 1
+
+
+class Chunks(NamedTuple):
+    """The same of its backward, whose dv comes of such programs and whose dq and dk of one a chunk; see chunks.py."""
+
+    L: int
+    S: int = 1
+
+
 class Chain(NamedTuple):
     """Chunk length L of a backward that walks through all chunks of a segment, and these; see hopper.py."""
 
@@ -93,8 +107,8 @@ class Fused(NamedTuple):
 class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
-    forward: Walk | OnePass | TwoPass
-    backward: Chain | Streams | Fused | TwoPass
+    forward: Walk | Columns | OnePass | TwoPass
+    backward: Chain | Chunks | Streams | Fused | TwoPass
 
 
 def choose(q, v, chunk: int) -> Plan:
@@ -115,6 +129,8 @@ def choose(q, v, chunk: int) -> Plan:
             backward = Streams(64)
         walks = K == 128 and V >= 128 and rows * V // 128 >= FEW and gluon(q.device)
         return Plan(_walk(V, rows) if walks else _one_pass(K, V, rows), backward)
+    elif large and (keys, values) == (256, 512) and 4 * rows >= FEW and gluon(q.device):
+        return Plan(Columns(64), Chunks(128))
     elif large and _on_hopper(q, v):
         return Plan(two, Fused(two.L, two.BJ, 64, two.states))
     return Plan(two, two)
@@ -135,6 +151,9 @@ def _segmented(q, v, two) -> Plan | None:
         # Two programs stand on a multiprocessor.
         S = segments(rows, tokens, 2 * PROCESSORS)
         return Plan(_one_pass(K, V, rows * S)._replace(S=S), Chain(64, S)) if S else None
+    if (keys, values) == (256, 512):
+        S = segments(4 * rows, tokens, PROCESSORS)
+        return Plan(Columns(64, S), Chunks(128, S)) if S else None
     if K != 128 or not 128 <= V <= 256:
         return None
     forward = 1 if rows * V // 128 >= FEW else segments(rows * V // 128, tokens, PROCESSORS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, Streams, TwoPass, Walk, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import Chain, Chunks, Columns, Fused, OnePass, Streams, TwoPass, Walk, choose, memories, padded_length
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -48,7 +48,7 @@ def _step(q, v, save):
 
 def keeps(plan) -> bool:
     """Whether the forward hands its memories to the backward: two passes have them anyway, a walk back cannot find them."""
-    return isinstance(plan.forward, TwoPass) or isinstance(plan.backward, Chain)
+    return isinstance(plan.forward, TwoPass) or isinstance(plan.backward, Chain | Chunks)
 
 
 def _kernels(plan):
@@ -57,6 +57,10 @@ def _kernels(plan):
         from exlstm.ops.mlstm import one_pass as kernels
     elif isinstance(plan, Walk):
         from exlstm.ops.mlstm import walk as kernels
+    elif isinstance(plan, Columns):
+        from exlstm.ops.mlstm import columns as kernels
+    elif isinstance(plan, Chunks):
+        from exlstm.ops.mlstm import chunks as kernels
     elif isinstance(plan, Streams):
         from exlstm.ops.mlstm import streams as kernels
     elif isinstance(plan, Chain | Fused):
@@ -124,7 +128,9 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
     chunks = tokens // plan.backward.L
     saved = [(rows, tokens), (rows, tokens), (rows, chunks + 1, q.shape[-1])] if save else [(0,)] * 3
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else torch.float32
-    kept = memories(rows * chunks, *c.shape[2:], dtype) if save and keeps(plan) else (0,)
+    # Memories between columns.py and chunks.py stand the other way about.
+    sizes = c.shape[:1:-1] if isinstance(plan.backward, Chunks) else c.shape[2:]
+    kept = memories(rows * chunks, *sizes, dtype) if save and keeps(plan) else (0,)
     return *memory, *(c.new_empty(shape) for shape in saved), c.new_empty(kept, dtype=dtype)
 
 
