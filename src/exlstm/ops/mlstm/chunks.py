@@ -3,9 +3,9 @@
     dS = (dh v_T / den + ds) ⊙ a D
     dq = aβ/den ⊙ (dh C_T) + a β ds ⊗ n + dS k          dk = α ⊙ (v dC_T + dn) + dS_T q
 
-C before and dC behind every chunk come from columns.py, which makes dv as well. A program has a chunk and 128 of the 256 keys and
-goes through the values once. Four groups of warps: one brings the tiles and sums <C, dC>, one has dh v_T and makes dS of it, which
-never leaves the chip, one has dq, one dk. Every tile is 64 × 64.
+C before and dC behind every chunk come from columns.py, which makes dv as well. A program has a chunk and 128 of the 256 keys
+and goes through the values once. Four groups of warps: one brings the tiles and sums <C, dC>, one has dh v_T and makes dS of it,
+which never leaves the chip, one has dq, one dk. Every tile is 64 × 64.
 """
 
 from triton.experimental import gluon

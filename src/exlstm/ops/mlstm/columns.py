@@ -1,12 +1,12 @@
-"""The mLSTM on Hopper for keys of 256 and values of 512: a walk over all chunks that keeps 128 columns of C on chip, for h and for dv.
+"""The mLSTM on Hopper for keys of 256 and values of 512: a walk over all chunks with 128 columns of C on chip, for h and for dv.
 
     forward      hᵀ = (C_T q_T) ⊙ aβ/den + v_T (P/den)_T       C_T ← γ C_T + (α ⊙ v)_T k
     backward     dvᵀ = (dC_T k_T) ⊙ α + dh_T (P/den)           dC_T ← γ dC_T + (aβ/den ⊙ dh)_T q, from the last chunk to the first
 
 Both are one kernel. C stands in registers as its transpose, so that it goes into the products as it stands: what the matrix units
 leave as a sum is laid out as what they take for a left side. Three groups of warps: one brings the tiles and vectors, two keep
-64 columns each. P/den of all chunks is worked out before. Every tile is 64 × 64. Beside that the kernel writes C before (dC behind)
-every second chunk, for the gradients that chunks of 128 want of them.
+64 columns each. P/den of all chunks is worked out before. Every tile is 64 × 64. Beside that the kernel writes C before (dC
+behind) every second chunk, for the gradients that chunks of 128 want of them.
 """
 
 import triton
@@ -178,9 +178,8 @@ def _values(descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i
         zero = _anew(i * 0)
         i_n, turn, phase = N - 1 - i if BACK else i, (i & 1) + zero, i >> 1 & 1
         b_gamma = gl.load(p_gamma + i_r.to(gl.int64) * N + i_n)
-        if KEEP:
-            if i & 1 == 0:
-                _keep(d_kept, i_r * (N // 2) + i_n // 2, i_v, own, b_0, b_1, b_2, b_3, 2 * G + zero)
+        if KEEP and i & 1 == 0:
+            _keep(d_kept, i_r * (N // 2) + i_n // 2, i_v, own, b_0, b_1, b_2, b_3, 2 * G + zero)
         mbarrier.wait(read_full.index(turn), phase)
         b_o = _reads(b_0, b_1, b_2, b_3, all_x, 4 * turn)
         mbarrier.wait(g_full.index(turn), phase)

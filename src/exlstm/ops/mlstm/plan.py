@@ -203,8 +203,9 @@ def gluon(device) -> bool:
 def padded_length(plan: Plan, time: int, save: bool) -> int:
     """Tokens of a row with what fills its last chunk, of the backward too where one follows, in segments of equal length."""
     forward, backward = (x.L * getattr(x, "S", 1) for x in plan)
-    # Where segments end must not depend on whether a backward follows. All these are powers of two.
-    length = max(forward, backward) if save or forward > plan.forward.L else forward
+    # Where segments end must not depend on whether a backward follows, nor what n is rounded to. All these are powers of two.
+    always = forward > plan.forward.L or isinstance(plan.forward, Columns)
+    length = max(forward, backward) if save or always else forward
     return cdiv(time, length) * length
 
 

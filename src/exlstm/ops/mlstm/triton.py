@@ -9,7 +9,19 @@ from torch import Tensor
 
 from exlstm.ops import backend as backends
 from exlstm.ops.mlstm.cpu import cpu
-from exlstm.ops.mlstm.plan import Chain, Chunks, Columns, Fused, OnePass, Streams, TwoPass, Walk, choose, memories, padded_length
+from exlstm.ops.mlstm.plan import (
+    Chain,
+    Chunks,
+    Columns,
+    Fused,
+    OnePass,
+    Streams,
+    TwoPass,
+    Walk,
+    choose,
+    memories,
+    padded_length,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
