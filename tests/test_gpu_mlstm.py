@@ -16,7 +16,20 @@ import exlstm
 import exlstm.ops.mlstm.plan as planning
 import exlstm.ops.mlstm.triton as operator
 from exlstm.ops.mlstm import MLSTMState, mlstm
-from exlstm.ops.mlstm.plan import Chain, Fused, OnePass, Plan, Streams, Tiles, TwoPass, Walk, choose, power
+from exlstm.ops.mlstm.plan import (
+    Chain,
+    Chunks,
+    Columns,
+    Fused,
+    OnePass,
+    Plan,
+    Streams,
+    Tiles,
+    TwoPass,
+    Walk,
+    choose,
+    power,
+)
 from gpu import (
     DEVICE,
     INTERPRETED,
@@ -561,6 +574,8 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     assert [backward(128, values=width) for width in (64, 96, 128, 256)] == [Chain, Chain, Chain, TwoPass]
     assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
     assert [backward(rows, 128, 256) for rows in (92, 93, 128)] == [TwoPass, Streams, Streams]
+    assert [backward(rows, 256, 512) for rows in (23, 24, 4096)] == [TwoPass, Chunks, Chunks]
+    assert {backward(128, 256, 256), backward(128, 192, 512), backward(128, 256, 512, F16)} == {TwoPass}
     assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
 
@@ -589,6 +604,8 @@ def test_few_long_sequences_are_cut_into_segments(monkeypatch):
     few = cut(32, 65536, 128, 256)
     monkeypatch.setattr(planning, "gluon", lambda device: True)
     assert cut(32, 65536, 128, 256) != few and cut(32, 65536, 256, 512) == cut(32, 64, 256, 512)
+    found = [cut(rows, 65536, 256, 512) for rows in (1, 8, 16, 32, 128)]
+    assert found == [Plan(Columns(64, S), Chunks(128, S)) for S in (32, 4, 2, 1, 1)]
     found = {rows: cut(rows, 65536, 128, 256) for rows in (2, 8, 16, 32, 48, 64, 96, 128)}
     assert [plan.forward.S for plan in found.values()] == [32, 8, 4, 2, 1, 1, 1, 1]
     assert [plan.backward.S for plan in found.values()] == [64, 16, 8, 4, 2, 2, 1, 1]
@@ -718,18 +735,31 @@ WALKS = [
     ({"steps": 200, "keys": 120, "values": 136}, {}),
     ({"steps": 200, "values": 128}, {}),
 ]
+# Heads of 256: a walk in columns of C, and chunks of 128 by themselves behind it.
+BLOCK = {"keys": 256, "values": 512, "heads": 8}
+COLUMNS = [
+    ({"steps": 64, "batch": 4}, {}),
+    ({"steps": 1000, "batch": 5}, {}),
+    ({"steps": 700, "batch": 16}, {}),
+    ({"steps": 129, "batch": 4, "state": False}, {"eps": 0.1, "scale": 0.3}),
+    ({"steps": 200, "batch": 4, "state": False, "bias": -10.0}, {}),
+    ({"steps": 333, "batch": 4}, {"normalize": False, "scale": 1.0}),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "options"), WALKS, ids=str)
+@pytest.mark.parametrize(("sizes", "options"), [*WALKS, *((BLOCK | sizes, more) for sizes, more in COLUMNS)], ids=str)
 def test_wide_heads_in_one_walk(sizes, options):
     inputs = case(**{"keys": 128, "values": 256, "batch": 8, "heads": 16, "dtype": BF16, **sizes})
-    equal(check(inputs, BF16, **options), run(inputs, **options))
+    found = check(inputs, BF16, **options)
+    equal(found, run(inputs, **options))
+    equal(forward(inputs, **options), found[:4])
 
 
 @pytest.mark.gpu
-def test_wide_heads_in_one_walk_with_resets_and_padding():
-    inputs = case(200, 128, 256, 8, 16, BF16)
+@pytest.mark.parametrize(("keys", "values"), [(128, 256), (256, 512)])
+def test_wide_heads_in_one_walk_with_resets_and_padding(keys, values):
+    inputs = case(200, keys, values, 8, 16, BF16)
     marks = {"reset": flags(8, 200, density=0.1, seed=1), "mask": flags(8, 200, density=0.7, seed=2)}
     equal(check(inputs, BF16, **marks), run(inputs, **marks))
 
@@ -748,7 +778,7 @@ LONG = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("keys", "values"), [(64, 128), (64, 96), (128, 256), (96, 192)])
+@pytest.mark.parametrize(("keys", "values"), [(64, 128), (64, 96), (128, 256), (96, 192), (256, 512)])
 @pytest.mark.parametrize(("sizes", "options"), LONG, ids=str)
 def test_few_long_sequences(sizes, options, keys, values):
     inputs = case(**{"keys": keys, "values": values, "dtype": BF16, **sizes})
@@ -758,7 +788,7 @@ def test_few_long_sequences(sizes, options, keys, values):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("keys", "values"), [(64, 128), (128, 256)])
+@pytest.mark.parametrize(("keys", "values"), [(64, 128), (128, 256), (256, 512)])
 def test_few_long_sequences_with_resets_and_padding(keys, values):
     inputs = case(4200, keys, values, 2, 16, BF16)
     reset = flags(2, 4200, density=0.002, seed=1)

@@ -1,4 +1,4 @@
-"""mLSTM on a GPU: the kernels of one_pass.py, two_pass.py and hopper.py behind the operator's signature, with exact backward.
+"""mLSTM on a GPU: the kernels that plan.py chooses behind the operator's signature, with exact backward.
 
 Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
 every chunk, and C of every chunk where the forward wrote it, a third of what q, k, v and h take; the rest is worked out again.
