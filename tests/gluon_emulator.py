@@ -349,7 +349,7 @@ def launch(kernel, grid, seed, arguments, options):
 @contextmanager
 def emulated(seed=0):
     """Kernels in Gluon run here in this block, groups in the order that `seed` draws; raises a Fault for what is wrong."""
-    run = GluonJITFunction.run
+    run = vars(GluonJITFunction).get("run")
 
     def emulate(self, *arguments, grid, warmup, **options):
         launch(self, grid, seed, arguments, options)
@@ -358,4 +358,8 @@ def emulated(seed=0):
     try:
         yield
     finally:
-        GluonJITFunction.run = run
+        # Inherited where it is not its own: left in the class, it would hide what is done to the parent's later.
+        if run:
+            GluonJITFunction.run = run
+        else:
+            del GluonJITFunction.run
