@@ -52,6 +52,8 @@ KERNELS = {
     "walk": (128, 128, 128, Walk, None),
     "walk in parts": (96, 192, 128, Walk, None),
     "columns, chunks": (256, 512, 128, Columns, Chunks),
+    "few columns, chunks": (256, 128, 128, Columns, Chunks),
+    "short columns, chunks": (128, 384, 128, Columns, Chunks),
     "chain": (64, 128, 128, None, Chain),
     "narrow chain": (64, 96, 128, None, Chain),
     "one by one": (64, 128, 1, None, Fused),
@@ -90,34 +92,34 @@ def right(sizes, steps, seed, options=None, **more):
 
 @law
 @pytest.mark.parametrize(("steps", "seed"), [(2, 0), (128, 1), (180, 2), (300, 3)])
-@kernels("walk, streams", "walk", "columns, chunks", "chain", "one by one")
+@kernels("walk, streams", "walk", "short columns, chunks", "columns, chunks", "chain", "one by one")
 def test_kernels_equal_the_reference(sizes, steps, seed):
     """One chunk, two, three and five."""
     right(sizes, steps, seed)
 
 
 @law
-@kernels("walk in parts", "narrow chain", "narrow one by one")
+@kernels("walk in parts", "few columns, chunks", "narrow chain", "narrow one by one")
 def test_kernels_at_widths_inside_their_tiles(sizes):
     right(sizes, 130, 5, batch=1, heads=2)
 
 
 @law
 @pytest.mark.parametrize("seed", [0, 1])
-@kernels("walk, streams", "walk", "columns, chunks", "chain", "one by one")
+@kernels("walk, streams", "walk", "short columns, chunks", "columns, chunks", "chain", "one by one")
 def test_kernels_with_resets_and_padding(sizes, seed):
     marks = {"reset": flags(2, 150, density=0.1, seed=1), "mask": flags(2, 150, density=0.7, seed=2)}
     right(sizes, 150, seed, marks, batch=2, state=seed == 0)
 
 
 @law
-@kernels("walk, streams", "walk", "columns, chunks", "chain", "one by one")
+@kernels("walk, streams", "walk", "short columns, chunks", "columns, chunks", "chain", "one by one")
 def test_kernels_without_normaliser(sizes):
     right(sizes, 130, 1, {"normalize": False, "scale": 1.0}, state=False)
 
 
 @law
-@kernels("walk, streams", "columns, chunks", "chain", "one by one")
+@kernels("walk, streams", "short columns, chunks", "columns, chunks", "chain", "one by one")
 def test_the_order_of_groups_changes_no_bit(sizes):
     inputs, found = case(200, **sizes[0]), []
     for seed in range(3):

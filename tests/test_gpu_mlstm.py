@@ -490,7 +490,8 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 # The backward in one walk: 296 bytes in all, with resets 356, in segments 372, where Triton's own pipeline had thousands.
 SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 372}
 # Numbers that stand for addresses, outside of the products; with resets most.
-SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400, ("mlstm_chunks_kernel", 256): 456}
+SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400}
+SPILLS |= {("mlstm_chunks_kernel", 128): 456, ("mlstm_chunks_kernel", 256): 456}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
 GLUON = {"mlstm_walk_kernel": (12, 227), "mlstm_backward_kernel": (4, 113), "mlstm_gradients_kernel": (4, 113)}
 GLUON |= {"mlstm_streams_kernel": (16, 227), "mlstm_columns_kernel": (12, 227), "mlstm_chunks_kernel": (16, 227)}
@@ -508,6 +509,8 @@ GLUON |= {"mlstm_streams_kernel": (16, 227), "mlstm_columns_kernel": (12, 227), 
         (16, 128, 192, False, ("mlstm_walk_kernel",)),
         (8, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
         (4, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
+        (8, 128, 384, True, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
+        (4, 256, 256, False, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (4, 128, 192, True, ("mlstm_walk_kernel",)),
         (4, 64, 128, True, ("mlstm_backward_kernel",)),
         (16, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
@@ -547,7 +550,7 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     assert len(found) > (5 if hopper else 10)
     assert names & set(GLUON) == set(hopper) & set(GLUON)
     back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_streams_kernel", "mlstm_chunks_kernel"}
-    assert ("mlstm_segment_sums_kernel" in names) == (heads == 4 or (heads, keys) == (8, 128))
+    assert ("mlstm_segment_sums_kernel" in names) == (heads == 4 or (heads, values) == (8, 256))
     assert ("mlstm_dq_kernel" in names) == (not back & set(hopper))
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
         name, ptx = kernel.__name__, built.asm["ptx"]
@@ -575,7 +578,8 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
     assert [backward(rows, 128, 256) for rows in (92, 93, 128)] == [TwoPass, Streams, Streams]
     assert [backward(rows, 256, 512) for rows in (23, 24, 4096)] == [TwoPass, Chunks, Chunks]
-    assert {backward(128, 256, 256), backward(128, 192, 512), backward(128, 256, 512, F16)} == {TwoPass}
+    assert {backward(128, 256, width) for width in (128, 256, 384, 1024)} == {backward(128, 128, 384)} == {Chunks}
+    assert {backward(128, 256, 192), backward(128, 192, 512), backward(128, 256, 512, F16)} == {TwoPass}
     assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
 

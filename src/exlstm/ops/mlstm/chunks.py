@@ -1,10 +1,10 @@
-"""A backward of the mLSTM on Hopper for keys of 256 and values of 512: dq and dk of every chunk of 128 tokens in one kernel.
+"""A backward of the mLSTM on Hopper for keys of 128 or 256: dq and dk of every chunk of 128 tokens in one kernel.
 
     dS = (dh v_T / den + ds) ⊙ a D
     dq = aβ/den ⊙ (dh C_T) + a β ds ⊗ n + dS k          dk = α ⊙ (v dC_T + dn) + dS_T q
 
-C before and dC behind every chunk come from columns.py, which makes dv as well. A program has a chunk and 128 of the 256 keys
-and goes through the values once. Four groups of warps: one brings the tiles and sums <C, dC>, one has dh v_T and makes dS of it,
+C before and dC behind every chunk come from columns.py, which makes dv as well. A program has a chunk and 128 of its keys and
+goes through the values once. Four groups of warps: one brings the tiles and sums <C, dC>, one has dh v_T and makes dS of it,
 which never leaves the chip, one has dq, one dk. Every tile is 64 × 64.
 """
 
@@ -27,8 +27,8 @@ from exlstm.ops.mlstm.walk import _counters
 
 # Registers a thread: dh v_T; dq and dk. Who brings the tiles has what is left.
 SCORES, KEYS = 136, 160
-# Places of a tile of every kind, and tiles of values.
-STAGES, TILES = 3, 8
+# Places of a tile of every kind.
+STAGES = 3
 
 
 @gluon.jit
@@ -263,13 +263,13 @@ def _keys(tiles, all_ds, all_g, full, empty, told, made, read, d_dk, p_kdk, p_in
 @gluon.jit(do_not_specialize=["N"])
 def mlstm_chunks_kernel(d_q, d_k, d_v, d_dh, d_c, d_dc, d_dq, d_dk, p_n, p_dn, p_u, p_top, p_den, p_ds, p_alpha, p_w, p_gamma,
                         p_document, p_qdq, p_kdk, p_inflow, H, N, K, scale,
-                        STAGES: gl.constexpr, TILES: gl.constexpr, REGS: gl.constexpr, MORE: gl.constexpr,
-                        RESET: gl.constexpr):  # fmt: skip
+                        KEYS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, REGS: gl.constexpr,
+                        MORE: gl.constexpr, RESET: gl.constexpr):  # fmt: skip
     """dq and dk of a chunk of 128 tokens and 128 keys; their parts of q · dq, k · dk and of what flows in behind the chunk."""
-    half, i_c = gl.program_id(0) % 2, gl.program_id(0) // 2
-    i_bh, i_n, i_k = i_c // N, i_c % N, 128 * half
+    part, i_c = gl.program_id(0) % KEYS, gl.program_id(0) // KEYS
+    i_bh, i_n, i_k = i_c // N, i_c % N, 128 * part
     at = i_bh // H, i_bh % H, i_n * 128
-    at_t, chunks = i_c.to(gl.int64) * 128, (gl.num_programs(0) // 2).to(gl.int64)
+    at_t, chunks = i_c.to(gl.int64) * 128, (gl.num_programs(0) // KEYS).to(gl.int64)
     tiles = _places(2 * STAGES), _places(2 * STAGES), _places(2 * STAGES), _places(2 * STAGES)
     all_ds = _places(3)
     all_g = gl.allocate_shared_memory(gl.float32, [16, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -278,9 +278,9 @@ def mlstm_chunks_kernel(d_q, d_k, d_v, d_dh, d_c, d_dc, d_dq, d_dk, p_n, p_dn, p
     told, made = once.index(0), once.index(1)
     p_n += (i_bh.to(gl.int64) * (N + 1) + i_n) * K + i_k
     p_dn += (i_bh.to(gl.int64) * (N + 1) + i_n + 1) * K + i_k
-    p_qdq += half * chunks * 128 + at_t
-    p_kdk += half * chunks * 128 + at_t
-    p_inflow += (half * chunks + i_c) * 2
+    p_qdq += part * chunks * 128 + at_t
+    p_kdk += part * chunks * 128 + at_t
+    p_inflow += (part * chunks + i_c) * 2
     vectors = p_u, p_top, p_den, p_ds, p_alpha, p_w
     gl.warp_specialize(
         [
@@ -298,18 +298,18 @@ def mlstm_chunks_kernel(d_q, d_k, d_v, d_dh, d_c, d_dc, d_dq, d_dk, p_n, p_dn, p
 
 def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
-    (dh, dc, dn), (h, den, s, ns, cs) = grads, saved
+    (dh, dc, dn), (h, den, s, ns, cs, p), parts = grads, saved, call.K // 128
     w, ds, sums = denominator_gradient(call, q, h, dh, gates, den, s)
     dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     short, fine = call.in_chunks(64)
-    dv, dcs, first = columns.values(short, plan.S, q, k, dh, fine, den, dc)
+    dv, dcs, first = columns.values(short, plan.S, q, k, dh, p, fine, den, dc)
     dq, dk = padded(q, q.shape), padded(k, k.shape)
-    qdq, kdk = call.vector(den, 2, call.tokens), call.vector(den, 2, call.tokens)
-    inflow = call.vector(den, 2, call.rows * call.N * 2)
+    qdq, kdk = call.vector(den, parts, call.tokens), call.vector(den, parts, call.tokens)
+    inflow = call.vector(den, parts, call.rows * call.N * 2)
     t_q, t_k, t_v, t_dh, t_dq, t_dk = (heads(x, 64, 64) for x in (q, k, v, dh, dq, dk))
-    mlstm_chunks_kernel[(call.rows * call.N * 2,)](
+    mlstm_chunks_kernel[(call.rows * call.N * parts,)](
         t_q, t_k, t_v, t_dh, matrices(cs, 64, 64), matrices(dcs, 64, 64), t_dq, t_dk, ns, dns, gates.u, gates.top, den, ds,
         gates.alpha, w, gates.gamma, gates.document, qdq, kdk, inflow, call.H, call.N, call.K, call.scale,
-        STAGES=STAGES, TILES=TILES, REGS=SCORES, MORE=KEYS, RESET=call.flags["RESET"], num_warps=4,
+        KEYS=parts, STAGES=STAGES, TILES=call.V // 64, REGS=SCORES, MORE=KEYS, RESET=call.flags["RESET"], num_warps=4,
     )  # fmt: skip
     return dq.contiguous(), dk.contiguous(), dv, (qdq, kdk, inflow), first, dns[:, 0].clone()

@@ -1,4 +1,4 @@
-"""The mLSTM on Hopper for keys of 256 and values of 512: a walk over all chunks with 128 columns of C on chip, for h and for dv.
+"""The mLSTM on Hopper for keys of 128 or 256: a walk over all chunks with 128 columns of C on chip, for h and for dv.
 
     forward      hᵀ = (C_T q_T) ⊙ aβ/den + v_T (P/den)_T       C_T ← γ C_T + (α ⊙ v)_T k
     backward     dvᵀ = (dC_T k_T) ⊙ α + dh_T (P/den)           dC_T ← γ dC_T + (aβ/den ⊙ dh)_T q, from the last chunk to the first
@@ -29,9 +29,9 @@ REGISTERS = 232
 
 @triton.jit(do_not_specialize=["N"])
 def mlstm_scores_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_beta, p_floor, p_document, p_den, p_s, H, N, K, scale, eps,
-                        L: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESET: tl.constexpr, KNOWN: tl.constexpr,
+                        L: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESET: tl.constexpr,
                         DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """P/den (B·H, N·L, L); and den, and the signed s where it is larger than the floor, else 0, where they are not known."""
+    """P/den (B·H, N·L, L), den, and the signed s where it is larger than the floor, else 0."""
     i_bh, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
     o_t = (i_bh * N + i_n) * L + tl.arange(0, L)
@@ -41,7 +41,7 @@ def mlstm_scores_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_beta, p_floor, p_docum
         b_q = tile(d_q, i_b, i_h, i_n * L, i_k, L, BK, DOT)
         b_k = tile(d_k, i_b, i_h, i_n * L, i_k, L, BK, DOT)
         b_p = tl.dot(b_q, b_k.T, b_p, input_precision=PRECISION)
-        if NORM and not KNOWN:
+        if NORM:
             b_n = tl.load(p_n + (i_bh * (N + 1) + i_n) * K + i_k + tl.arange(0, BK))
             b_qn += tl.sum(b_q.to(tl.float32) * b_n[None, :], 1)
     seen = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]
@@ -50,15 +50,12 @@ def mlstm_scores_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_beta, p_floor, p_docum
         seen = seen & (b_document[:, None] == b_document[None, :])
     exponent = tl.load(p_u + o_t)[None, :] - tl.load(p_top + o_t)[:, None]
     b_p *= scale * tl.exp2(tl.where(seen, exponent, -float("inf")))
-    if KNOWN:
-        b_den = tl.load(p_den + o_t)
-    else:
-        b_den = tl.load(p_floor + o_t)
-        if NORM:
-            b_s = tl.sum(b_p, 1) + scale * tl.load(p_beta + o_t) * b_qn
-            tl.store(p_s + o_t, tl.where(tl.abs(b_s) > b_den, b_s, 0.0))
-            b_den = tl.maximum(tl.abs(b_s), b_den) + eps
-        tl.store(p_den + o_t, b_den)
+    b_den = tl.load(p_floor + o_t)
+    if NORM:
+        b_s = tl.sum(b_p, 1) + scale * tl.load(p_beta + o_t) * b_qn
+        tl.store(p_s + o_t, tl.where(tl.abs(b_s) > b_den, b_s, 0.0))
+        b_den = tl.maximum(tl.abs(b_s), b_den) + eps
+    tl.store(p_den + o_t, b_den)
     b_p *= (1.0 / b_den)[:, None]
     d_p.store([i_bh.to(tl.int32), i_n * L, 0], b_p.to(d_p.dtype).reshape(1, L, L))
 
@@ -70,7 +67,7 @@ def _left():
 
 
 @gluon.jit
-def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, BACK: gl.constexpr):
+def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, KEYS: gl.constexpr, BACK: gl.constexpr):
     """X, Y, P, the program's part of M, and two vectors of every chunk into the places that turn has."""
     d_x, d_y, d_m, d_p = descs
     all_x, all_y, all_m, all_p = tiles
@@ -82,9 +79,9 @@ def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, BA
         i_t, phase = (first + i_n) * 64, i >> 1 & 1
         # A barrier that nothing has arrived at yet lets pass who waits for phase 1.
         mbarrier.wait(read_empty.index(turn), phase ^ 1)
-        mbarrier.expect(read_full.index(turn), 7 * SIZE)
-        for b in gl.static_range(4):
-            _come(d_x, [i_b, i_h, i_t, 64 * b], read_full.index(turn), all_x.index(4 * turn + b))
+        mbarrier.expect(read_full.index(turn), (KEYS + 3) * SIZE)
+        for b in gl.static_range(KEYS):
+            _come(d_x, [i_b, i_h, i_t, 64 * b], read_full.index(turn), all_x.index(KEYS * turn + b))
         for b in gl.static_range(2):
             _come(d_m, [i_b, i_h, i_t, i_v + 64 * b], read_full.index(turn), all_m.index(2 * turn + b))
         _come(d_p, [i_r, i_n * 64, 0], read_full.index(turn), all_p.index(turn))
@@ -94,9 +91,9 @@ def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, BA
         gl.thread_barrier()
         mbarrier.arrive(g_full.index(turn))
         mbarrier.wait(write_empty.index(turn), phase ^ 1)
-        mbarrier.expect(write_full.index(turn), 4 * SIZE)
-        for b in gl.static_range(4):
-            _come(d_y, [i_b, i_h, i_t, 64 * b], write_full.index(turn), all_y.index(4 * turn + b))
+        mbarrier.expect(write_full.index(turn), KEYS * SIZE)
+        for b in gl.static_range(KEYS):
+            _come(d_y, [i_b, i_h, i_t, 64 * b], write_full.index(turn), all_y.index(KEYS * turn + b))
 
 
 @gluon.jit
@@ -131,17 +128,18 @@ def _once(b_x):
 
 
 @gluon.jit
-def _keep(d_kept, i_kept, i_v, own, b_0, b_1, b_2, b_3, zero):
+def _keep(d_kept, i_kept, i_v, own, b_0, b_1, b_2, b_3, zero, KEYS: gl.constexpr):
     """C of this moment for chunks of 128."""
     s_0, s_1 = own.index(zero), own.index(zero + 1)
     _place(s_0, _once(b_0))
     tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 0], s_0)
     _place(s_1, _once(b_1))
     tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 64], s_1)
-    _place(s_0, _once(b_2))
-    tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 128], s_0)
-    _place(s_1, _once(b_3))
-    tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 192], s_1)
+    if KEYS == 4:
+        _place(s_0, _once(b_2))
+        tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 128], s_0)
+        _place(s_1, _once(b_3))
+        tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 192], s_1)
 
 
 @gluon.jit
@@ -152,36 +150,39 @@ def _read(b_o, b_c, s_x):
 
 
 @gluon.jit
-def _reads(b_0, b_1, b_2, b_3, all_x, at):
+def _reads(b_0, b_1, b_2, b_3, all_x, at, KEYS: gl.constexpr):
     """C_T X_T; nobody reads X any more."""
     b_o, b_a = _read(gl.zeros([64, 64], gl.float32, _sums(64)), b_0, all_x.index(at))
     b_o, b_b = _read(b_o, b_1, all_x.index(at + 1))
-    b_o, b_a = warpgroup_mma_wait(1, deps=[b_o, b_a])
-    b_o, b_a = _read(b_o, b_2, all_x.index(at + 2))
-    b_o, b_b = warpgroup_mma_wait(1, deps=[b_o, b_b])
-    b_o, b_b = _read(b_o, b_3, all_x.index(at + 3))
+    if KEYS == 4:
+        b_o, b_a = warpgroup_mma_wait(1, deps=[b_o, b_a])
+        b_o, b_a = _read(b_o, b_2, all_x.index(at + 2))
+        b_o, b_b = warpgroup_mma_wait(1, deps=[b_o, b_b])
+        b_o, b_b = _read(b_o, b_3, all_x.index(at + 3))
     b_o, b_a, b_b = warpgroup_mma_wait(0, deps=[b_o, b_a, b_b])
     return b_o
 
 
 @gluon.jit
 def _values(descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i_b, i_h, i_r, i_v, first, N, K, V,
-            G: gl.constexpr, BACK: gl.constexpr, KEEP: gl.constexpr, EMPTY: gl.constexpr):  # fmt: skip
+            G: gl.constexpr, KEYS: gl.constexpr, BACK: gl.constexpr, KEEP: gl.constexpr, EMPTY: gl.constexpr):  # fmt: skip
     """h, or dv, of 64 columns of every chunk, and their last C."""
     all_x, all_y, all_m, all_p = tiles
     read_full, write_full, g_full, read_empty, write_empty = bars
     i_v += 64 * G
     b_0, b_1 = _first(p_c, i_r, i_v, K, V, 0, EMPTY), _first(p_c, i_r, i_v, K, V, 1, EMPTY)
-    b_2, b_3 = _first(p_c, i_r, i_v, K, V, 2, EMPTY), _first(p_c, i_r, i_v, K, V, 3, EMPTY)
+    b_2, b_3 = b_0, b_1
+    if KEYS == 4:
+        b_2, b_3 = _first(p_c, i_r, i_v, K, V, 2, EMPTY), _first(p_c, i_r, i_v, K, V, 3, EMPTY)
     for i in range(N):
         # Addresses are made anew in every turn: kept over the loop they would not fit into the registers.
         zero = _anew(i * 0)
         i_n, turn, phase = N - 1 - i if BACK else i, (i & 1) + zero, i >> 1 & 1
         b_gamma = gl.load(p_gamma + i_r.to(gl.int64) * N + i_n)
         if KEEP and i & 1 == 0:
-            _keep(d_kept, i_r * (N // 2) + i_n // 2, i_v, own, b_0, b_1, b_2, b_3, 2 * G + zero)
+            _keep(d_kept, i_r * (N // 2) + i_n // 2, i_v, own, b_0, b_1, b_2, b_3, 2 * G + zero, KEYS)
         mbarrier.wait(read_full.index(turn), phase)
-        b_o = _reads(b_0, b_1, b_2, b_3, all_x, 4 * turn)
+        b_o = _reads(b_0, b_1, b_2, b_3, all_x, KEYS * turn, KEYS)
         mbarrier.wait(g_full.index(turn), phase)
         b_m = all_m.index(2 * turn + G).permute([1, 0]).load(_left())
         b_w = all_g.index(2 * turn + 1).load(gl.SliceLayout(0, _left()))
@@ -190,44 +191,50 @@ def _values(descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i
         s_p = all_p.index(turn)
         b_o = _product(b_m, s_p if BACK else s_p.permute([1, 0]), b_o)
         mbarrier.wait(write_full.index(turn), phase)
-        b_0 = _product(b_w, all_y.index(4 * turn), b_0 * b_gamma)
-        b_1 = _product(b_w, all_y.index(4 * turn + 1), b_1 * b_gamma)
-        b_2 = _product(b_w, all_y.index(4 * turn + 2), b_2 * b_gamma)
-        b_3 = _product(b_w, all_y.index(4 * turn + 3), b_3 * b_gamma)
-        b_o, b_m = warpgroup_mma_wait(4, deps=[b_o, b_m])
+        b_0 = _product(b_w, all_y.index(KEYS * turn), b_0 * b_gamma)
+        b_1 = _product(b_w, all_y.index(KEYS * turn + 1), b_1 * b_gamma)
+        if KEYS == 4:
+            b_2 = _product(b_w, all_y.index(KEYS * turn + 2), b_2 * b_gamma)
+            b_3 = _product(b_w, all_y.index(KEYS * turn + 3), b_3 * b_gamma)
+        b_o, b_m = warpgroup_mma_wait(KEYS, deps=[b_o, b_m])
         s_o = own.index(2 * G + turn)
         _place(s_o.permute([1, 0]), b_o)
         mbarrier.arrive(read_empty.index(turn))
         tma.async_copy_shared_to_global(d_o, [i_b, i_h, (first + i_n) * 64, i_v], s_o)
-        b_0, b_1, b_2, b_3, b_w = warpgroup_mma_wait(0, deps=[b_0, b_1, b_2, b_3, b_w])
+        if KEYS == 4:
+            b_0, b_1, b_2, b_3, b_w = warpgroup_mma_wait(0, deps=[b_0, b_1, b_2, b_3, b_w])
+        else:
+            b_0, b_1, b_w = warpgroup_mma_wait(0, deps=[b_0, b_1, b_w])
         gl.thread_barrier()
         mbarrier.arrive(write_empty.index(turn))
     tma.store_wait(0)
     gl.store(p_last + _corner(i_r, i_v, K, V, 0), b_0)
     gl.store(p_last + _corner(i_r, i_v, K, V, 1), b_1)
-    gl.store(p_last + _corner(i_r, i_v, K, V, 2), b_2)
-    gl.store(p_last + _corner(i_r, i_v, K, V, 3), b_3)
+    if KEYS == 4:
+        gl.store(p_last + _corner(i_r, i_v, K, V, 2), b_2)
+        gl.store(p_last + _corner(i_r, i_v, K, V, 3), b_3)
 
 
 @gluon.jit(do_not_specialize=["N", "S"])
 def mlstm_columns_kernel(d_x, d_y, d_m, d_p, d_o, d_kept, p_scale, p_weight, p_gamma, p_c, p_last, H, N, S, K, V,
-                         REGS: gl.constexpr, BACK: gl.constexpr, KEEP: gl.constexpr, EMPTY: gl.constexpr):  # fmt: skip
+                         KEYS: gl.constexpr, REGS: gl.constexpr, BACK: gl.constexpr, KEEP: gl.constexpr,
+                         EMPTY: gl.constexpr):  # fmt: skip
     """h (dv) of 128 columns of one of S parts of a sequence, of N chunks each, and C behind (dC before) it."""
     tiles_v = V // 128
     i_r, i_v = gl.program_id(0) // tiles_v, (gl.program_id(0) % tiles_v) * 128
     i_b, i_h, first = i_r // S // H, i_r // S % H, i_r % S * N
-    tiles = _places(8), _places(8), _places(4), _places(2)
+    tiles = _places(2 * KEYS), _places(2 * KEYS), _places(4), _places(2)
     own = _places(4)
     all_g = gl.allocate_shared_memory(gl.float32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = _counters(2, 1), _counters(2, 1), _counters(2, 1), _counters(2, 2), _counters(2, 2)
     descs = d_x, d_y, d_m, d_p
     gl.warp_specialize(
         [
-            (_bring, (descs, tiles, all_g, bars, (p_scale, p_weight), i_b, i_h, i_r, i_v, first, N, BACK)),
+            (_bring, (descs, tiles, all_g, bars, (p_scale, p_weight), i_b, i_h, i_r, i_v, first, N, KEYS, BACK)),
             (_values, (descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i_b, i_h, i_r, i_v, first, N, K, V,
-                       0, BACK, KEEP, EMPTY)),
+                       0, KEYS, BACK, KEEP, EMPTY)),
             (_values, (descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i_b, i_h, i_r, i_v, first, N, K, V,
-                       1, BACK, KEEP, EMPTY)),
+                       1, KEYS, BACK, KEEP, EMPTY)),
         ],
         [4, 4],
         [REGS, REGS],
@@ -235,32 +242,31 @@ def mlstm_columns_kernel(d_x, d_y, d_m, d_p, d_o, d_kept, p_scale, p_weight, p_g
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps, every):
-    """h, the last C, n of every chunk, den and s, and C before every second chunk where `every` asks for it, as (V, K)."""
+    """h, the last C, n of every chunk, den and s; where `every` asks, C before every second chunk, as (V, K), and P/den."""
     ns = call.normalisers(k, gates, n)
     den, s = call.vector(ns), call.vector(ns)
     p = scores(call, q, k, ns, gates, den, s, eps)
     first, _ = starts(call, plan.S, k, v, gates, (c, None))
     scale = call.scale * gates.beta / den
     h, c_last, cs = columns(call, plan.S, (q, k, v, p), (scale, gates.alpha, gates.gamma), first, every > 0)
-    return h, c_last[:, -1].contiguous(), ns, den, s, cs
+    return h, c_last[:, -1].contiguous(), ns, den, s, cs, p
 
 
-def values(call, S, q, k, dh, gates, den, dc):
-    """dv, dC behind every second chunk (B·H·N/2, V, K), and dC of the first memory; of gates in chunks of 64."""
-    p = scores(call, q, k, den, gates, den, den, 0.0, known=True)
+def values(call, S, q, k, dh, p, gates, den, dc):
+    """dv, dC behind every second chunk (B·H·N/2, V, K), and dC of the first memory; of P/den and gates in chunks of 64."""
     last, _ = ends(call, S, (q, dh, dh), gates, (den, None), (dc, None))
     weight = call.scale * gates.beta / den
     dv, first, dcs = columns(call, S, (k, q, dh, p), (gates.alpha, weight, gates.gamma), last, True, back=True)
     return dv, dcs, first[:, 0].contiguous()
 
 
-def scores(call, q, k, ns, gates, den, s, eps, known=False):
-    """P/den (B·H, N·L, L); fills den and s where they are not known."""
+def scores(call, q, k, ns, gates, den, s, eps):
+    """P/den (B·H, N·L, L); fills den and s."""
     L = call.L
     p = padded(q, (call.rows, call.N * L, L), call.dtype)
     mlstm_scores_kernel[(call.rows * call.N,)](
         descriptors.heads(q, L, 64), descriptors.heads(k, L, 64), descriptors.matrices(p, L, L), ns, gates.u, gates.top,
-        gates.beta, gates.floor, gates.document, den, s, call.H, call.N, call.K, call.scale, eps, L=L, BK=64, KNOWN=known,
+        gates.beta, gates.floor, gates.document, den, s, call.H, call.N, call.K, call.scale, eps, L=L, BK=64,
         DOT=call.dot, PRECISION=call.precision, STAGES=3, num_warps=4, **call.flags,
     )  # fmt: skip
     return p
@@ -274,6 +280,6 @@ def columns(call, S, tensors, vectors, start, keep, back=False):
     mlstm_columns_kernel[(call.rows * S * cdiv(call.V, 128),)](
         heads(x, 64, 64), heads(y, 64, 64), heads(m, 64, 64), matrices(p.view(call.rows * S, -1, 64), 64, 64),
         heads(out, 64, 64), matrices(kept, 64, 64), *vectors, last if empty else start, last,
-        call.H, call.N // S, S, call.K, call.V, REGS=REGISTERS, BACK=back, KEEP=keep, EMPTY=empty, num_warps=4,
+        call.H, call.N // S, S, call.K, call.V, KEYS=call.K // 64, REGS=REGISTERS, BACK=back, KEEP=keep, EMPTY=empty, num_warps=4,
     )  # fmt: skip
     return out.contiguous(), last, kept if keep else None

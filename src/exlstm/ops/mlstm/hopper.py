@@ -475,7 +475,7 @@ def backward(plan, call, grads, q, k, v, gates, c, saved):
 
 
 def _chain(plan, call, grads, q, k, v, gates, saved):
-    (dh, dc, dn), (h, den, s, ns, cs), L, S, K = grads, saved, plan.L, plan.S, call.K
+    (dh, dc, dn), (h, den, s, ns, cs, _), L, S, K = grads, saved, plan.L, plan.S, call.K
     V, (dc, dn) = power(call.V), ends(call, S, (q, h, dh), gates, (den, s), (dc, dn))
     dq, dk, dv = padded(q, q.shape), padded(k, k.shape), padded(v, v.shape)
     qdq, kdk = call.vector(den, 1, call.tokens), call.vector(den, 1, call.tokens)
@@ -492,7 +492,7 @@ def _chain(plan, call, grads, q, k, v, gates, saved):
 
 
 def _fused(plan, call, grads, q, k, v, gates, saved):
-    (dh, dc, dn), (h, den, s, ns, cs), L, K, BV = grads, saved, plan.L, call.K, plan.BV
+    (dh, dc, dn), (h, den, s, ns, cs, _), L, K, BV = grads, saved, plan.L, call.K, plan.BV
     w, ds, sums = denominator_gradient(call, q, h, dh, gates, den, s)
     dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     dcs, first = states(call, plan, q, dh, w, gates.gamma, dc, reverse=True)

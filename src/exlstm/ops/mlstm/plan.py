@@ -68,7 +68,7 @@ class Walk(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Chunk length L of a forward of keys of 256 and values of 512, whose programs keep 128 columns each; see columns.py."""
+    """Chunk length L of a forward of keys of 128 or 256, whose programs keep 128 columns each; see columns.py."""
 
     L: int
     S: int = 1
@@ -122,6 +122,8 @@ def choose(q, v, chunk: int) -> Plan:
         two = two._replace(L=length, BT=min(two.BT, length), BJ=min(two.BJ, length))
     elif large and gluon(q.device) and (plan := _segmented(q, v, two)):
         return plan
+    elif large and _in_columns(q, v) and rows * values // 128 >= FEW:
+        return Plan(Columns(64), Chunks(128))
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
         backward = Chain(64) if _on_hopper(q, v) else two
@@ -129,8 +131,6 @@ def choose(q, v, chunk: int) -> Plan:
             backward = Streams(64)
         walks = K == 128 and V >= 128 and rows * V // 128 >= FEW and gluon(q.device)
         return Plan(_walk(V, rows) if walks else _one_pass(K, V, rows), backward)
-    elif large and (keys, values) == (256, 512) and 4 * rows >= FEW and gluon(q.device):
-        return Plan(Columns(64), Chunks(128))
     elif large and _on_hopper(q, v):
         return Plan(two, Fused(two.L, two.BJ, 64, two.states))
     return Plan(two, two)
@@ -151,8 +151,8 @@ def _segmented(q, v, two) -> Plan | None:
         # Two programs stand on a multiprocessor.
         S = segments(rows, tokens, 2 * PROCESSORS)
         return Plan(_one_pass(K, V, rows * S)._replace(S=S), Chain(64, S)) if S else None
-    if (keys, values) == (256, 512):
-        S = segments(4 * rows, tokens, PROCESSORS)
+    if _in_columns(q, v):
+        S = segments(rows * values // 128, tokens, PROCESSORS)
         return Plan(Columns(64, S), Chunks(128, S)) if S else None
     if K != 128 or not 128 <= V <= 256:
         return None
@@ -183,6 +183,12 @@ def sums(keys, values) -> Tiles:
     """The tile of a memory that a program of segments.py sums, so small that two or three programs stand on a multiprocessor."""
     K, V = power(keys), power(values)
     return Tiles(128 if K > 128 else min(64, K), min(128, V), 8, 3)
+
+
+def _in_columns(q, v) -> bool:
+    """Whether columns.py and chunks.py take these widths, no other is quicker, and they run here."""
+    keys, values = q.shape[-1], v.shape[-1]
+    return values % 128 == 0 and (keys == 256 or keys == 128 and values > 256) and gluon(q.device)
 
 
 def _on_hopper(q, v) -> bool:

@@ -496,7 +496,7 @@ def mlstm_streams_kernel(d_x, d_y, d_a, d_m, d_dx, d_dv, p_c, p_last, p_kept, p_
 
 def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
-    (dh, dc, dn), (h, den, s, ns, _), L, S = grads, saved, plan.L, plan.S
+    (dh, dc, dn), (h, den, s, ns, *_), L, S = grads, saved, plan.L, plan.S
     dq, dk, dv = padded(q, q.shape), padded(k, k.shape), padded(v, v.shape)
     qdq, kdk = call.vector(den, 2, call.tokens), call.vector(den, 2, call.tokens)
     flow, inflow = call.vector(den, 2, call.rows * call.N), call.vector(den, 2, call.rows * call.N)

@@ -1,7 +1,7 @@
 """mLSTM on a GPU: the kernels that plan.py chooses behind the operator's signature, with exact backward.
 
 Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
-every chunk, and C of every chunk where the forward wrote it, a third of what q, k, v and h take; the rest is worked out again.
+every chunk, and C and the scores of every chunk where the forward wrote them; the rest is worked out again.
 """
 
 import torch
@@ -85,8 +85,8 @@ def _kernels(plan):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None,
     scale: float, normalize: bool, eps: float, chunk: int, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk, and C where it was written."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """h, c, n, m, then what the backward wants of the forward: den, s, n of every chunk, C and scores where it keeps them."""
     from exlstm.ops.mlstm.gates import Call, aligned
 
     plan = choose(q, v, chunk)
@@ -96,13 +96,13 @@ def _forward(
         gates = call.gates(log_i, log_f, m)
         kernels, tensors = _kernels(plan.forward), (aligned(q), aligned(k), aligned(v))
         every = longer if save and keeps(plan) else 0
-        h, c_last, ns, den, s, cs = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps, every)
+        h, c_last, ns, den, s, *kept = kernels.forward(plan.forward, call, *tensors, gates, c, n, eps, every)
     memory = c_last.view(c.shape), ns[:, -1].reshape(n.shape).clone(), gates.last_m.view(m.shape)
     # n at the start of the backward's chunks, which may be longer.
-    kept = ns[:, ::longer].contiguous()
-    saved = [x if save and x is not None else ns.new_empty(0) for x in (den, s, kept)]
-    saved.append(cs if save and keeps(plan) else ns.new_empty(0, dtype=call.dtype))
-    return h, *memory, *saved
+    saved = (den, s, ns[:, ::longer].contiguous()) if save else (ns.new_empty(0) for _ in range(3))
+    wanted = save and keeps(plan), save and isinstance(plan.backward, Chunks)
+    kept = [x if there else ns.new_empty(0, dtype=call.dtype) for x, there in zip((*kept, None), wanted)]
+    return h, *memory, *saved, *kept
 
 
 _mlstm_triton = torch.library.custom_op("exlstm::mlstm_triton", _forward, mutates_args=())
@@ -111,7 +111,7 @@ _mlstm_triton = torch.library.custom_op("exlstm::mlstm_triton", _forward, mutate
 @torch.library.custom_op("exlstm::mlstm_triton_backward", mutates_args=())
 def _mlstm_triton_backward(
     dh: Tensor | None, dc: Tensor | None, dn: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor,
-    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor, cs: Tensor,
+    c: Tensor, n: Tensor, m: Tensor, reset: Tensor | None, h: Tensor, den: Tensor, s: Tensor, ns: Tensor, cs: Tensor, p: Tensor,
     scale: float, normalize: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_i, dlog_f, dc, dn, the last two with respect to the initial memory."""
@@ -126,7 +126,7 @@ def _mlstm_triton_backward(
         gates = call.gates(log_i, log_f, m)
         q, k, v, h, dh = (aligned(x) for x in (q, k, v, h, dh))
         dq, dk, dv, flows, dc, dn = _kernels(plan).backward(
-            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns, cs if cs.numel() else None)
+            plan, call, (dh, dc, dn), q, k, v, gates, c, (h, den, s, ns, cs if cs.numel() else None, p)
         )
         dlog_i, dlog_f = call.gate_gradients(log_i, *flows)
     return dq, dk, dv, dlog_i, dlog_f, dc.view(c.shape), dn.view(n.shape)
@@ -141,13 +141,15 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
     saved = [(rows, tokens), (rows, tokens), (rows, chunks + 1, q.shape[-1])] if save else [(0,)] * 3
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else torch.float32
     # Memories between columns.py and chunks.py stand the other way about.
-    sizes = c.shape[:1:-1] if isinstance(plan.backward, Chunks) else c.shape[2:]
+    inside = save and isinstance(plan.backward, Chunks)
+    sizes = c.shape[:1:-1] if inside else c.shape[2:]
     kept = memories(rows * chunks, *sizes, dtype) if save and keeps(plan) else (0,)
-    return *memory, *(c.new_empty(shape) for shape in saved), c.new_empty(kept, dtype=dtype)
+    kept = kept, (rows, tokens, plan.forward.L) if inside else (0,)
+    return *memory, *(c.new_empty(shape) for shape in saved), *(c.new_empty(shape, dtype=dtype) for shape in kept)
 
 
 @_mlstm_triton_backward.register_fake
-def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, cs, scale, normalize, chunk):
+def _(dh, dc, dn, q, k, v, log_i, log_f, c, n, m, reset, h, den, s, ns, cs, p, scale, normalize, chunk):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_i, log_f, c, n))
 
 

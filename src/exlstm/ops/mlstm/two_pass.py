@@ -168,7 +168,7 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
 
 def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
-    (dh, dc, dn), (h, den, s, ns, cs) = grads, saved
+    (dh, dc, dn), (h, den, s, ns, cs, _) = grads, saved
     p, g, w, wn, sums = intra_backward(call, plan, q, k, v, h, dh, gates, den, s)
     dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     if cs is None:
