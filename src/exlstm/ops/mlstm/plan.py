@@ -188,7 +188,7 @@ def sums(keys, values) -> Tiles:
 def _in_columns(q, v) -> bool:
     """Whether columns.py and chunks.py take these widths, no other is quicker, and they run here."""
     keys, values = q.shape[-1], v.shape[-1]
-    return values % 128 == 0 and (keys == 256 or keys == 128 and values > 256) and gluon(q.device)
+    return values % 128 == 0 and (keys == 256 or (keys == 128 and values > 256)) and gluon(q.device)
 
 
 def _on_hopper(q, v) -> bool:
