@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -127,6 +128,69 @@ def test_the_order_of_groups_changes_no_bit(sizes):
             found.append(run(inputs))
     equal(found[0], found[1])
     equal(found[0], found[2])
+
+
+# Segments forward and backward, as few rows of long sequences get them; a backward in two passes has none.
+SEGMENTS = {"walk, streams": (2, 4), "walk in parts": (2, 1), "columns, chunks": (2, 2), "narrow chain": (4, 4)}
+
+
+def cut(name, monkeypatch):
+    """The plan of a kernel in segments, from here on; and how long these are in a sequence that ends in the last but one."""
+    (there, back), (S, R) = operator.choose(None, None, 0), SEGMENTS[name]
+    there = there._replace(S=S, **({"BV": 128} if isinstance(there, Walk) else {}))
+    plan = planning.Plan(there, back._replace(S=R) if R > 1 else back)
+    monkeypatch.setattr(operator, "choose", lambda q, v, chunk: plan)
+    return plan, planning.padded_length(plan, 1, True) // S
+
+
+@law
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "scale": 1.0}], ids=str)
+@pytest.mark.parametrize(("sizes", "name"), [(name, name) for name in SEGMENTS], indirect=["sizes"])
+def test_segments_equal_the_reference(sizes, name, options, monkeypatch):
+    """With resets where segments begin and a token to either side, and a row of padding alone; kept or not, the same bits."""
+    (there, _), tokens = cut(name, monkeypatch)
+    # Two chunks a segment, the last one short; or one token more than fills all of them, so that most of the last is empty.
+    S, steps = there.S, 2 * there.S * tokens - 40 if not options else there.S * tokens + 1
+    length = -(-steps // (S * tokens)) * tokens
+    reset, mask = torch.zeros(2, steps, dtype=torch.bool), flags(2, steps, density=0.7, seed=2)
+    reset[0, [0, length - 1, steps - 1]] = reset[1, [length - 2, min(length, steps - 1)]] = True
+    mask[0] = not options
+    inputs, marks = case(steps, **sizes[0], batch=2, state=not options), {"reset": reset, "mask": mask, **options}
+    with emulated(1):
+        equal(check(inputs, BF16, **marks)[:4], forward(inputs, **marks))
+
+
+@law
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("segments", [False, True])
+@kernels("walk, streams", "walk in parts", "columns, chunks", "narrow chain", "one by one")
+def test_a_call_of_shapes_alone_gives_the_shapes_of_a_real_one(sizes, segments, save, request, monkeypatch):
+    """And their strides; whatever comes out is in memory of its own, and no larger."""
+    name = request.node.callspec.params["sizes"]
+    if segments and name in SEGMENTS:
+        cut(name, monkeypatch)
+    inputs = case(100, **sizes[0])
+    arguments = (*inputs, None, 1.0, True, 0.0, 0, save)
+    with emulated():
+        real = operator._mlstm_triton(*arguments)
+    compare(real, inputs, torch.ops.exlstm.mlstm_triton, arguments)
+    if save and sizes[1]:
+        h, c, _, _, *kept = real
+        arguments = (None, torch.ones_like(c), None, *inputs, None, h, *kept, 1.0, True, 0)
+        with emulated():
+            real = operator._mlstm_triton_backward(*arguments)
+        compare(real, inputs, torch.ops.exlstm.mlstm_triton_backward, arguments)
+
+
+def compare(real, inputs, call, arguments):
+    with FakeTensorMode() as mode:
+        fakes = call(*(mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments))
+    for a, b in zip(real, fakes, strict=True):
+        # The interpreter keeps memories in float32 that a card has in bfloat16.
+        assert a.shape == b.shape and a.stride() == b.stride() and a.dtype.is_floating_point, (a.shape, b.shape)
+        assert a.untyped_storage().nbytes() == a.numel() * a.itemsize
+    own = [x.untyped_storage().data_ptr() for x in (*real, *inputs) if x.numel()]
+    assert len(set(own)) == len(own)
 
 
 # The emulator

@@ -249,7 +249,7 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
     first, _ = starts(call, plan.S, k, v, gates, (c, None))
     scale = call.scale * gates.beta / den
     h, c_last, cs = columns(call, plan.S, (q, k, v, p), (scale, gates.alpha, gates.gamma), first, every > 0)
-    return h, c_last[:, -1].contiguous(), ns, den, s, cs, p
+    return h, _alone(c_last, -1), ns, den, s, cs, p
 
 
 def values(call, S, q, k, dh, p, gates, den, dc):
@@ -257,7 +257,12 @@ def values(call, S, q, k, dh, p, gates, den, dc):
     last, _ = ends(call, S, (q, dh, dh), gates, (den, None), (dc, None))
     weight = call.scale * gates.beta / den
     dv, first, dcs = columns(call, S, (k, q, dh, p), (gates.alpha, weight, gates.gamma), last, True, back=True)
-    return dv, dcs, first[:, 0].contiguous()
+    return dv, dcs, _alone(first, 0)
+
+
+def _alone(memories, at):
+    """One of the memories of each row (B·H, S, K, V), which keeps none of the others alive."""
+    return memories[:, at].clone() if memories.shape[1] > 1 else memories[:, 0]
 
 
 def scores(call, q, k, ns, gates, den, s, eps):
