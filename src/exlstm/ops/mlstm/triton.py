@@ -1,8 +1,8 @@
 """mLSTM on a GPU: the kernels that plan.py chooses behind the operator's signature, with exact backward.
 
 Kept for the backward are the inputs, h, two numbers a token and head (the denominator, and the sum in it where it counts), n of
-every chunk, and C and the scores of every chunk where the forward wrote them, a third of what q, k, v and h take, behind columns.py
-two thirds; the rest is worked out again.
+every chunk, and C and the scores of every chunk where the forward wrote them, a third of what q, k, v and h take, and two thirds
+behind columns.py; the rest is worked out again.
 """
 
 import torch
