@@ -138,7 +138,7 @@ def slices(
         part = slice(start, start + size)
         rows = x[part].to(products)  # (n, D)
         z = logits[: rows.shape[0], : weight.shape[0]]  # (n, V)
-        torch.mm(rows, head.t(), out=z)
+        _product(z, rows, head.t(), add=False)
         _row_by_row(z, targets[part], None if scale is None else scale[part], losses[part], cap, ignore)
         if scale is not None:
             _product(dx[part], z, head, add=False)
@@ -160,7 +160,8 @@ def _row_by_row(z, targets, scale, losses, cap, ignore):
 
 def _product(out, a, b, add):
     """a b into out, or onto it: float32 if out is, also where a and b are not, without a copy of the product."""
-    if a.dtype == out.dtype:
+    # On a CPU, where the interpreter runs, a product in 16 bits multiplies what stands in `out` by 0, and NaN stays.
+    if a.dtype == out.dtype and (a.is_cuda or a.dtype.itemsize >= 4):
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda and out.dtype == torch.float32:
         # Operators of torch that only a GPU has.
