@@ -133,12 +133,14 @@ def slices(
         dx, dweight = torch.empty_like(x), torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     size = size or tokens(weight.shape[0], products)
     head, targets = weight.to(products), targets.contiguous()
-    logits = head.new_empty(min(size, x.shape[0]), triton.cdiv(weight.shape[0], ALIGNED) * ALIGNED)
+    # On a CPU, where the interpreter runs, products in 16 bits read one number behind an odd row and multiply it by 0.
+    new = head.new_empty if head.is_cuda else head.new_zeros
+    logits = new(min(size, x.shape[0]), triton.cdiv(weight.shape[0], ALIGNED) * ALIGNED)
     for start in range(0, x.shape[0], size):
         part = slice(start, start + size)
         rows = x[part].to(products)  # (n, D)
         z = logits[: rows.shape[0], : weight.shape[0]]  # (n, V)
-        _product(z, rows, head.t(), add=False)
+        torch.mm(rows, head.t(), out=z)
         _row_by_row(z, targets[part], None if scale is None else scale[part], losses[part], cap, ignore)
         if scale is not None:
             _product(dx[part], z, head, add=False)
@@ -160,8 +162,7 @@ def _row_by_row(z, targets, scale, losses, cap, ignore):
 
 def _product(out, a, b, add):
     """a b into out, or onto it: float32 if out is, also where a and b are not, without a copy of the product."""
-    # On a CPU, where the interpreter runs, a product in 16 bits multiplies what stands in `out` by 0, and NaN stays.
-    if a.dtype == out.dtype and (a.is_cuda or a.dtype.itemsize >= 4):
+    if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif a.is_cuda and out.dtype == torch.float32:
         # Operators of torch that only a GPU has.
