@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,8 +162,8 @@ def test_the_linear_path_is_ridge_regression_and_sums_over_pieces():
         assert int(gram.windows) == 60
 
 
-@pytest.mark.parametrize("center", ["mean", "last"])
-def test_a_ridge_of_fewer_steps_is_a_map_of_the_whole_window(center):
+@pytest.mark.parametrize("center, season", [("mean", 0), ("last", 0), ("mean", 3), ("last", 3)])
+def test_a_ridge_of_fewer_steps_is_a_map_of_the_whole_window(center, season):
     """From the sums over 14 steps: the ridge of the last 5, counted from their own level, forecast by forecast."""
     torch.manual_seed(0)
     w = windows()
@@ -173,12 +174,49 @@ def test_a_ridge_of_fewer_steps_is_a_map_of_the_whole_window(center):
     for path, lookback in ((whole, 5), (short, None)):
         gram = Gram(path)
         gram.add(batch)
-        path.weight.copy_(gram.solve([0.1], lookback)[0])
+        path.weight.copy_(gram.solve([0.1], lookback, season)[0])
     assert short.weight.abs().max() > 0.01
     assert torch.allclose(whole.predict(batch), short.predict(batch), atol=1e-4)
     # The steps before the last 5 have no say.
     other = batch._replace(y=torch.cat([batch.y[:, :9] + torch.randn(60, 9), batch.y[:, 9:]], 1))
     assert torch.allclose(whole.predict(other), short.predict(other), atol=1e-4)
+
+
+def test_a_ridge_drawn_to_the_season_is_what_its_penalty_says():
+    """Least squares with rows for the penalty: away from the fitted share of the pattern, the dearer the older the step."""
+    torch.manual_seed(0)
+    w, season, n = windows(), 3, 14
+    batch = w.batch(torch.arange(3).repeat_interleave(20), torch.arange(20, 40).repeat(3), n, 7)
+    path = LinearPath(LinearConfig(7, n, scale="series"))
+    gram = Gram(path)
+    gram.add(batch)
+    path.weight.copy_(gram.solve([0.1], season=season)[0])
+    last = batch.y[:, -1:].double()
+    x = torch.cat([batch.y.double() - last, torch.ones(60, 1)], 1)
+    y = batch.target.double() - last
+    # Step k of the forecast: the mean of the steps of its phase in the four whole seasons of the window.
+    pattern = torch.zeros(n + 1, 7, dtype=torch.float64)
+    for k in range(7):
+        pattern[[2 + k % 3, 5 + k % 3, 8 + k % 3, 11 + k % 3], k] = 1 / 4
+    drawn = x @ pattern
+    pattern = pattern * ((drawn * y).sum() / drawn.square().sum()).clamp(0, 1)
+    cost = torch.cat([1 + torch.arange(n - 1, -1, -1) / season, torch.ones(1)]).double()
+    penalty = 0.1 * ((x.T @ x).diagonal() / cost).mean()
+    rows = torch.cat([x, torch.diag((penalty * cost).sqrt())])
+    wanted = torch.linalg.lstsq(rows, torch.cat([y - x @ pattern, torch.zeros(n + 1, 7)])).solution + pattern
+    assert torch.allclose(path.predict(batch).double(), last + x @ wanted, atol=1e-4)
+
+
+def test_at_any_strength_a_ridge_drawn_to_the_season_goes_on_with_what_repeats_itself():
+    t = pd.date_range("2024-01-01", periods=200, freq="h")
+    found = windows(pd.DataFrame({"a": np.tile([1.0, 5.0, 2.0, -3.0], 50)}, index=t), season=4)
+    batch = found.batch(torch.zeros(60, dtype=torch.int64), torch.arange(40, 100), 14, 7)
+    path = LinearPath(LinearConfig(7, 14, scale="series"))
+    gram = Gram(path)
+    gram.add(batch)
+    for weight in gram.solve([1e-3, 10.0, 1e6], 10, season=4):
+        path.weight.copy_(weight)
+        assert torch.allclose(path.predict(batch), batch.target, atol=1e-4)
 
 
 def test_a_mean_of_ridges_is_the_mean_of_their_forecasts_and_no_look_back_is_left_out():
@@ -191,7 +229,7 @@ def test_a_mean_of_ridges_is_the_mean_of_their_forecasts_and_no_look_back_is_lef
     batch = w.batch(torch.arange(3), torch.full((3,), 60), 21, 7)
     alone = []
     for part in recipe.parts:
-        one = ridges.Recipe(recipe.settings, (ridges.Part(part.lookback, part.alpha, 1.0),), part)
+        one = ridges.Recipe(recipe.settings, (replace(part, share=1.0),), part)
         alone.append(part.share * ridges.fit(found, one, FitConfig(horizon=7), whole=False)[0].predict(batch))
     assert torch.allclose(sum(alone), path.predict(batch), atol=1e-4)
     single = ridges.Recipe(recipe.settings, (recipe.single,), recipe.single)

@@ -198,6 +198,7 @@ def _told(recipe: ridges.Recipe, tried: int) -> str:
     more = f", {c.n_past} covariates" if c.n_past else ""
     more += ", calendar" if c.n_dates else ""
     more += f", {recipe.share:.2g} of every series' own weights" if recipe.own else ""
+    more += ", drawn also to the season" if any(part.season for part in parts) else ""
     said = f"linear path of {tried} tried: {looks}, {c.center} of the window, scale of the {c.scale}{more}"
     return f"{said}; single ridge: look-back {recipe.single.lookback}, alpha {recipe.single.alpha:.1g}"
 

@@ -1,7 +1,8 @@
 """The linear path of a fitted forecaster: a mean of ridges over many look-backs, and what single series add of their own.
 
 No look-back is chosen: validation is too short to tell them apart. Each has the strength that validation gives it and counts
-by its length and by exp(-(its error over the least - 1) / SOFT). The mean is one linear map (models/linear.py).
+by its length and by exp(-(its error over the least - 1) / SOFT). Every look-back is there twice, drawn to the level of
+the window and to the pattern of its season. The mean is one linear map (models/linear.py).
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ WIDEST = 1500
 ENOUGH, MOST = 16, 2**24
 # Blocks in time that are left out in turn, for forecasts of what was not learnt from.
 BLOCKS = 5
-# Shares of them that are tried. Validation, which chose them too, speaks too well of them: half of its share is taken.
-SHARES, HALF = (0.25, 0.5, 0.75, 1.0), 0.5
+# Shares of them that are tried. Validation, which chose them too, speaks too well of them: as much of its share is taken.
+SHARES, TAKEN = (0.25, 0.5, 0.75, 1.0), 0.75
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Part:
     lookback: int
     alpha: float
     share: float
+    season: int = 0
+    """of the pattern that it is drawn to, counted from the last value; 0: to the level of the path"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ class Trial:
     error: float
     errors: Tensor  # (W,) of the validation windows
     count: Tensor  # (W,) targets of each
-    group: Tensor  # (W,)
+    rows: list[tuple[float, Part, Tensor]]
+    """every ridge of it: error, the ridge, its map"""
+    gram: Gram
+    held: Held
 
 
 def choose(found: Split, config: FitConfig, say=None) -> tuple[LinearPath, LinearPath, Recipe, int]:
@@ -111,7 +117,8 @@ def choose(found: Split, config: FitConfig, say=None) -> tuple[LinearPath, Linea
     (a function of a text) hears how far it is.
 
     A window's own scale has to gain SCALE_GAIN over the series', other additions GAIN: choices that gain less do not carry
-    over to later data. The last value as the level also has to gain more than chance.
+    over to later data. The last value as the level also has to gain more than chance. Ridges drawn to the season come in where
+    they do no harm.
     """
     w, h = found.windows, config.horizon
     n_past, n_future = w.hist.shape[1] + w.futr.shape[1], w.futr.shape[1]
@@ -125,7 +132,7 @@ def choose(found: Split, config: FitConfig, say=None) -> tuple[LinearPath, Linea
     # A window's own scale is that of all its steps, or of the root of shortest times longest: what it is like now.
     late = (round((looks[0] * longest) ** 0.5), 0)
     # The fit at the end, of all windows, is taken for two.
-    tries = 3 + 1 + bool(w.n_dates) + 3 * bool(n_past)
+    tries = 3 + 1 + bool(w.n_dates) + 3 * bool(n_past) + 1
     pace = Pace("linear path, settings", tries + 2, say)
     best = _attempt(found, plain, looks, config)
     pace.add()
@@ -143,8 +150,11 @@ def choose(found: Split, config: FitConfig, say=None) -> tuple[LinearPath, Linea
         row = _attempt(found, replace(best.recipe.settings, **change), looks, config)
         pace.add()
         # Windows are counted from another level only where that is more than chance.
-        sure = "center" not in change or backed(best.errors - row.errors, row.count, row.group) > 0
+        sure = "center" not in change or backed(best.errors - row.errors, row.count, row.held.group) > 0
         best = row if sure and row.error < best.error * (1 - gain) else best
+    # The pattern of a season wants whole windows.
+    best = _with_season(best, looks, w.season) if int(found.begins.min()) >= longest else best
+    pace.add()
     recipe = _with_own(found, best.recipe, looks, config, say)
     return *fit(found, recipe, config, whole=False), recipe, tries
 
@@ -154,9 +164,10 @@ def choose_bent(found: Split, recipe: Recipe, config: FitConfig) -> tuple[Split,
     gains BEND_GAIN from it and more than chance."""
     other, settings = bent_split(found), replace(recipe.settings, own=0)
     plain, bent = (_attempt(split, settings, [settings.lookback], config) for split in (found, other))
-    if bent.error > plain.error * (1 - BEND_GAIN) or not backed(plain.errors - bent.errors, plain.count, plain.group):
+    sure = backed(plain.errors - bent.errors, plain.count, plain.held.group)
+    if bent.error > plain.error * (1 - BEND_GAIN) or not sure:
         return None
-    looks = [part.lookback for part in recipe.parts]
+    looks = sorted({part.lookback for part in recipe.parts})
     return other, _attempt(other, settings, looks, config).recipe
 
 
@@ -185,7 +196,7 @@ def _without_own(path: LinearPath) -> LinearPath:
 
 
 def _mean(gram: Gram, parts: tuple[Part, ...]) -> Tensor:
-    return sum(part.share * gram.solve([part.alpha], part.lookback)[0] for part in parts)
+    return sum(part.share * gram.solve([part.alpha], part.lookback, part.season)[0] for part in parts)
 
 
 def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int, longest: int):
@@ -255,30 +266,46 @@ def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
     return Held(*(torch.cat(column) for column in zip(*columns)), config.metric, found.windows.bend)
 
 
-def _parts(gram: Gram, held: Held, looks: list[int]) -> tuple[tuple[Part, ...], list[tuple[float, Part]], Tensor]:
-    """The mean of ridges, every look-back with its best strength and error, and the weights of the mean."""
-    rows, maps = [], []
+def _rows(gram: Gram, held: Held, looks: list[int], season: int = 0) -> list[tuple[float, Part, Tensor]]:
+    """Of every look-back the ridge with its best strength: its error, itself, and its map."""
+    rows = []
     for look in looks:
-        solved = gram.solve(ALPHAS, look)
-        scores = [(held.error(held.x @ weight), k) for k, weight in enumerate(solved)]
-        error, k = min(scores)
-        rows.append((error, Part(look, ALPHAS[k], 1.0)))
-        maps.append(solved[k])
-    least = max(min(error for error, _ in rows), 1e-12)
-    shares = [part.lookback * math.exp(-(min(error / least, 1e3) - 1) / SOFT) for error, part in rows]
+        solved = gram.solve(ALPHAS, look, season)
+        error, k = min((held.error(held.x @ weight), k) for k, weight in enumerate(solved))
+        rows.append((error, Part(look, ALPHAS[k], 1.0, season), solved[k]))
+    return rows
+
+
+def _mixed(rows: list[tuple[float, Part, Tensor]]) -> tuple[tuple[Part, ...], Tensor]:
+    """The mean of ridges and its map."""
+    least = max(min(error for error, _, _ in rows), 1e-12)
+    shares = [part.lookback * math.exp(-(min(error / least, 1e3) - 1) / SOFT) for error, part, _ in rows]
     total = sum(shares)
-    parts = tuple(replace(part, share=share / total) for share, (_, part) in zip(shares, rows))
-    return parts, rows, sum(part.share * weight for part, weight in zip(parts, maps))
+    parts = tuple(replace(part, share=share / total) for share, (_, part, _) in zip(shares, rows))
+    return parts, sum(part.share * weight for part, (_, _, weight) in zip(parts, rows))
 
 
 def _attempt(found: Split, settings: LinearConfig, looks: list[int], config: FitConfig) -> Trial:
     path = LinearPath(settings, found.windows.device)
     held = _held(found, path, config)
-    parts, rows, weight = _parts(_grams(found, path, config, CHOOSE_FROM)[0], held, looks)
-    least = min(error for error, _ in rows)
-    near = [part for error, part in rows if error <= least * (1 + GAIN)] or [rows[0][1]]
+    gram = _grams(found, path, config, CHOOSE_FROM)[0]
+    rows = _rows(gram, held, looks)
+    least = min(error for error, _, _ in rows)
+    near = [part for error, part, _ in rows if error <= least * (1 + GAIN)] or [rows[0][1]]
+    return _trial(settings, near[-1], rows, gram, held)
+
+
+def _trial(settings: LinearConfig, single: Part, rows: list, gram: Gram, held: Held) -> Trial:
+    parts, weight = _mixed(rows)
     mapped = held.x @ weight
-    return Trial(Recipe(settings, parts, near[-1]), held.error(mapped), *held.errors(mapped), held.group)
+    return Trial(Recipe(settings, parts, single), held.error(mapped), *held.errors(mapped), rows, gram, held)
+
+
+def _with_season(trial: Trial, looks: list[int], season: int) -> Trial:
+    """A trial with as many ridges again that are drawn to the pattern of the season, where that is no worse."""
+    rows = trial.rows + _rows(trial.gram, trial.held, looks, season)
+    both = _trial(trial.recipe.settings, trial.recipe.single, rows, trial.gram, trial.held)
+    return both if both.error <= trial.error else trial
 
 
 def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig, say=None) -> Recipe:
@@ -296,11 +323,11 @@ def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig,
     pooled = _mean(grams[0].plus(grams[1:]), recipe.parts)
     own, pace = [], Pace("own weights, series", n, say)
     for gram, piece in zip(grams, pieces):
-        own.append(_parts(gram, piece, looks))
+        own.append(_mixed(_rows(gram, piece, looks)))
         pace.add()
     base = held.x @ pooled
     away = torch.zeros_like(base)
-    for k, (_, _, weight) in enumerate(own):
+    for k, (_, weight) in enumerate(own):
         at = held.series == k
         away[at] = held.x[at] @ (weight - pooled)
     before = held.error(base)
@@ -308,4 +335,4 @@ def _with_own(found: Split, recipe: Recipe, looks: list[int], config: FitConfig,
     if error > before * (1 - GAIN):
         return recipe
     settings = replace(settings, own=n)
-    return replace(recipe, settings=settings, own=tuple(parts for parts, _, _ in own), share=HALF * share)
+    return replace(recipe, settings=settings, own=tuple(parts for parts, _ in own), share=TAKEN * share)

@@ -3,9 +3,12 @@
 W_α = (XᵀX + α t I)⁻¹ XᵀY with t the mean of XᵀX's diagonal. XᵀX and XᵀY are summed over pieces of the windows, and one
 eigendecomposition gives the answer for every α. Everything is counted from the level of the window in its scale.
 
-A ridge that sees only the last l steps, counted from their own mean, is R X with a matrix R, so that the sums over the longest
-window hold those of every shorter one, and its answer is a map of the longest window again: a mean of ridges over many
-look-backs is one matrix.
+A ridge that sees only the last l steps, counted from their own mean or from the last of them, is R X with a matrix R, so that
+the sums over the longest window hold those of every shorter one and of either level, and its answer is a map of the longest
+window again: a mean of ridges over many look-backs and levels is one matrix.
+
+A ridge is drawn to zero, that is to its level, or, from the same sums, to the mean pattern of the season (α t |(W - sP) D|²
+with the map P to that pattern, the s in [0, 1] that fits best, and D² growing with the age of a step).
 """
 
 from __future__ import annotations
@@ -165,10 +168,7 @@ class Gram:
             return
         whole = _down_the_diagonals(first, steps + _squares(enter) - _squares(leave)) - far_off
         # Every window is counted from its level, which is a sum over it.
-        level = torch.zeros(d, **new)
-        level[: c.lookback] = 1 / c.lookback
-        if c.center != "mean":
-            level = torch.zeros(d, **new).index_fill(0, torch.tensor([c.lookback - 1], device=self.home), 1.0)
+        level = _level(d, c.lookback, c.center, whole)
         whole = whole - level @ whole
         whole, crossed = whole - (whole @ level)[:, None], crossed - level @ crossed
         x, y = slice(0, c.lookback), slice(c.lookback, d)
@@ -196,33 +196,51 @@ class Gram:
             setattr(whole, name, sum((getattr(g, name) for g in others), getattr(self, name)))
         return whole
 
-    def solve(self, alphas, lookback: int | None = None) -> list[Tensor]:
-        """The weights of each α, in float32 on the path's device; `lookback`: of ridges that see only as many steps, as maps
-        of the whole window."""
+    def solve(self, alphas, lookback: int | None = None, season: int = 0) -> list[Tensor]:
+        """The weights of each α, in float32 on the path's device, as maps of the whole window; `lookback`: of ridges that see
+        only as many steps; `season`: that count them from the last value and are drawn to the pattern of the season."""
         c, home = self.path.config, self.home
-        n = c.lookback if lookback is None else lookback
+        n, center = c.lookback if lookback is None else lookback, "last" if season else c.center
         kept = torch.arange(c.lookback - n, c.features, device=home)
         xx, xy = self.xx[kept][:, kept], self.xy[kept]
-        shorter = n < c.lookback and c.center == "mean"
-        if shorter:
-            # What these windows are counted from: the mean of their last n steps.
-            xy = xy - xx[:, :n].mean(1, keepdim=True)
-            xx, xy = _centred(xx, n), _centred(xy, n)
-            xx = _centred(xx.T, n).T
+        level, aim, ease = _level(n, n, center, xx), torch.zeros_like(xy), torch.ones_like(xx[:, :1])
+        if moved := center != c.center or (n < c.lookback and center == "mean"):
+            # What these windows are counted from.
+            xy = xy - (xx[:, :n] @ level)[:, None]
+            xx, xy = _counted(xx, level), _counted(xy, level)
+            xx = _counted(xx.T, level).T
+        if season:
+            aim[:n], ease[:n, 0] = _pattern(n, season, c.horizon, xx), _ease(n, season, xx)
+            drawn = xx @ aim
+            share = ((aim * xy).sum() / (aim * drawn).sum().clamp_min(1e-30)).clamp(0, 1)
+            aim, xy, xx = share * aim, ease * (xy - share * drawn), ease * xx * ease.T
         mean = xx.diagonal().mean()
         values, vectors = torch.linalg.eigh(xx)
         turned = vectors.T @ xy
         # Directions that the windows do not have at all stay out, at any α.
         values, found = values.clamp_min(0)[:, None], []
         for alpha in alphas:
-            w = vectors @ (turned / (values + max(alpha, 1e-9) * mean.clamp_min(1e-30)))
-            if shorter:
-                w = _centred(w, n)
-                w[:n] += 1 / n
+            w = aim + ease * (vectors @ (turned / (values + max(alpha, 1e-9) * mean.clamp_min(1e-30))))
+            if moved:
+                w[:n] += torch.outer(level, 1 - w[:n].sum(0))
             whole = torch.zeros(c.features, c.horizon, dtype=w.dtype, device=home)
             whole[kept] = w
             found.append(whole.to(self.path.weight.device, self.path.weight.dtype))
         return found
+
+
+def _pattern(n: int, season: int, horizon: int, like: Tensor) -> Tensor:
+    """(n, H): the map of the last n steps to the mean of all whole seasons among them, zero where there is none."""
+    map, ahead = like.new_zeros(n, horizon), torch.arange(horizon, device=like.device)
+    for k in range(1, n // season + 1):
+        map[n - k * season + ahead % season, ahead] = season / (n - n % season)
+    return map
+
+
+def _ease(n: int, season: int, like: Tensor) -> Tensor:
+    """(n,): the root of one over what a weight costs, which grows with the age of its step in seasons."""
+    age = torch.arange(n - 1, -1, -1, dtype=like.dtype, device=like.device)
+    return (1 + age / season).rsqrt()
 
 
 def _lagged(columns: Tensor, z: Tensor, lags: int) -> Tensor:
@@ -247,6 +265,17 @@ def _down_the_diagonals(first: Tensor, steps: Tensor) -> Tensor:
     return whole
 
 
-def _centred(rows: Tensor, n: int) -> Tensor:
-    """The first n rows without their mean, the others as they are."""
-    return torch.cat([rows[:n] - rows[:n].mean(0), rows[n:]])
+def _level(rows: int, lookback: int, center: str, like: Tensor) -> Tensor:
+    """(rows,): what the mean or the last value of the first `lookback` of them is the sum with."""
+    level = like.new_zeros(rows)
+    if center == "mean":
+        level[:lookback] = 1 / lookback
+    else:
+        level[lookback - 1] = 1.0
+    return level
+
+
+def _counted(rows: Tensor, level: Tensor) -> Tensor:
+    """The first n rows counted from their level, the sum with `level` (n,), the others as they are."""
+    n = len(level)
+    return torch.cat([rows[:n] - level @ rows[:n], rows[n:]])
