@@ -219,6 +219,26 @@ def test_at_any_strength_a_ridge_drawn_to_the_season_goes_on_with_what_repeats_i
         assert torch.allclose(path.predict(batch), batch.target, atol=1e-4)
 
 
+def test_ridges_are_drawn_to_the_season_where_validation_likes_it_and_every_window_is_whole():
+    draw, config = np.random.default_rng(0), FitConfig(horizon=7, max_lookback=35)
+    week = np.tile([3.0, 1.0, 0.0, -2.0, 4.0, 0.0, -1.0], 40)[:, None] + draw.normal(size=(280, 2))
+    table = pd.DataFrame(week, columns=["a", "b"], index=pd.date_range("2024-01-01", periods=280))
+    found = fitting.split(windows(table), config)
+    path, _, recipe, _ = ridges.choose(found, config)
+    assert {part.season for part in recipe.parts} == {0, 7}
+    assert recipe.single.season == 0
+    plain = [part for part in recipe.parts if not part.season]
+    plain = tuple(replace(part, share=part.share / sum(p.share for p in plain)) for part in plain)
+    other = ridges.fit(found, replace(recipe, parts=plain), config, whole=False)[0]
+    assert fitting.linear_error(found, path, config) <= fitting.linear_error(found, other, config) * 1.001
+    # One short series among long ones.
+    pieces = [(f"s{k}", table["a"]) for k in range(3)] + [("short", table["b"].iloc[-30:])]
+    parts = [pd.DataFrame({"unique_id": name, "ds": y.index, "y": y.to_numpy()}) for name, y in pieces]
+    long = pd.concat(parts, ignore_index=True)
+    recipe = ridges.choose(fitting.split(windows(long), config), config)[2]
+    assert {part.season for part in recipe.parts} == {0}
+
+
 def test_a_mean_of_ridges_is_the_mean_of_their_forecasts_and_no_look_back_is_left_out():
     w = windows()
     found = fitting.split(w, FitConfig(horizon=7))
