@@ -207,6 +207,21 @@ def test_a_ridge_drawn_to_the_season_is_what_its_penalty_says():
     assert torch.allclose(path.predict(batch).double(), last + x @ wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("season", [0, 3])
+def test_a_strength_alone_gives_what_it_gives_among_others(season):
+    w = windows()
+    batch = w.batch(torch.arange(3).repeat_interleave(20), torch.arange(20, 40).repeat(3), 14, 7)
+    gram = Gram(LinearPath(LinearConfig(7, 14, n_dates=6, scale="series")))
+    gram.add(batch)
+    # A number that is never seen, and one that is another's twin.
+    gram.xx[-2], gram.xx[:, -2], gram.xy[-2] = 0.0, 0.0, 0.0
+    gram.xx[-3], gram.xy[-3] = gram.xx[-4], gram.xy[-4]
+    gram.xx[:, -3] = gram.xx[:, -4]
+    for alpha, weight in zip(ridges.ALPHAS, gram.solve(ridges.ALPHAS, 10, season)):
+        assert torch.allclose(gram.solve([alpha], 10, season)[0], weight, atol=1e-5)
+        assert weight[-2].abs().max() < 1e-20
+
+
 def test_at_any_strength_a_ridge_drawn_to_the_season_goes_on_with_what_repeats_itself():
     t = pd.date_range("2024-01-01", periods=200, freq="h")
     found = windows(pd.DataFrame({"a": np.tile([1.0, 5.0, 2.0, -3.0], 50)}, index=t), season=4)

@@ -214,19 +214,28 @@ class Gram:
             drawn = xx @ aim
             share = ((aim * xy).sum() / (aim * drawn).sum().clamp_min(1e-30)).clamp(0, 1)
             aim, xy, xx = share * aim, ease * (xy - share * drawn), ease * xx * ease.T
-        mean = xx.diagonal().mean()
-        values, vectors = torch.linalg.eigh(xx)
-        turned = vectors.T @ xy
-        # Directions that the windows do not have at all stay out, at any α.
-        values, found = values.clamp_min(0)[:, None], []
-        for alpha in alphas:
-            w = aim + ease * (vectors @ (turned / (values + max(alpha, 1e-9) * mean.clamp_min(1e-30))))
+        found = []
+        for w in _solved(xx, xy, alphas):
+            w = aim + ease * w
             if moved:
                 w[:n] += torch.outer(level, 1 - w[:n].sum(0))
             whole = torch.zeros(c.features, c.horizon, dtype=w.dtype, device=home)
             whole[kept] = w
             found.append(whole.to(self.path.weight.device, self.path.weight.dtype))
         return found
+
+
+def _solved(xx: Tensor, xy: Tensor, alphas) -> list[Tensor]:
+    """(XᵀX + α t I)⁻¹ XᵀY of every α from one eigendecomposition; of a single α by Cholesky, in a tenth of the time."""
+    # Directions that the windows do not have at all stay out, at any α.
+    costs = [max(alpha, 1e-9) * xx.diagonal().mean().clamp_min(1e-30) for alpha in alphas]
+    if len(costs) == 1:
+        factor, failed = torch.linalg.cholesky_ex(xx + costs[0] * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+        if not failed:
+            return [torch.cholesky_solve(xy, factor)]
+    values, vectors = torch.linalg.eigh(xx)
+    turned, values = vectors.T @ xy, values.clamp_min(0)[:, None]
+    return [vectors @ (turned / (values + cost)) for cost in costs]
 
 
 def _pattern(n: int, season: int, horizon: int, like: Tensor) -> Tensor:
