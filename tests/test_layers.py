@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
@@ -253,6 +254,19 @@ def test_compiled_equals_eager(name, with_flags):
     y, z = compiled(x, **options)[0] * valid, stack(x, **options)[0] * valid
     assert_same([y], [z])
     assert_same(gradients(stack, y, x), gradients(stack, z, x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["mlstm", "mlstm_up", "slstm"])
+def test_two_graphs_serve_every_length_in_training(name):
+    stack, counter = build(name), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(stack, fullgraph=True, backend=counter, dynamic=True)
+    for batch, time in ((2, 70), (3, 33), (2, 130), (4, 64), (2, 6)):
+        x = sample(batch, time)
+        y, z = compiled(x)[0], stack(x)[0]
+        assert_same([y], [z])
+        assert_same(gradients(stack, y, x), gradients(stack, z, x))
+    assert counter.frame_count <= 2
     torch._dynamo.reset()
 
 

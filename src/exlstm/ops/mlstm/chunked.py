@@ -114,18 +114,23 @@ def chunked(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=
 def _chunk_length(q, v, asked=None):
     """Tokens of a chunk: as many as were asked for, never more than there are, or what suits the widths."""
     if asked:
-        return min(asked, q.shape[1])
+        return torch.sym_min(asked, q.shape[1])
     longest = 32 if q.shape[-1] + v.shape[-1] <= 64 else 64
     return -(-q.shape[1] // -(-q.shape[1] // longest))
 
 
 def _spans(batch, steps, heads, keys, values, length):
     """The tokens of a sequence in blocks, as slices: as many chunks each as the cache holds, in blocks of one size."""
+    size = _block(batch, steps, heads, keys, values, length)
+    return [slice(i, min(i + size, steps)) for i in range(0, steps, size)]
+
+
+def _block(batch, steps, heads, keys, values, length):
+    """Tokens of a block. No branch asks for a number, so that a compiler may leave sizes open."""
     chunks = -(-steps // length)
     numbers = batch * heads * (2 * length * length + 2 * keys * values + 3 * length * (keys + values))
-    fit = max(1, BLOCK_NUMBERS // numbers)
-    size = -(-chunks // -(-chunks // fit)) * length
-    return [slice(i, min(i + size, steps)) for i in range(0, steps, size)]
+    fit = torch.sym_max(1, BLOCK_NUMBERS // numbers)
+    return -(-chunks // -(-chunks // fit)) * length
 
 
 def _gates(log_i, log_f, m, reset, length, dtype, eps):
@@ -561,10 +566,10 @@ def _mlstm_chunked_backward(
 
 @_mlstm_chunked.register_fake
 def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save):
-    # Without a backward nothing is kept, and the length need not be known.
+    # Without a backward nothing is kept; with one the state in front of every block but the first.
     rows, kept = q.shape[0] * q.shape[2], 0
     if save:
-        kept = len(_spans(*q.shape[:3], *c.shape[2:], _chunk_length(q, v, chunk))) - 1
+        kept = -(-q.shape[1] // _block(*q.shape[:3], *c.shape[2:], _chunk_length(q, v, chunk))) - 1
     starts = [(kept, rows, *x.shape[2:]) for x in (c, n, m)]
     memory = (x.new_empty(x.shape) for x in (c, n, m))
     kept = (x.new_empty(shape) for x, shape in zip((c, n, _wide(m)), starts))
