@@ -293,6 +293,11 @@ CALLS = {
     "block": (lambda: StackConfig(blocks=["mlstn"]), "unknown block 'mlstn', did you mean 'mlstm'"),
     "no block": (lambda: StackConfig(blocks=()), "blocks is empty"),
     "size of a layer": (lambda: Stack(StackConfig(d_model=16))(draw(2, 5, 8)), "wanted (B, T, 16)"),
+    "device of a layer": (
+        lambda: mLSTM(16)(draw(2, 5, 16).to(META)),
+        "x is on meta and the layer's weights are on cpu",
+    ),
+    "device of tokens": (lambda: model()(TOKENS.to(META)), "tokens are on meta and the model is on cpu"),
     "T = 0": (lambda: Stack(StackConfig(d_model=16))(draw(2, 0, 16)), "no axis empty"),
     "T = 0 in a layer": (lambda: mLSTM(16)(draw(2, 0, 16)), "(2, 0"),
     "T = 0 of tokens": (lambda: model()(TOKENS[:, :0]), "wanted (B, T) with no axis empty"),

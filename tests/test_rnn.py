@@ -149,6 +149,13 @@ def test_what_does_not_fit_raises_what_nn_lstm_raises(wrong):
     assert errors[0] == errors[1]
 
 
+def test_an_input_on_another_device_raises_what_nn_lstm_raises_on_a_gpu():
+    with pytest.raises(
+        RuntimeError, match="not at the same device, found input tensor at meta and parameter tensor at cpu"
+    ):
+        xLSTM(IN, D)(torch.randn(2, 3, IN, device="meta"))
+
+
 def test_a_packed_sequence_that_does_not_fit():
     """nn.LSTM raises an error of a matrix product, or goes on with rows that nobody has."""
     rnn, packed, zeros = xLSTM(IN, D, 2), pack_sequence([torch.randn(3, IN), torch.randn(2, IN)]), torch.zeros(2, 3, D)
@@ -408,6 +415,28 @@ def test_compiled_equals_eager():
     state = net(x)[1].detach()
     same(compiled(x, state, lengths=torch.tensor([5, 3]))[0], net(x, state, lengths=[5, 3])[0])
     torch._dynamo.reset()
+
+
+def test_exported_with_an_open_batch_and_length():
+    net, sizes = build(("slstm", "mlstm"), bidirectional=True, batch_first=True), {0: torch.export.Dim("batch")}
+    sizes[1] = torch.export.Dim("time", min=4)
+    program = torch.export.export(net, (sample(3, 70, IN),), dynamic_shapes=(sizes,)).module()
+    for batch, time in ((3, 70), (2, 5), (1, 200)):
+        x = sample(batch, time, IN)
+        same(program(x)[0], net(x)[0])
+
+
+def test_a_replica_has_weights_and_no_parameters():
+    """What DataParallel makes of every module for every card but the first."""
+    net, x = build(("slstm", "mlstm")), sample(5, 2, IN)
+    modules = list(net.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, part in module.named_children():
+            setattr(replica, name, replicas[part])
+        for name, weight in module._parameters.items():
+            setattr(replica, name, weight if weight is None else weight.clone())
+    same(replicas[net](x)[0], net(x)[0])
 
 
 @pytest.mark.parametrize("hidden", [2, 7, 10, 33, 50, 100])

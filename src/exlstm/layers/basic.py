@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exlstm.layers.token import SMALL, array, hooked, is_light, parameter, project, silu, token_errors
 from exlstm.ops import maps as joint
-from exlstm.ops.backend import autocasts, cast, check_tensors, distributed, exact, kernels, traced
+from exlstm.ops.backend import autocasts, cast, check_tensors, distributed, elsewhere, exact, kernels, traced
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -339,14 +339,16 @@ def check_sizes(**sizes):
 
 
 def check_input(x: Tensor, d_model: int, reader: nn.Module | None = None, name: str = "weight"):
-    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token; TypeError where it is not of
-    the dtype in which `reader`, the first map of the layer, holds its parameter `name`, and no autocast brings them together."""
+    """ValueError where a layer's input is not (B, T, d_model) with at least one row and token, or not on the device of the
+    parameter `name` of `reader`, the first map of the layer; TypeError where their dtypes differ and no autocast helps."""
     check_tensors(x=x)
     if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, wanted (B, T, {d_model}) with no axis empty")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, wanted a floating dtype")
     weight = None if reader is None else reader._parameters.get(name)
+    if elsewhere(weight, x):
+        raise ValueError(f"x is on {x.device} and the layer's weights are on {weight.device}, wanted one device")
     # Weights of whole numbers or of one byte belong to a quantised map, which reads what it likes.
     if weight is None or weight.dtype == x.dtype or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return

@@ -20,7 +20,7 @@ from exlstm.models.reading import GenerationState
 from exlstm.models.sampling import Ends, Sampling, is_whole
 from exlstm.models.stack import Stack, make_norm, set_eps
 from exlstm.models.writing import Writing
-from exlstm.ops.backend import traced
+from exlstm.ops.backend import elsewhere, traced
 from exlstm.ops.loss import linear_cross_entropy
 
 IGNORE = -100
@@ -187,6 +187,9 @@ class LanguageModel(nn.Module):
             raise TypeError(f"tokens are {tokens.dtype}, wanted whole numbers")
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, wanted (B, T) with no axis empty")
+        weight = getattr(self.embedding, "weight", None)
+        if elsewhere(weight, tokens):
+            raise ValueError(f"tokens are on {tokens.device} and the model is on {weight.device}, wanted one device")
         # On an accelerator the check would have to wait for the device; there the embedding itself refuses.
         if tokens.device.type == "cpu" and not traced():
             low, high = (int(end) for end in tokens.aminmax())

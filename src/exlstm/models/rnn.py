@@ -18,7 +18,7 @@ from exlstm.layers.basic import RMSNorm, valid_mask
 from exlstm.models.config import OPTIONS, StackConfig, from_dict, nearest
 from exlstm.models.memory import xLSTMMemory, xLSTMState
 from exlstm.models.stack import Block, scale_outputs
-from exlstm.ops.backend import autocasts, blanked, check_tensors, traced
+from exlstm.ops.backend import autocasts, blanked, check_tensors, elsewhere, traced
 
 # A norm over one unit leaves nothing of it, so a layer of one unit works in this width inside and is mapped to one.
 NARROWEST = 8
@@ -164,7 +164,8 @@ class xLSTM(nn.Module):
         if lengths is not None and not is_batched:
             raise ValueError("lengths belong to a batch, and the input is a single sequence")
         before = self._memory(x, hx, is_batched)
-        if len(x):
+        # Not its len: of that a compiler would make one number.
+        if x.shape[0]:
             y, state = self._run(x, before, valid_mask(lengths, mask, *x.shape[:2], x.device), reset)
         else:
             # Blocks want a row, and nn.LSTM none: one of zeros says what shapes and gradients there are.
@@ -229,7 +230,9 @@ class xLSTM(nn.Module):
         return None, xLSTMMemory.of([None] * depth)
 
     def _check_input(self, x):
-        wanted = next(self.parameters()).dtype
+        # A replica of DataParallel has weights and no parameters; a quantised map's weight may be a call.
+        weight = self.layers[0].enter.weight
+        wanted = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
         if x.dtype != wanted and not autocasts(x.device):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({wanted}). "
@@ -241,6 +244,11 @@ class xLSTM(nn.Module):
             )
         if x.shape[1] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if elsewhere(weight, x):
+            raise RuntimeError(
+                f"Input and parameter tensors are not at the same device, found input tensor at {x.device} "
+                f"and parameter tensor at {weight.device}"
+            )
 
     def extra_repr(self):
         told = [f"{self.input_size}, {self.hidden_size}"]
@@ -276,7 +284,7 @@ def _last(y, mask, is_reverse: bool, before):
         return y[:, 0] if is_reverse else y[:, -1]
     steps = torch.arange(mask.shape[1], device=y.device)
     place = mask.byte().argmax(1) if is_reverse else (mask * steps).amax(1)
-    last = y[torch.arange(len(y), device=y.device), place]
+    last = y[torch.arange(y.shape[0], device=y.device), place]
     return torch.where(mask.any(1)[:, None], last, torch.zeros_like(last) if before is None else before.to(last.dtype))
 
 

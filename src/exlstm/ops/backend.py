@@ -121,6 +121,12 @@ def check_tensors(**named):
             raise TypeError(f"{name} is {type(value).__name__}, wanted a tensor")
 
 
+def elsewhere(weight, x) -> bool:
+    """Whether a weight lies on another kind of device than the input x. Libraries that spread a model over cards bring the
+    input along, and those that offload it a weight that is on meta; what is no tensor is a map of somebody's."""
+    return isinstance(weight, torch.Tensor) and weight.device.type not in ("meta", x.device.type)
+
+
 def check_companions(first, reset, mask, others: dict):
     """Devices of all tensors, and shape and dtype of `reset` and `mask`, against the operator's first tensor (B, T, ...)."""
     for name, flags in (("reset", reset), ("mask", mask)):
