@@ -147,6 +147,7 @@ COMMANDS = {
     f"train broken.json --out run {SHORT}": "the corpus changed since this run began",
     f"train text.txt --out thesis {SHORT}": "thesis is no run, it holds chapter.tex",
     f"train text.txt --out text.txt {SHORT}": "text.txt is a file",
+    f"train text.txt --out text.txt/below {SHORT}": "text.txt is a file",
     # what is asked of a run
     "generate": "generate wants the folder of a run",
     "generate missing": "missing does not exist",
@@ -155,6 +156,7 @@ COMMANDS = {
     "generate run --temperature -1": "temperature is -1.0",
     "generate run --top-p 2": "top_p is 2.0",
     "generate run --tokens -5": "exlstm: tokens is -5",
+    "generate run --prompt -x": "--prompt wants a value, and one that begins with - is written --prompt=-...",
     "generate run --tokens many": "--tokens is 'many', wanted a number",
     "generate run --device gpu9": "device 'gpu9' cannot be used here",
     "generate run --device meta": "device 'meta' cannot be used here",

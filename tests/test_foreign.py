@@ -382,6 +382,7 @@ def test_what_is_not_understood_is_named(tmp_path):
         ),
         (weights | {f"{block}v.weight": weights[f"{block}v.weight"].long()}, "int64, wanted a floating dtype"),
         ({"lstm.weight_ih_l0": torch.zeros(3)}, "holds lstm.weight_ih_l0: no weights of"),
+        ({"stack.blocks.0.norm.weight": torch.zeros(3)}, "ours want the folder of save_pretrained"),
         ({}, "holds nothing"),
         ({"a": 3}, "holds int under 'a'"),
         ({"blocks.0.xlstm_norm.weight": torch.zeros(4)}, "looks like an xLSTMBlockStack, and lacks blocks.0.xlstm."),

@@ -366,7 +366,8 @@ def _squeezed(box: str) -> str:
     told = re.split(r"Argument helptext:|For full helptext", re.sub(r"-{4,}", " ", told))[0]
     told = " ".join(told.split()).removesuffix(".")
     if missing := re.match(r"Missing value for argument '(\S+)'(?:. Expected (\d+) values)?", told):
-        return f"{missing[1]} wants {'a value' if missing[2] in (None, '1') else f'{missing[2]} values'}"
+        single = f"a value, and one that begins with - is written {missing[1]}=-..."
+        return f"{missing[1]} wants {single if missing[2] in (None, '1') else f'{missing[2]} values'}"
     number = r"Error parsing (--\S+): (?:invalid literal|could not convert|no type matching).*(?:: |from \[)('.*?')"
     if wrong := re.match(number, told):
         return f"{wrong[1]} is {wrong[2]}, wanted a number"

@@ -177,8 +177,9 @@ def _stored(folder: Path) -> dict:
     """The run.json of a run's folder; {} where a run may begin. ValueError: the folder is something else."""
     if (folder / SETTINGS).exists():
         return read_config(folder / SETTINGS)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, wanted a folder for the run: choose another with --out")
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"{part} is a file, wanted a folder for the run: choose another with --out")
     for file in sorted(folder.iterdir()) if folder.exists() else ():
         # A preparation of the text that was killed leaves data/ alone.
         if file.name != "data" and not file.name.startswith("."):

@@ -93,7 +93,8 @@ def _build(weights: Weights, given: dict, device: str, dtype):
     if family is None:
         some = _some(sorted(weights.shapes)) or "nothing"
         raise ValueError(
-            f"{weights.where} holds {some}: no weights of xLSTMBlockStack, xLSTMLMModel, xLSTMLarge or ours"
+            f"{weights.where} holds {some}: no weights of xLSTMBlockStack, xLSTMLMModel or xLSTMLarge, "
+            "and ours want the folder of save_pretrained"
         )
     try:
         if family.kind == "large":
