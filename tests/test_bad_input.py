@@ -16,7 +16,7 @@ import exlstm
 from exlstm import LanguageConfig, LanguageModel, Stack, StackConfig, mLSTM, sLSTM
 from exlstm.cli import main
 from exlstm.data.config import DataConfig
-from exlstm.models import probe
+from exlstm.models import checkpoint, probe
 from exlstm.models.config import OPTIONS
 from exlstm.ops.mlstm import mlstm
 from exlstm.ops.slstm import slstm
@@ -227,6 +227,21 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_taken(place, capsys
     # Training goes on from the good one and ends where the run had ended.
     assert main(f"train text.txt --out run {SHORT}".split()) == 0
     assert "step-00000002" in capsys.readouterr().out
+    assert main(["generate", "run", "--tokens", "5", "--seed", "0"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(place, capsys, monkeypatch):
+    """As a training does that goes on: every one that was listed is gone, and a newer one stands there."""
+    steps, real = place / "run/checkpoints", checkpoint._load_folder
+
+    def replaced(*args):
+        monkeypatch.setattr(checkpoint, "_load_folder", real)
+        (steps / "step-00000002").rename(steps / "step-00000003")
+        shutil.rmtree(steps / "step-00000001")
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint, "_load_folder", replaced)
     assert main(["generate", "run", "--tokens", "5", "--seed", "0"]) == 0
     assert capsys.readouterr().err == ""
 

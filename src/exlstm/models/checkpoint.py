@@ -79,18 +79,19 @@ def load(kind, folder: str | os.PathLike, device=None, dtype=None):
         raise ValueError(f"{folder} is a file, wanted the folder of a model or of a run")
     if (folder / CONFIG).exists() or not (folder / "checkpoints").is_dir():
         return _load_folder(kind, folder, device, dtype)
-    bad = []
-    for step in steps_in(folder / "checkpoints"):
+    steps, bad = folder / "checkpoints", {}
+    # Asked for anew each time: a training that goes on writes new ones and removes the old, in the midst of a reading too.
+    while left := [path for step in steps_in(steps) if (path := step_folder(steps, step)) not in bad]:
         try:
-            model = _load_folder(kind, step_folder(folder / "checkpoints", step), device, dtype)
+            model = _load_folder(kind, left[0], device, dtype)
         except (ValueError, OSError) as error:
-            bad.append(str(error))
+            bad[left[0]] = str(error)
             continue
-        for reason in bad:
+        for reason in (told for path, told in bad.items() if path.exists()):
             warnings.warn(f"passed over a newer checkpoint: {reason}", UserWarning, stacklevel=3)
         return model
     if bad:
-        raise ValueError(f"no checkpoint in {folder} can be read; the newest: {bad[0]}")
+        raise ValueError(f"no checkpoint in {folder} can be read; the newest: {next(iter(bad.values()))}")
     raise FileNotFoundError(f"{folder} holds no checkpoint yet")
 
 
