@@ -48,6 +48,7 @@ FILES = {
     "months.csv": pd.DataFrame({"ds": ["2024-01-31", "2024-02-29", "2024-03-15", "2024-04-30"], "y": 1.0}),
     "column_twice.csv": "ds,y,y\n2024-01-01,1,2\n2024-01-02,1,2\n",
     "empty.csv": "",
+    "blank.csv": "ds;y\n;\n;\n",
     "ragged.csv": "ds,y\n2024-01-01,1\n2024-01-02,1,3,4\n",
     "words.csv": pd.DataFrame({"ds": DAYS, "name": [f"n{i}" for i in range(40)], "place": "x"}),
     "two.csv": pd.DataFrame({"id": ["a", "b"] * 20, "ds": np.repeat(DAYS[:20], 2), "p": 1.0, "q": 2.0}),
@@ -103,6 +104,12 @@ COMMANDS = {
     "forecast good.csv --target y --horizon -1": "horizon is -1",
     "forecast good.csv --target y --horizon seven": "--horizon is 'seven', wanted a number",
     "forecast good.csv --target y --level 120": "level holds 120.0, wanted numbers between 0 and 100",
+    "forecast good.csv --target y --level 80 ninety": "--level is 'ninety', wanted a number",
+    "forecast good.csv --target y --horizon 1000000000": "the longest series has 40 rows, a horizon of 1000000000 wants",
+    "forecast good.csv --target y --horizon 7 --fit.val-size 50": "a horizon of 7 with a val_size of 50 wants at least 64",
+    "forecast good.csv --target y --horizon 7 --cv 5": "5 rows before the last 35, which are the test, a horizon of 7",
+    "forecast good.csv --target y --horizon 7 --cv 9": "0 rows before the last 63, which are the test, a horizon of 7",
+    "forecast blank.csv": "blank.csv has a header and no rows",
     "forecast good.csv --target y --cv -2": "cv is -2",
     "forecast good.csv --target y --fit.members oracle": "unknown member 'oracle'",
     "forecast good.csv --target y --fit.blocks slst": "unknown block 'slst'",
@@ -200,7 +207,10 @@ CALLS = {
     "level and quantiles": (lambda m: m.predict(level=[80], quantiles=[0.1]), "are both given"),
     "a quantile of 2": (lambda m: m.predict(quantiles=[2]), "quantiles hold 2"),
     "no windows": (lambda m: m.cross_validation(n_windows=0), "n_windows is 0"),
-    "more windows than rows": (lambda m: m.cross_validation(n_windows=9), "so nothing is left to learn from"),
+    "more windows than rows": (
+        lambda m: m.cross_validation(n_windows=9),
+        "has 0 rows before the last 63, which are the test",
+    ),
     "a gap before the update": (lambda m: m.update(GOOD.iloc[[20]][["ds", "y"]]), "wanted 2024-02-10 00:00:00"),
     "an unknown metric": (
         lambda m: m.evaluate(m.cross_validation(), metrics=["mase", "luck"]),
@@ -260,6 +270,18 @@ CALLS = {
     ),
     "steps of nothing": (lambda m: Forecaster(3, freq="0D").fit(GOOD[["ds", "y"]]), "freq is '0D', wanted"),
     "steps backwards": (lambda m: Forecaster(3, freq="-1D").fit(GOOD[["ds", "y"]]), "freq is '-1D', wanted"),
+    "a time of the name of an interval": (
+        lambda m: Forecaster(3).fit(GOOD[["ds", "y"]].rename(columns={"ds": "xLSTM-hi-95"})),
+        "column 'xLSTM-hi-95' has the name of a column of forecasts",
+    ),
+    "a target of the name of the ids": (
+        lambda m: Forecaster(3, target_col="unique_id").fit(GOOD[["ds", "y"]].rename(columns={"y": "unique_id"})),
+        "column 'unique_id' has the name of a column of forecasts",
+    ),
+    "a wide frame over y": (
+        lambda m: Forecaster(3, time_col="y").fit(GOOD.assign(z=1.0)[["ds", "x", "z"]].rename(columns={"ds": "y"})),
+        "column 'y' has a name that a table with a column a series keeps free",
+    ),
     "a duration": (lambda m: Forecaster(3).fit(GOOD.assign(y=pd.to_timedelta(GOOD.y, "s"))), "holds timedelta64"),
     "a complex column": (lambda m: Forecaster(3).fit(GOOD.assign(y=GOOD.y + 0j)), "holds complex128, wanted numbers"),
     "times without days": (

@@ -233,6 +233,7 @@ MAKES = {
     "excel.csv": excel,
     "indexed.csv": lambda data, path: data.to_csv(path),
     "empty column.csv": lambda data, path: data.assign(**{"": np.nan}).to_csv(path, index=False),
+    "empty rows.csv": lambda data, path: path.write_text(data.to_csv(index=False) + ",\n,\n"),
 }
 
 
@@ -243,6 +244,16 @@ def test_tables_of_many_makes_are_read(name, tmp_path):
     found = panel_of(read_table(path))
     found = Forecaster(H, config=LINEAR).fit(found).panel if name == "empty column.csv" else found
     assert np.allclose(found.y, Y) and found.freq == "D"
+
+
+def test_what_holds_no_numbers_is_left_out_and_told():
+    told = panel_of(series().rename(columns={"y": "sold"}).assign(price="$3", note=None)).told
+    assert "left out, as not all that they hold are numbers: 'price', 'note'" in told
+
+
+def test_a_column_that_is_to_be_forecast_tells_no_series_apart():
+    found = Forecaster(H, target_col="sku", config=LINEAR).fit(series().rename(columns={"y": "sku"}))
+    assert found.panel.columns.id == "" and len(found.predict()) == H
 
 
 def test_a_text_that_is_no_utf8_is_read_and_told(tmp_path):

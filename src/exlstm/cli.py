@@ -368,7 +368,8 @@ def _squeezed(box: str) -> str:
     if missing := re.match(r"Missing value for argument '(\S+)'(?:. Expected (\d+) values)?", told):
         single = f"a value, and one that begins with - is written {missing[1]}=-..."
         return f"{missing[1]} wants {single if missing[2] in (None, '1') else f'{missing[2]} values'}"
-    number = r"Error parsing (--\S+): (?:invalid literal|could not convert|no type matching).*(?:: |from \[)('.*?')"
+    kinds = r"(?:invalid literal|could not convert|no type matching).*(?:: |from \[)|Could not.*: \[(?:'[\d.]+', )*"
+    number = rf"Error parsing (--\S+): (?:{kinds})('.*?')"
     if wrong := re.match(number, told):
         return f"{wrong[1]} is {wrong[2]}, wanted a number"
     return re.sub(r"^Error parsing [\w.-]+: ", "", told) or "these arguments do not fit"

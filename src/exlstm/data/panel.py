@@ -132,3 +132,29 @@ def to_pandas(data):
     except ImportError:
         # polars goes through pyarrow, which is not always there.
         return pd.DataFrame({c: frame[c].to_list() for c in frame.columns})
+
+
+def numbers(frame, column: str) -> np.ndarray:
+    """A column as float64; the first text that is no number, or an infinity, is a ValueError."""
+    pd = require_pandas()
+    values = frame[column]
+    kind = getattr(values.dtype, "kind", "O")
+    if kind in "mMc" or isinstance(values.dtype, pd.CategoricalDtype | pd.DatetimeTZDtype):
+        raise ValueError(f"column {column!r} holds {values.dtype}, wanted numbers")
+    if not pd.api.types.is_numeric_dtype(values):
+        coerced = pd.to_numeric(values, errors="coerce")
+        text = values.astype(str).str.strip().str.lower()
+        bad = np.flatnonzero(coerced.isna() & values.notna() & ~text.isin(("", "nan", "na", "null", "none", "?")))
+        if len(bad):
+            raise ValueError(f"column {column!r} holds {values.iloc[bad[0]]!r} in row {bad[0] + 1}, wanted a number")
+        values = coerced
+    values = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    refuse_infinite(values, column)
+    return values
+
+
+def refuse_infinite(values, column: str):
+    if (bad := np.flatnonzero(np.isinf(values))).size:
+        raise ValueError(f"column {column!r} holds an infinity in row {bad[0] + 1}, wanted a number or nothing")
+    if (bad := np.flatnonzero(np.abs(values) > 1e30)).size:
+        raise ValueError(f"column {column!r} holds {values[bad[0]]:g} in row {bad[0] + 1}, more than 1e30")

@@ -10,7 +10,7 @@ from numbers import Integral
 import numpy as np
 
 from exlstm.data import frequency
-from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, require_pandas, to_pandas
+from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, numbers, refuse_infinite, require_pandas, to_pandas
 
 ID_NAMES = ("unique_id", "id", "series_id", "item_id", "series", "item", "series_name", "store", "sku")
 TIME_NAMES = ("ds", "date", "time", "timestamp", "datetime", "period")
@@ -184,8 +184,9 @@ def _guess_columns(frame, columns: Columns, told: list, known):
     if columns.id:
         _present(names, columns.id, "id")
     else:
-        found = [c for n in ID_NAMES for c in rest if c.lower() == n]
-        found += [c for c in rest if not pd.api.types.is_numeric_dtype(frame[c]) and _repeats(frame, c, columns.time)]
+        free = [c for c in rest if c != columns.target]
+        found = [c for n in ID_NAMES for c in free if c.lower() == n]
+        found += [c for c in free if not pd.api.types.is_numeric_dtype(frame[c]) and _repeats(frame, c, columns.time)]
         if found:
             told.append(f"series are told apart by column {found[0]!r}")
         columns = replace(columns, id=found[0] if found else "")
@@ -194,7 +195,7 @@ def _guess_columns(frame, columns: Columns, told: list, known):
         _present(names, columns.target, "target")
         return columns, []
     named = [c for n in TARGET_NAMES for c in values if c.lower() == n]
-    numeric = _of_numbers(frame, values, told)
+    numeric = _of_numbers(frame, [] if named else values, told)
     if not named and not numeric and len(values) == 1:
         named = values
     if not named and not numeric:
@@ -219,6 +220,8 @@ def _repeats(frame, column: str, time: str) -> bool:
 def _of_wide(frame, columns: Columns, names: list, freq, known) -> Panel:
     """Every column of `names` a series on one clock, which is read once: from rows that are numbered in place of a target."""
     rows = frame[[columns.time, *columns.futr, *columns.hist]]
+    if ours := {ID, TARGET} & set(rows.columns):
+        raise ValueError(f"column {min(ours)!r} has a name that a table with a column a series keeps free; rename it")
     rows.insert(0, TARGET, np.arange(len(rows)))
     columns = replace(columns, id=ID, target=TARGET)
     clock = _of_long(rows, replace(columns, id=""), freq, known, names[0])
@@ -235,9 +238,11 @@ def _of_wide(frame, columns: Columns, names: list, freq, known) -> Panel:
 
 
 def _of_numbers(frame, names: list, told: list) -> list:
-    """Of the columns with these names those that hold numbers, a counter of the rows apart."""
+    """Of the columns with these names those that hold numbers, a counter of the rows apart; tells which do not."""
     types = require_pandas().api.types
     numeric = [c for c in names if types.is_numeric_dtype(frame[c]) and not types.is_bool_dtype(frame[c])]
+    if numeric and (others := [c for c in names if c not in numeric]):
+        told.append(f"left out, as not all that they hold are numbers: {_some(others)}")
     if counters := [c for c in numeric if len(numeric) > 1 and _counts_rows(frame[c])]:
         told.append(f"column {counters[0]!r} counts the rows and is left out")
     return [c for c in numeric if c not in counters]
@@ -296,32 +301,6 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
         list(names), spread(y), offsets, firsts, freq, none if futr is None else futr, none if hist is None else hist,
         static, columns, zone, levels, told, wall=wall, dayfirst=reading["dayfirst"],
     )  # fmt: skip
-
-
-def numbers(frame, column: str) -> np.ndarray:
-    """A column as float64; the first text that is no number, or an infinity, is a ValueError."""
-    pd = require_pandas()
-    values = frame[column]
-    kind = getattr(values.dtype, "kind", "O")
-    if kind in "mMc" or isinstance(values.dtype, pd.CategoricalDtype | pd.DatetimeTZDtype):
-        raise ValueError(f"column {column!r} holds {values.dtype}, wanted numbers")
-    if not pd.api.types.is_numeric_dtype(values):
-        coerced = pd.to_numeric(values, errors="coerce")
-        text = values.astype(str).str.strip().str.lower()
-        bad = np.flatnonzero(coerced.isna() & values.notna() & ~text.isin(("", "nan", "na", "null", "none", "?")))
-        if len(bad):
-            raise ValueError(f"column {column!r} holds {values.iloc[bad[0]]!r} in row {bad[0] + 1}, wanted a number")
-        values = coerced
-    values = values.to_numpy(dtype=np.float64, na_value=np.nan)
-    refuse_infinite(values, column)
-    return values
-
-
-def refuse_infinite(values, column: str):
-    if (bad := np.flatnonzero(np.isinf(values))).size:
-        raise ValueError(f"column {column!r} holds an infinity in row {bad[0] + 1}, wanted a number or nothing")
-    if (bad := np.flatnonzero(np.abs(values) > 1e30)).size:
-        raise ValueError(f"column {column!r} holds {values[bad[0]]:g} in row {bad[0] + 1}, more than 1e30")
 
 
 def _refuse_twice(codes, times, names, column: str, zone, wide: str):

@@ -155,6 +155,8 @@ def offsets(windows: Windows, series: Tensor) -> Tensor:
 def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None) -> Engine:
     """The whole procedure: split, linear path, network, blend, calibration, refit. `report(text)` hears of it."""
     say = report or (lambda text: None)
+    # Before anything of the horizon's length is made.
+    fitting.check_lengths(panel.lengths, season, config)
     # Scales and means come from what is learnt from, not from the validation part.
     begins = fitting.begins(torch.from_numpy(panel.lengths), season, config)
     statistics = statistics_of(panel.cut(panel.lengths - begins.numpy()))

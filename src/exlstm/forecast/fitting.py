@@ -78,16 +78,22 @@ def _least(season: int, horizon: int) -> int:
 
 def split(windows: Windows, config: FitConfig) -> Split:
     """Every series parted at `begins`; ValueError where none is long enough."""
-    h, first = config.horizon, begins(windows.lengths.cpu(), windows.season, config).to(windows.device)
-    found = Split(windows, first, _naive_error(windows, first))
-    if config.val_size and config.val_size < h:
-        raise ValueError(f"val_size is {config.val_size}, wanted at least the horizon, {h}")
-    if not found.val(h).total or not found.train(4, h).total:
-        longest, least = int(windows.lengths.max()), 2 * h + _least(windows.season, h)
-        raise ValueError(
-            f"the longest series has {longest} rows, a horizon of {h} wants at least {least} to learn and to check"
-        )
-    return found
+    check_lengths(windows.lengths, windows.season, config)
+    first = begins(windows.lengths.cpu(), windows.season, config).to(windows.device)
+    return Split(windows, first, _naive_error(windows, first))
+
+
+def check_lengths(lengths, season: int, config: FitConfig, tested: int = 0):
+    """ValueError where no series is long enough to be learnt from and to be checked by, its last `tested` rows apart; costs
+    nothing, whatever the horizon."""
+    h, size, longest = config.horizon, config.val_size, max(0, int(lengths.max()) - tested)
+    if size and size < h:
+        raise ValueError(f"val_size is {size}, wanted at least the horizon, {h}")
+    least = h + max(h, size) + _least(season, h)
+    if longest < least:
+        wants = f"a horizon of {h}" + (f" with a val_size of {size}" if size else "")
+        rows = f"{longest} rows" + (f" before the last {tested}, which are the test" if tested else "")
+        raise ValueError(f"the longest series has {rows}, {wants} wants at least {least} to learn and to check")
 
 
 def _naive_error(windows: Windows, begins: Tensor) -> Tensor:

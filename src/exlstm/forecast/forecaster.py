@@ -12,7 +12,7 @@ import torch
 from exlstm.data import frequency
 from exlstm.data.panel import TARGET, Columns, Panel
 from exlstm.data.series import panel_of, without_times
-from exlstm.forecast import combine, engine, files, frames
+from exlstm.forecast import combine, engine, files, fitting, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 from exlstm.train.progress import Pace
 
@@ -116,6 +116,7 @@ class Forecaster:
                 raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
         wanted, endings = frames.check_levels(self.level if level is None else level, None)
         season, whole = self.season or frequency.seasons(panel.freq)[0], []
+        fitting.check_lengths(panel.lengths, season, self.config, self.h + (n_windows - 1) * step)
         model, place = copy.copy(self), {name: n for n, name in enumerate(panel.ids)}
         for k in range(n_windows - 1, -1, -1):
             back = self.h + k * step
@@ -274,9 +275,7 @@ class Forecaster:
 
     def _usable(self, panel: Panel) -> Panel:
         """The panel from the first value of every series on: before it, only what comes later could fill the gaps."""
-        ours = {MODEL, *TITLES.values(), "cutoff"} & {panel.columns.id, panel.columns.time, panel.columns.target}
-        if ours:
-            raise ValueError(f"column {min(ours)!r} has the name of a column of forecasts; rename it")
+        frames.refuse_names(panel)
         seen = np.logical_or.reduceat(~np.isnan(panel.y), panel.offsets[:-1])
         if not seen.all():
             lost = [str(i) for i, s in zip(panel.ids, seen) if not s]

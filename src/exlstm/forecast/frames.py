@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from numbers import Real
 
 import numpy as np
 
 from exlstm.data import frequency
-from exlstm.data.panel import ID, TARGET, Panel, require_pandas, to_pandas
-from exlstm.data.series import columns_of, numbers
+from exlstm.data.panel import ID, TARGET, Panel, numbers, require_pandas, to_pandas
+from exlstm.data.series import columns_of
+from exlstm.forecast.config import MODEL, TITLES
 
 
 def shown(times, panel: Panel):
@@ -29,6 +31,15 @@ def ahead(panel: Panel, n: int, horizon: int):
 
 def id_column(panel: Panel) -> str:
     return panel.columns.id or ID
+
+
+def refuse_names(panel: Panel):
+    """ValueError where id, time or target have the name of another column of forecasts."""
+    names, titles = panel.columns, "|".join((MODEL, *TITLES.values()))
+    for name in (names.id, names.time, names.target):
+        ours = re.fullmatch(rf"cutoff|(?:{titles})(?:-(?:lo|hi)-[\d.]+|_ql[\d.]+)?", name)
+        if ours or (not names.id and name == ID):
+            raise ValueError(f"column {name!r} has the name of a column of forecasts; rename it")
 
 
 def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | None:

@@ -83,7 +83,14 @@ def _read_csv(path: Path, id: str, like):
         held = like is not None and name in like.columns and like[name].dtype.kind not in "iufb"
         if held or frame[name].dtype.kind == "f" or text.str.match(r"\s*0\d").any():
             frame[name] = text.str.strip()
-    return _with_points(frame, ids, as_text) if sep == ";" else frame
+    return _trimmed(_with_points(frame, ids, as_text) if sep == ";" else frame)
+
+
+def _trimmed(frame):
+    """Without empty rows at the end and empty columns without a name, which spreadsheets write."""
+    rows = frame.notna().any(axis=1).to_numpy().nonzero()[0]
+    held = [n for n, c in enumerate(frame.columns) if not re.fullmatch(r"Unnamed: \d+", c) or frame[c].notna().any()]
+    return frame.iloc[: rows[-1] + 1 if len(rows) else 0, held]
 
 
 def _dialect(path: Path) -> tuple[str, dict]:

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from exlstm.data import frequency
-from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, require_pandas
-from exlstm.data.series import refuse_infinite
+from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, refuse_infinite, require_pandas
 
 # The frequencies of the Monash archive as pandas writes them.
 TSF_FREQUENCIES = {
