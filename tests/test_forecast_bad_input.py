@@ -37,6 +37,7 @@ FILES = {
     "inf.csv": changed(4, "y", np.inf),
     "huge.csv": changed(4, "y", 1e40),
     "missing.csv": GOOD.assign(y=np.nan),
+    "tail.csv": GOOD.assign(y=GOOD.y.where(GOOD.index < 33)),
     "date.csv": changed(4, "ds", "the fifth"),
     "hole.csv": changed(4, "ds", None),
     "twice.csv": pd.concat([GOOD, GOOD.iloc[[3]]]),
@@ -114,6 +115,11 @@ COMMANDS = {
     "forecast good.csv --target y --fit.members oracle": "unknown member 'oracle'",
     "forecast good.csv --target y --fit.blocks slst": "unknown block 'slst'",
     "forecast good.csv --target y --fit.lr 0": "lr is 0",
+    "forecast good.csv --target y --fit.variates atention": "variates is 'atention', did you mean 'attention'?",
+    "forecast good.csv --target y --fit.design patch": "design is 'patch', did you mean 'patches'?",
+    "forecast good.csv --target y --fit.dropout 1": "dropout is 1.0, wanted 0 ≤ dropout < 1",
+    "forecast good.csv --target y --fit.n-heads 0": "n_heads is 0, wanted a whole number of at least 1",
+    "forecast tail.csv --target y --horizon 7": "the last 7 steps, which choices and intervals go by, hold no value",
     "forecast good.csv --target y --device gpu9": "device 'gpu9' cannot be used here",
     "forecast good.csv --target y --horizn 3": "unknown field --horizn, did you mean --horizon?",
     "forecast good.csv --target y --out nowhere/fc.csv": "there is no folder",
@@ -143,6 +149,7 @@ COMMANDS = {
     "forecast good.csv --model kept --exog z --future future.csv": "a model with covariates x, --exog is z",
     "forecast good.csv --model kept --freq W --future future.csv": "a model of frequency 'D', --freq is 'W'",
     "forecast good.csv --model kept --static x --future future.csv": "with static columns none, --static is x",
+    "forecast good.csv --model kept --fit.lookback 5 --future future.csv": "with lookback 0, --fit.lookback is 5",
     "forecast fake.csv.gz": "fake.csv.gz cannot be read as a table: Not a gzipped file",
     "forecast fake.zip": "fake.zip cannot be read as a table: File is not a zip file",
     "forecast book.xlsx": "book.xlsx is a spreadsheet, wanted CSV or Parquet",
@@ -277,6 +284,10 @@ CALLS = {
     "a target of the name of the ids": (
         lambda m: Forecaster(3, target_col="unique_id").fit(GOOD[["ds", "y"]].rename(columns={"y": "unique_id"})),
         "column 'unique_id' has the name of a column of forecasts",
+    ),
+    "an array of the future": (
+        lambda m: Forecaster(3, target_col="y", futr_exog="x", config=LINEAR).fit(GOOD).predict(futr_df=np.ones(3)),
+        "the data is ndarray, wanted a pandas or polars frame",
     ),
     "a wide frame over y": (
         lambda m: Forecaster(3, time_col="y").fit(GOOD.assign(z=1.0)[["ds", "x", "z"]].rename(columns={"ds": "y"})),

@@ -113,7 +113,7 @@ def require_pandas():
     return pandas
 
 
-def to_pandas(data):
+def to_pandas(data, wanted: str = "a pandas or polars frame"):
     """A pandas frame out of pandas, or of anything that narwhals knows (polars, pyarrow, ...)."""
     pd = require_pandas()
     if isinstance(data, pd.DataFrame):
@@ -125,8 +125,7 @@ def to_pandas(data):
         frame = frame.collect() if isinstance(frame, nw.LazyFrame) else frame
     except (ImportError, TypeError):
         kind = type(data).__name__
-        told = f"the data is {kind}, wanted a pandas or polars frame, a Series, or an array of numbers"
-        raise TypeError(told) from None
+        raise TypeError(f"the data is {kind}, wanted {wanted}") from None
     try:
         return frame.to_pandas()
     except ImportError:

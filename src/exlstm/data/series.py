@@ -39,7 +39,7 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
         return _of_arrays(data, freq)
     if isinstance(data, pd.Series):
         data = data.to_frame(TARGET if data.name is None else data.name)
-    frame = columns_of(to_pandas(data), columns)
+    frame = columns_of(to_pandas(data, "a pandas or polars frame, a Series, or an array of numbers"), columns)
     if frame.empty or not len(frame.columns):
         raise ValueError("the data has no rows")
     frame, time = _with_time(frame, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -225,7 +225,7 @@ def _model(command: Forecast, frame, future, saved: Path | None):
 
 
 def _check_columns(command: Forecast, model, saved: Path):
-    """ValueError where the command names other columns, or another frequency, than the saved model was fitted on."""
+    """ValueError where the command names other columns, another frequency or settings than the saved model was fitted with."""
     from exlstm.data import frequency
 
     panel, columns = model.panel, model.panel.columns
@@ -238,6 +238,11 @@ def _check_columns(command: Forecast, model, saved: Path):
         given = getattr(command, option)
         if given and given != held:
             raise ValueError(f"{saved} holds a model with {option} {held!r}, --{option} is {given!r}")
+    for f in fields(FitConfig):
+        given, fitted = getattr(command.fit, f.name), getattr(model.config, f.name)
+        if given not in (f.default, fitted) and f.name != "minutes":
+            name = f.name.replace("_", "-")
+            raise ValueError(f"{saved} holds a model fitted with {name} {fitted!r}, --fit.{name} is {given!r}")
     held = {*columns.futr, *columns.hist}
     if command.exog and set(command.exog) != held:
         told = ", ".join(sorted(held)) or "none"

@@ -10,6 +10,7 @@ from tyro.conf import Suppress
 from exlstm.models.config import OPTIONS, nearest
 
 MEMBERS = ("naive", "theta", "linear", "arcsinh", "network")
+CHOICES = {"metric": ("mae", "mse"), "variates": ("none", "attention", "slstm"), "design": ("patches", "xlstmtime")}
 # Names of the columns of the members, and of the single ridge that stands beside them, as NeuralForecast names its models.
 TITLES = {
     "naive": "SeasonalNaive",
@@ -81,6 +82,7 @@ class FitConfig:
             "max_lookback": 4,
             "d_model": 1,
             "n_layers": 1,
+            "n_heads": 1,
             "batch_size": 1,
             "max_steps": 1,
             "patience": 1,
@@ -94,8 +96,12 @@ class FitConfig:
                 raise ValueError(f"unknown {what} {wrong[0]!r}{nearest(wrong[0], known)}")
         if not self.members:
             raise ValueError(f"members is empty; it names at least one of {', '.join(MEMBERS)}")
-        if self.metric not in ("mae", "mse"):
-            raise ValueError(f"metric is {self.metric!r}, wanted mae or mse")
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}{nearest(value, known)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, wanted 0 ≤ dropout < 1")
         for name in ("lr", "minutes", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not (value > 0 if name == "lr" else value >= 0):

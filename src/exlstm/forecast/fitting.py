@@ -80,7 +80,20 @@ def split(windows: Windows, config: FitConfig) -> Split:
     """Every series parted at `begins`; ValueError where none is long enough."""
     check_lengths(windows.lengths, windows.season, config)
     first = begins(windows.lengths.cpu(), windows.season, config).to(windows.device)
+    _check_values(windows, first)
     return Split(windows, first, _naive_error(windows, first))
+
+
+def _check_values(windows: Windows, first: Tensor):
+    """ValueError where the validation parts hold no value at all."""
+    seen = ~torch.from_numpy(windows.panel.y).isnan()
+    parts = [
+        (a + cut, a + length) for a, cut, length in zip(*(x.tolist() for x in (windows.starts, first, windows.lengths)))
+    ]
+    if not any(bool(seen[a:b].any()) for a, b in parts):
+        rows = max(b - a for a, b in parts)
+        told = "which choices and intervals go by, hold no value; leave out what lies behind the last value"
+        raise ValueError(f"the last {rows} steps, {told}")
 
 
 def check_lengths(lengths, season: int, config: FitConfig, tested: int = 0):
