@@ -47,6 +47,7 @@ FILES = {
         {"ds": pd.to_datetime(["2024-10-27 01:00", "2024-10-27 02:00", "2024-10-27 02:00"]), "y": 1.0}
     ),
     "months.csv": pd.DataFrame({"ds": ["2024-01-31", "2024-02-29", "2024-03-15", "2024-04-30"], "y": 1.0}),
+    "fifteenth.csv": pd.DataFrame({"ds": [f"2024-{month:02}-15" for month in range(1, 13)], "y": 1.0}),
     "column_twice.csv": "ds,y,y\n2024-01-01,1,2\n2024-01-02,1,2\n",
     "empty.csv": "",
     "blank.csv": "ds;y\n;\n;\n",
@@ -100,6 +101,8 @@ COMMANDS = {
     "forecast zones.csv --target y": "mixes times with and without a zone",
     "forecast autumn.csv": "if clocks went back then, give times with their zone",
     "forecast months.csv": "is no step of frequency",
+    "forecast fifteenth.csv": "the times are months apart and all on day 15 of one, wanted months by their first or last day",
+    "forecast good.csv --model plain --future future.csv": "plain holds a model without covariates known for the future",
     "forecast good.csv --target y --freq fortnight": "freq is 'fortnight', wanted a pandas alias",
     "forecast good.csv --target y --freq W-SUN": "is no step of frequency 'W-SUN'",
     "forecast good.csv --target y --horizon -1": "horizon is -1",
@@ -174,6 +177,7 @@ def place(tmp_path_factory):
     model = Forecaster(7, target_col="y", futr_exog="x", config=LINEAR).fit(GOOD)
     for name in ("kept", "damaged"):
         model.save(folder / name)
+    Forecaster(7, target_col="y", config=LINEAR).fit(GOOD).save(folder / "plain")
     tensors = folder / "damaged" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-8])
     return folder

@@ -212,6 +212,9 @@ def _guess_months(times, months: int):
         days = times.normalize()
         for alias, offset in (("BMS", pd.offsets.BMonthBegin(0)), ("BME", pd.offsets.BMonthEnd(0))):
             name = alias if (days + offset == days).all() else name
+    if name in (start, end) and not at_start and not at_end and len(np.unique(times.day)) == 1:
+        told = "wanted months by their first or last day, or by name, as 2024-01"
+        raise ValueError(f"the times are months apart and all on day {times.day[0]} of one, {told}")
     return many + (name if unit == 1 else f"{name}-{MONTHS[month - 1]}")
 
 

@@ -243,6 +243,8 @@ def _check_columns(command: Forecast, model, saved: Path):
         if given not in (f.default, fitted) and f.name != "minutes":
             name = f.name.replace("_", "-")
             raise ValueError(f"{saved} holds a model fitted with {name} {fitted!r}, --fit.{name} is {given!r}")
+    if command.future and not columns.futr:
+        raise ValueError(f"{saved} holds a model without covariates known for the future, so --future has no use")
     held = {*columns.futr, *columns.hist}
     if command.exog and set(command.exog) != held:
         told = ", ".join(sorted(held)) or "none"
