@@ -117,7 +117,7 @@ COMMANDS = {
     "forecast good.csv --target y --cv -2": "cv is -2",
     "forecast good.csv --target y --fit.members oracle": "unknown member 'oracle'",
     "forecast good.csv --target y --fit.blocks slst": "unknown block 'slst'",
-    "forecast good.csv --target y --fit.lr 0": "lr is 0",
+    "forecast good.csv --target y --fit.lr 0": "lr is 0.0, wanted a number above 0",
     "forecast good.csv --target y --fit.variates atention": "variates is 'atention', did you mean 'attention'?",
     "forecast good.csv --target y --fit.design patch": "design is 'patch', did you mean 'patches'?",
     "forecast good.csv --target y --fit.dropout 1": "dropout is 1.0, wanted 0 ≤ dropout < 1",

@@ -105,4 +105,4 @@ class FitConfig:
         for name in ("lr", "minutes", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not (value > 0 if name == "lr" else value >= 0):
-                raise ValueError(f"{name} is {value!r}, wanted a number of at least 0")
+                raise ValueError(f"{name} is {value!r}, wanted a number {'above' if name == 'lr' else 'of at least'} 0")
