@@ -109,7 +109,7 @@ COMMANDS = {
     "forecast good.csv --target y --horizon seven": "--horizon is 'seven', wanted a number",
     "forecast good.csv --target y --level 120": "level holds 120.0, wanted numbers between 0 and 100",
     "forecast good.csv --target y --level 80 ninety": "--level is 'ninety', wanted a number",
-    "forecast good.csv --target y --horizon 1000000000": "the longest series has 40 rows, a horizon of 1000000000 wants",
+    "forecast good.csv --target y --horizon 1000000": "the longest series has 40 rows, a horizon of 1000000 wants",
     "forecast good.csv --target y --horizon 7 --fit.val-size 50": "a horizon of 7 with a val_size of 50 wants at least 64",
     "forecast good.csv --target y --horizon 7 --cv 5": "5 rows before the last 35, which are the test, a horizon of 7",
     "forecast good.csv --target y --horizon 7 --cv 9": "0 rows before the last 63, which are the test, a horizon of 7",
