@@ -369,8 +369,7 @@ def _squeezed(box: str) -> str:
         single = f"a value, and one that begins with - is written {missing[1]}=-..."
         return f"{missing[1]} wants {single if missing[2] in (None, '1') else f'{missing[2]} values'}"
     kinds = r"(?:invalid literal|could not convert|no type matching).*(?:: |from \[)|Could not.*: \[(?:'[\d.]+', )*"
-    number = rf"Error parsing (--\S+): (?:{kinds})('.*?')"
-    if wrong := re.match(number, told):
+    if wrong := re.match(rf"Error parsing (--\S+): (?:{kinds})('.*?')", told):
         return f"{wrong[1]} is {wrong[2]}, wanted a number"
     return re.sub(r"^Error parsing [\w.-]+: ", "", told) or "these arguments do not fit"
 
