@@ -49,6 +49,25 @@ def windows(data=None, columns=None, season=7):
     return Windows(panel_of(frame() if data is None else data, columns), season).with_calendar(7)
 
 
+# Gaps that leave no window of a month whole, and hardly one of a week.
+GAPS = {
+    "closed on Sundays": lambda t, draw: t % 7 == 6,
+    "a fifth at random": lambda t, draw: draw.random(len(t)) < 0.2,
+    "every third day": lambda t, draw: t % 3 == 2,
+}
+
+
+@pytest.mark.parametrize("gaps", GAPS)
+def test_the_linear_path_learns_where_no_target_is_whole(gaps):
+    draw, t = np.random.default_rng(0), np.arange(400)
+    y = 10 + 3 * np.sin(2 * np.pi * t / 7) + draw.normal(0, 0.7, len(t))
+    y[GAPS[gaps](t, draw)] = np.nan
+    data = pd.DataFrame({"ds": pd.date_range("2023-01-02", periods=len(t)), "y": y})
+    tested = Forecaster(28, config=FitConfig(members=("naive", "linear"))).fit(data[:344]).cross_validation(data, 2)
+    error = tested[["Linear", "SeasonalNaive", "xLSTM"]].sub(tested["y"], axis=0).abs().mean()
+    assert error["Linear"] < 0.9 * error["SeasonalNaive"] and error["xLSTM"] < 0.9 * error["SeasonalNaive"]
+
+
 # Clocks: an alias, and what is guessed from its times (itself unless named).
 CLOCKS = {
     "s": "s", "5min": "5min", "15min": "15min", "h": "h", "6h": "6h", "D": "D", "B": "B", "W-SUN": "W-SUN", "14D": "14D",

@@ -271,7 +271,7 @@ def test_long_stretches_are_learnt_from_without_a_window(apart, monkeypatch):
     path = LinearPath(LinearConfig(6, 24, 0, 0, 0, found.windows.n_dates, "mean", "series"))
     batches, windows = fitting.batches, []
     monkeypatch.setattr(ridges, "WORTH", 0)
-    monkeypatch.setattr(ridges, "batches", lambda w, c, m, *a: windows.append(len(m)) or batches(w, c, m, *a))
+    monkeypatch.setattr(ridges, "batches", lambda w, c, m, *a, **b: windows.append(len(m)) or batches(w, c, m, *a, **b))
     grams = ridges._grams(found, path, config, ridges.EVERY, apart=apart)
     wanted = ridges._grams(found, path, config, ridges.EVERY - 1, apart=apart)
     each = int(found.train(24, 6).counts[0])

@@ -141,13 +141,23 @@ class Windows:
     def n_dates(self) -> int:
         return self.dates.shape[1]
 
-    def batch(self, series: Tensor, cuts: Tensor, lookback: int, horizon: int, dates: bool = True) -> Batch:
-        """The windows (series[b], cuts[b]), both (B,) int64 on the device; the whole calendar only with `dates`."""
+    def whole(self, series: Tensor, cuts: Tensor, horizon: int) -> Tensor:
+        """(B,): whether nothing lacks in the steps behind each cut."""
+        lacking = (~self.around[1][self.room : self.room + len(self.panel.y)]).cumsum(0)
+        lacking, first = torch.nn.functional.pad(lacking, (1, 0)), self.starts[series] + cuts
+        return lacking[first + horizon] == lacking[first]
+
+    def batch(self, series, cuts, lookback: int, horizon: int, dates: bool = True, filled: bool = False) -> Batch:
+        """The windows (series[b], cuts[b]), both (B,) int64 on the device; the whole calendar only with `dates`; `filled`: gaps
+        of targets of which half is known as they were filled."""
         steps = torch.arange(-lookback, horizon, device=self.device)
         start, length, cut = self.starts[series], self.lengths[series], cuts[:, None]
         inside, known = steps[:lookback] >= -cut, steps[lookback:] < length[:, None] - cut
         y, seen = (rows.index_select(0, start + cuts) for rows in self._unfolded(lookback, horizon))  # (B, L + H)
-        target = torch.where(known & seen[:, lookback:], y[:, lookback:], torch.nan)
+        there = seen[:, lookback:]
+        if filled:
+            there = there | (2 * there.sum(1, keepdim=True) >= horizon)
+        target = torch.where(known & there, y[:, lookback:], torch.nan)
         past, future = self._covariates(series, cut + steps, lookback, inside)
         place = self.date_starts[series]
         calendar = self.dates[place[:, None] + (cut + (steps if dates else steps[:0])).clamp_min(0)]

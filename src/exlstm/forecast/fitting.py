@@ -154,10 +154,10 @@ def spans(found: Split, series: Tensor, at: Tensor, horizon: int) -> Tensor:
     return span if _one_clock(found.windows.panel) else span + series * (1 + int(found.windows.lengths.max()))
 
 
-def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizon: int, size: int = 2048):
+def batches(windows: Windows, cuts: Cuts, numbers: Tensor, lookback: int, horizon: int, size=2048, filled=False):
     for part in numbers.split(size):
         series, at = cuts.at(part)
-        yield windows.batch(series, at, lookback, horizon, dates=False), series
+        yield windows.batch(series, at, lookback, horizon, dates=False, filled=filled), series
 
 
 @torch.no_grad()

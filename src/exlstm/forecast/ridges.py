@@ -35,6 +35,8 @@ BEND_GAIN = 0.1
 SOFT = 0.1
 # Numbers that the linear path sees at most.
 WIDEST = 1500
+# Share of windows with whole targets below which others teach too, their gaps filled; windows that it is counted by.
+WHOLE, COUNTED = 0.5, 4096
 # Windows at least for every number seen, where less than all are to teach something; numbers of own weights at most.
 ENOUGH, MOST = 16, 2**24
 # Blocks in time that are left out in turn, for forecasts of what was not learnt from.
@@ -234,6 +236,8 @@ def _grams(
     numbers = cuts.some(most)
     if without:
         numbers = numbers[_block(cuts, numbers, without[1]) != without[0]]
+    some = numbers[:: max(1, len(numbers) // COUNTED)].contiguous()
+    filled = bool(w.whole(*cuts.at(some), config.horizon).float().mean() < WHOLE)
     grams = [Gram(path) for _ in range(len(w.panel) if apart else 1)]
     stretches = ([], [], [])
     if most >= EVERY and grams[0].takes_stretches:
@@ -249,7 +253,8 @@ def _grams(
     for k, gram in enumerate(grams):
         own = [piece for piece in zip(*stretches) if piece[0] == k or not apart]
         gram.add_stretches(w.stretch(*piece, longest, config.horizon) for piece in own)
-        for batch, _ in batches(w, cuts, numbers[owner == k] if apart else numbers, longest, config.horizon):
+        mine = numbers[owner == k] if apart else numbers
+        for batch, _ in batches(w, cuts, mine, longest, config.horizon, filled=filled):
             gram.add(batch)
     return grams
 
