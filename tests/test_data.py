@@ -1,5 +1,6 @@
 """The laws of data: tokens give the text back, splits part it, batches cover it and depend on (seed, step) alone."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -429,6 +430,8 @@ BAD_FILES = {
     "one byte": ("one.txt", ValueError, "one.txt is too short with 1 byte: "),
     "few bytes": ("few.txt", ValueError, "few.txt is too short with 10 bytes: "),
     "binary": ("data.bin", ValueError, r"data.bin is binary \(with NUL bytes\), wanted text"),
+    "UTF-16": ("wide.txt", ValueError, "wide.txt is binary .*, wanted text; it seems in UTF-16; save it in UTF-8$"),
+    "packed": ("ok.txt.gz", ValueError, "gz is binary .*, wanted text; it seems packed by gzip; unpack it$"),
     "folder without files": ("hollow", ValueError, "hollow holds no text"),
     "folder without text": ("blobs", ValueError, r"blobs holds no text: 1 binary \(with NUL bytes\), 1 empty"),
     "glob without text": ("blobs/*", ValueError, "holds no text: "),
@@ -442,7 +445,8 @@ def test_bad_files_are_refused_in_a_sentence_and_nothing_is_written(tmp_path, so
     root = write(
         tmp_path / "t", empty_txt="", one_txt="x", few_txt="ten bytes!", data_bin=b"\x7fELF\0\0", ok_txt="fine " * 99
     )
-    write(tmp_path / "t", blobs__a=b"\0", blobs__b="")
+    write(tmp_path / "t", blobs__a=b"\0", blobs__b="", wide_txt="text".encode("utf-16"))
+    (tmp_path / "t" / "ok.txt.gz").write_bytes(gzip.compress(b"fine " * 99))
     (tmp_path / "t" / "hollow").mkdir()
     os.mkfifo(tmp_path / "t" / "pipe")
     for sources in ([f"{root}/{source}"], [f"{root}/ok.txt", f"{root}/{source}"]):

@@ -14,6 +14,16 @@ from typing import NamedTuple
 # Below the standard library, and not its source: what others installed, and tests, most of them tables.
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 BINARY = "binary (with NUL bytes)"
+# How files begin that hold text in another form, and what to do about it.
+FORMS = {
+    b"\xff\xfe": "in UTF-16; save it in UTF-8",
+    b"\xfe\xff": "in UTF-16; save it in UTF-8",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+    b"BZh": "packed by bzip2; unpack it",
+    b"\xfd7zXZ": "packed by xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+}
 
 
 class Document(NamedTuple):
@@ -51,7 +61,7 @@ def find(files: str | Sequence[str] = (), cache: Path | None = None) -> tuple[li
             (kind,) = here
             # A shell's *.py brings empty files along.
             if kind == BINARY or len(files) == 1:
-                raise ValueError(f"{source} is {kind}, wanted text")
+                raise ValueError(f"{source} is {kind}, wanted text{_form(Path(source))}")
             notes.append(f"{source} is empty")
         elif not here["text"]:
             told = ", ".join(f"{count} {kind}" for kind, count in here.items())
@@ -61,6 +71,13 @@ def find(files: str | Sequence[str] = (), cache: Path | None = None) -> tuple[li
     if count := list(kinds.values()).count(BINARY):
         notes.append(f"passed over {count} binary file{'s' * (count > 1)}")
     return documents, notes
+
+
+def _form(path: Path) -> str:
+    """The rest of a sentence about a file that is no text as it stands."""
+    with path.open("rb") as file:
+        begin = file.read(8)
+    return next((f"; it seems {told}" for mark, told in FORMS.items() if begin.startswith(mark)), "")
 
 
 def read(document: Document) -> bytes:
