@@ -75,7 +75,7 @@ class Columns(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The same of its backward, whose dv comes of such programs and whose dq and dk of one a chunk and 128 keys; see chunks.py."""
+    """The same of its backward: dv comes of such programs, dq and dk of one a chunk and 128 keys; see chunks.py."""
 
     L: int
     S: int = 1
