@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 import exlstm.ops.mlstm.hopper as hopper
 import exlstm.ops.mlstm.plan as planning
 import exlstm.ops.mlstm.triton as operator
-from exlstm.ops.mlstm.plan import Chain, Chunks, Columns, Fused, Streams, Walk
+from exlstm.ops.mlstm.plan import Chain, Chunks, Columns, Fused, Walk
 from gluon_emulator import Fault, emulated
 from gpu import INTERPRETED, equal, flags, hold_in_the_interpreter, numpy
 from test_gpu_mlstm import case, check, forward, holds, run, truth
@@ -49,8 +49,9 @@ def law(test):
 
 # Keys, values, rows for which the plan is made, and what it must be.
 KERNELS = {
-    "walk, streams": (128, 256, 128, Walk, Streams),
-    "walk": (128, 128, 128, Walk, None),
+    "walk, chunks": (128, 256, 128, Walk, Chunks),
+    "walk in halves, chunks": (128, 256, 64, Walk, Chunks),
+    "narrow walk, chunks": (128, 128, 128, Walk, Chunks),
     "walk in parts": (96, 192, 128, Walk, None),
     "columns, chunks": (256, 512, 128, Columns, Chunks),
     "few columns, chunks": (256, 128, 128, Columns, Chunks),
@@ -93,7 +94,15 @@ def right(sizes, steps, seed, options=None, **more):
 
 @law
 @pytest.mark.parametrize(("steps", "seed"), [(2, 0), (128, 1), (180, 2), (300, 3)])
-@kernels("walk, streams", "walk", "short columns, chunks", "columns, chunks", "chain", "one by one")
+@kernels(
+    "walk, chunks",
+    "walk in halves, chunks",
+    "narrow walk, chunks",
+    "short columns, chunks",
+    "columns, chunks",
+    "chain",
+    "one by one",
+)
 def test_kernels_equal_the_reference(sizes, steps, seed):
     """One chunk, two, three and five."""
     right(sizes, steps, seed)
@@ -107,20 +116,36 @@ def test_kernels_at_widths_inside_their_tiles(sizes):
 
 @law
 @pytest.mark.parametrize("seed", [0, 1])
-@kernels("walk, streams", "walk", "short columns, chunks", "columns, chunks", "chain", "one by one")
+@kernels(
+    "walk, chunks",
+    "walk in halves, chunks",
+    "narrow walk, chunks",
+    "short columns, chunks",
+    "columns, chunks",
+    "chain",
+    "one by one",
+)
 def test_kernels_with_resets_and_padding(sizes, seed):
     marks = {"reset": flags(2, 150, density=0.1, seed=1), "mask": flags(2, 150, density=0.7, seed=2)}
     right(sizes, 150, seed, marks, batch=2, state=seed == 0)
 
 
 @law
-@kernels("walk, streams", "walk", "short columns, chunks", "columns, chunks", "chain", "one by one")
+@kernels(
+    "walk, chunks",
+    "walk in halves, chunks",
+    "narrow walk, chunks",
+    "short columns, chunks",
+    "columns, chunks",
+    "chain",
+    "one by one",
+)
 def test_kernels_without_normaliser(sizes):
     right(sizes, 130, 1, {"normalize": False, "scale": 1.0}, state=False)
 
 
 @law
-@kernels("walk, streams", "short columns, chunks", "columns, chunks", "chain", "one by one")
+@kernels("walk, chunks", "short columns, chunks", "columns, chunks", "chain", "one by one")
 def test_the_order_of_groups_changes_no_bit(sizes):
     inputs, found = case(200, **sizes[0]), []
     for seed in range(3):
@@ -131,7 +156,7 @@ def test_the_order_of_groups_changes_no_bit(sizes):
 
 
 # Segments forward and backward, as few rows of long sequences get them; a backward in two passes has none.
-SEGMENTS = {"walk, streams": (2, 4), "walk in parts": (2, 1), "columns, chunks": (2, 2), "narrow chain": (4, 4)}
+SEGMENTS = {"walk, chunks": (2, 2), "walk in parts": (2, 1), "columns, chunks": (2, 2), "narrow chain": (4, 4)}
 
 
 def cut(name, monkeypatch):
@@ -163,7 +188,7 @@ def test_segments_equal_the_reference(sizes, name, options, monkeypatch):
 @law
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("segments", [False, True])
-@kernels("walk, streams", "walk in parts", "columns, chunks", "narrow chain", "one by one")
+@kernels("walk, chunks", "walk in parts", "columns, chunks", "narrow chain", "one by one")
 def test_a_call_of_shapes_alone_gives_the_shapes_of_a_real_one(sizes, segments, save, request, monkeypatch):
     """And their strides; whatever comes out is in memory of its own, and no larger."""
     name = request.node.callspec.params["sizes"]

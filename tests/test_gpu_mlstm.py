@@ -23,7 +23,6 @@ from exlstm.ops.mlstm.plan import (
     Fused,
     OnePass,
     Plan,
-    Streams,
     Tiles,
     TwoPass,
     Walk,
@@ -490,11 +489,10 @@ def test_auto_picks_the_kernels_and_float64_the_row_for_a_cpu(monkeypatch):
 # The backward in one walk: 296 bytes in all, with resets 356, in segments 372, where Triton's own pipeline had thousands.
 SPILLS = {("mlstm_forward_kernel", 64): 320, ("mlstm_backward_kernel", 64): 372}
 # Numbers that stand for addresses, outside of the products; with resets most.
-SPILLS |= {("mlstm_walk_kernel", 128): 768, ("mlstm_streams_kernel", 128): 1400}
-SPILLS |= {("mlstm_chunks_kernel", 128): 456, ("mlstm_chunks_kernel", 256): 456}
+SPILLS |= {("mlstm_walk_kernel", 128): 896, ("mlstm_chunks_kernel", 128): 464, ("mlstm_chunks_kernel", 256): 464}
 # Kernels in Gluon: their warps, and the shared memory that leaves room for as many programs as are meant to stand side by side.
 GLUON = {"mlstm_walk_kernel": (12, 227), "mlstm_backward_kernel": (4, 113), "mlstm_gradients_kernel": (4, 113)}
-GLUON |= {"mlstm_streams_kernel": (16, 227), "mlstm_columns_kernel": (12, 227), "mlstm_chunks_kernel": (16, 227)}
+GLUON |= {"mlstm_columns_kernel": (12, 227), "mlstm_chunks_kernel": (16, 227)}
 
 
 @here
@@ -507,14 +505,15 @@ GLUON |= {"mlstm_streams_kernel": (16, 227), "mlstm_columns_kernel": (12, 227), 
         (8, 256, 512, False, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (8, 256, 512, True, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (16, 128, 192, False, ("mlstm_walk_kernel",)),
-        (8, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
-        (4, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
+        (8, 128, 256, True, ("mlstm_walk_kernel", "mlstm_columns_kernel", "mlstm_chunks_kernel")),
+        (4, 128, 256, False, ("mlstm_walk_kernel", "mlstm_columns_kernel", "mlstm_chunks_kernel")),
+        (16, 128, 128, True, ("mlstm_walk_kernel", "mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (8, 128, 384, True, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (4, 256, 256, False, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (4, 128, 192, True, ("mlstm_walk_kernel",)),
         (4, 64, 128, True, ("mlstm_backward_kernel",)),
-        (16, 128, 256, False, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
-        (16, 128, 256, True, ("mlstm_walk_kernel", "mlstm_streams_kernel")),
+        (16, 128, 256, False, ("mlstm_walk_kernel", "mlstm_columns_kernel", "mlstm_chunks_kernel")),
+        (16, 128, 256, True, ("mlstm_walk_kernel", "mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (32, 64, 128, False, ("mlstm_backward_kernel",)),
         (32, 64, 128, True, ("mlstm_backward_kernel",)),
         (8, 64, 128, False, ("mlstm_gradients_kernel",)),
@@ -549,8 +548,8 @@ def test_compiles_as_it_is_launched(heads, keys, values, with_reset, hopper, mon
     names = {kernel.__name__ for kernel, _ in found}
     assert len(found) > (5 if hopper else 10)
     assert names & set(GLUON) == set(hopper) & set(GLUON)
-    back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_streams_kernel", "mlstm_chunks_kernel"}
-    assert ("mlstm_segment_sums_kernel" in names) == (heads == 4 or (heads, values) == (8, 256))
+    back = {"mlstm_backward_kernel", "mlstm_gradients_kernel", "mlstm_chunks_kernel"}
+    assert ("mlstm_segment_sums_kernel" in names) == (heads == 4)
     assert ("mlstm_dq_kernel" in names) == (not back & set(hopper))
     for kernel, built in {built.hash: (kernel, built) for kernel, built in found}.values():
         name, ptx = kernel.__name__, built.asm["ptx"]
@@ -575,10 +574,11 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     monkeypatch.setattr(planning, "gluon", lambda device: True)
     assert [backward(rows) for rows in (1, 127, 128, 4096)] == [Fused, Fused, Chain, Chain]
     assert [backward(128, values=width) for width in (64, 96, 128, 256)] == [Chain, Chain, Chain, TwoPass]
-    assert {backward(128, keys=width) for width in (16, 32, 60, 128)} == {TwoPass}
-    assert [backward(rows, 128, 256) for rows in (92, 93, 128)] == [TwoPass, Streams, Streams]
+    assert {backward(128, keys=width) for width in (16, 32, 60)} == {TwoPass}
+    assert [backward(rows, 128, 256) for rows in (46, 47, 128)] == [TwoPass, Chunks, Chunks]
     assert [backward(rows, 256, 512) for rows in (23, 24, 4096)] == [TwoPass, Chunks, Chunks]
-    assert {backward(128, 256, width) for width in (128, 256, 384, 1024)} == {backward(128, 128, 384)} == {Chunks}
+    assert {backward(128, 256, width) for width in (128, 256, 384, 1024)} == {Chunks}
+    assert {backward(128, 128, width) for width in (128, 256, 384)} == {Chunks}
     assert {backward(128, 256, 192), backward(128, 192, 512), backward(128, 256, 512, F16)} == {TwoPass}
     assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
@@ -612,11 +612,11 @@ def test_few_long_sequences_are_cut_into_segments(monkeypatch):
     assert found == [Plan(Columns(64, S), Chunks(128, S)) for S in (32, 4, 2, 1, 1)]
     found = {rows: cut(rows, 65536, 128, 256) for rows in (2, 8, 16, 32, 48, 64, 96, 128)}
     assert [plan.forward.S for plan in found.values()] == [32, 8, 4, 2, 1, 1, 1, 1]
-    assert [plan.backward.S for plan in found.values()] == [64, 16, 8, 4, 2, 2, 1, 1]
+    assert [plan.backward.S for plan in found.values()] == [32, 8, 4, 2, 1, 1, 1, 1]
     found = [cut(rows, 65536, 64, 128) for rows in (16, 32, 64, 100, 128)]
     assert [(plan.forward.S, plan.backward.S) for plan in found] == [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
     assert [type(cut(32, steps, 128, 256).forward) for steps in (1023, 1024)] == [OnePass, Walk]
-    assert [type(cut(32, steps, 128, 256).backward) for steps in (2047, 2048)] == [TwoPass, Streams]
+    assert [type(cut(32, steps, 128, 256).backward) for steps in (1023, 1024)] == [TwoPass, Chunks]
     assert [type(cut(64, steps, 64, 128).backward) for steps in (2047, 2048)] == [Fused, Chain]
     assert cut(32, 65536, 128, 192) == Plan(Walk(64, 128, 2), few.backward)
     for rows, steps in product(range(1, 128), (1, 1000, 4096, 65536)):
@@ -625,7 +625,7 @@ def test_few_long_sequences_are_cut_into_segments(monkeypatch):
         assert not S or rows * S >= 0.7 * planning.cdiv(rows * S, 132) * 132
         # All of a sequence, in segments of as many chunks each, forward and backward, whatever follows.
         plan = cut(rows, steps, 128, 256)
-        if isinstance(plan.backward, Streams):
+        if isinstance(plan.backward, Chunks):
             tokens = planning.padded_length(plan, steps, True)
             assert steps <= tokens < steps + max(512, steps // 4)
             assert not any(tokens % (part.S * part.L) for part in plan)

@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from exlstm.ops.mlstm import columns
+from exlstm.ops.mlstm.columns import _come, _places
 from exlstm.ops.mlstm.gates import padded
 from exlstm.ops.mlstm.hopper import _anew, _columns, _fetch_vector, _product, _rows, _sums, heads, matrices
 from exlstm.ops.mlstm.intra import denominator_gradient
-from exlstm.ops.mlstm.streams import _come, _places
 from exlstm.ops.mlstm.walk import _counters
 
 # Registers a thread: dh v_T; dq and dk. Who brings the tiles has what is left.
@@ -74,8 +74,8 @@ def _bring(descs, d_q, d_k, tiles, full, empty, p_gamma, p_n, p_dn, p_inflow, at
             for r in gl.static_range(2):
                 _come(d_dh, [at[0], at[1], at[2] + 64 * r, 64 * i], full.index(turn), all_dh.index(2 * turn + r))
                 _come(d_v, [at[0], at[1], at[2] + 64 * r, 64 * i], full.index(turn), all_v.index(2 * turn + r))
-                _come(d_c, [i_c, 64 * i, i_k + 64 * r], full.index(turn), all_c.index(2 * turn + r))
-                _come(d_dc, [i_c, 64 * i, i_k + 64 * r], full.index(turn), all_dc.index(2 * turn + r))
+                _come(d_c, [i_c, i_k + 64 * r, 64 * i], full.index(turn), all_c.index(2 * turn + r))
+                _come(d_dc, [i_c, i_k + 64 * r, 64 * i], full.index(turn), all_dc.index(2 * turn + r))
         if i >= 2:
             then = (i - 2) % STAGES + _anew(i * 0)
             mbarrier.wait(full.index(then), (i - 2) // STAGES & 1)
@@ -152,10 +152,11 @@ def _through(all_a, all_c, full, empty, STAGES: gl.constexpr, TILES: gl.constexp
     for i in range(TILES):
         turn = i % STAGES + _anew(i * 0)
         mbarrier.wait(full.index(turn), i // STAGES & 1)
-        b_a = _product(all_a.index(2 * turn), all_c.index(2 * turn), b_a)
-        b_b = _product(all_a.index(2 * turn), all_c.index(2 * turn + 1), b_b)
-        b_c = _product(all_a.index(2 * turn + 1), all_c.index(2 * turn), b_c)
-        b_d = _product(all_a.index(2 * turn + 1), all_c.index(2 * turn + 1), b_d)
+        s_c, s_e = all_c.index(2 * turn).permute([1, 0]), all_c.index(2 * turn + 1).permute([1, 0])
+        b_a = _product(all_a.index(2 * turn), s_c, b_a)
+        b_b = _product(all_a.index(2 * turn), s_e, b_b)
+        b_c = _product(all_a.index(2 * turn + 1), s_c, b_c)
+        b_d = _product(all_a.index(2 * turn + 1), s_e, b_d)
         b_a, b_b, b_c, b_d = warpgroup_mma_wait(0, deps=[b_a, b_b, b_c, b_d])
         gl.thread_barrier()
         mbarrier.arrive(empty.index(turn))

@@ -20,7 +20,6 @@ from exlstm.ops.mlstm.gates import padded, tile
 from exlstm.ops.mlstm.hopper import _anew, _columns, _product, _rows, _sums, heads, matrices
 from exlstm.ops.mlstm.plan import cdiv
 from exlstm.ops.mlstm.segments import ends, starts
-from exlstm.ops.mlstm.streams import _come, _places
 from exlstm.ops.mlstm.walk import _counters
 
 # Registers a thread of the groups that keep a memory; who brings the tiles has what is left.
@@ -58,6 +57,16 @@ def mlstm_scores_kernel(d_q, d_k, d_p, p_n, p_u, p_top, p_beta, p_floor, p_docum
     tl.store(p_den + o_t, b_den)
     b_p *= (1.0 / b_den)[:, None]
     d_p.store([i_bh.to(tl.int32), i_n * L, 0], b_p.to(d_p.dtype).reshape(1, L, L))
+
+
+@gluon.jit
+def _places(COUNT: gl.constexpr):
+    return gl.allocate_shared_memory(gl.bfloat16, [COUNT, 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+
+
+@gluon.jit
+def _come(desc, at, bar, place):
+    tma.async_copy_global_to_shared(desc, at, bar, place)
 
 
 @gluon.constexpr_function
@@ -131,15 +140,15 @@ def _once(b_x):
 def _keep(d_kept, i_kept, i_v, own, b_0, b_1, b_2, b_3, zero, KEYS: gl.constexpr):
     """C of this moment for chunks of 128."""
     s_0, s_1 = own.index(zero), own.index(zero + 1)
-    _place(s_0, _once(b_0))
-    tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 0], s_0)
-    _place(s_1, _once(b_1))
-    tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 64], s_1)
+    _place(s_0.permute([1, 0]), _once(b_0))
+    tma.async_copy_shared_to_global(d_kept, [i_kept, 0, i_v], s_0)
+    _place(s_1.permute([1, 0]), _once(b_1))
+    tma.async_copy_shared_to_global(d_kept, [i_kept, 64, i_v], s_1)
     if KEYS == 4:
-        _place(s_0, _once(b_2))
-        tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 128], s_0)
-        _place(s_1, _once(b_3))
-        tma.async_copy_shared_to_global(d_kept, [i_kept, i_v, 192], s_1)
+        _place(s_0.permute([1, 0]), _once(b_2))
+        tma.async_copy_shared_to_global(d_kept, [i_kept, 128, i_v], s_0)
+        _place(s_1.permute([1, 0]), _once(b_3))
+        tma.async_copy_shared_to_global(d_kept, [i_kept, 192, i_v], s_1)
 
 
 @gluon.jit
@@ -242,7 +251,7 @@ def mlstm_columns_kernel(d_x, d_y, d_m, d_p, d_o, d_kept, p_scale, p_weight, p_g
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps, every):
-    """h, the last C, n of every chunk, den and s; where `every` asks, C before every second chunk, as (V, K), and P/den."""
+    """h, the last C, n of every chunk, den and s; where `every` asks, C before every second chunk and P/den."""
     ns = call.normalisers(k, gates, n)
     den, s = call.vector(ns), call.vector(ns)
     p = scores(call, q, k, ns, gates, den, s, eps)
@@ -253,7 +262,7 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
 
 
 def values(call, S, q, k, dh, p, gates, den, dc):
-    """dv, dC behind every second chunk (B·H·N/2, V, K), and dC of the first memory; of P/den and gates in chunks of 64."""
+    """dv, dC behind every second chunk (B·H·N/2, K, V), and dC of the first memory; of P/den and gates in chunks of 64."""
     last, _ = ends(call, S, (q, dh, dh), gates, (den, None), (dc, None))
     weight = call.scale * gates.beta / den
     dv, first, dcs = columns(call, S, (k, q, dh, p), (gates.alpha, weight, gates.gamma), last, True, back=True)
@@ -281,7 +290,7 @@ def columns(call, S, tensors, vectors, start, keep, back=False):
     """h or dv, the memories behind (before) all segments (B·H, S, K, V), and the kept ones (none without `keep`)."""
     x, y, m, p = tensors
     out, last = padded(m, m.shape), call.vector(vectors[0], call.rows, S, call.K, call.V)
-    kept, empty = m.new_empty(call.rows * call.N // 2 if keep else 1, call.V, call.K), start is None
+    kept, empty = m.new_empty(call.rows * call.N // 2 if keep else 1, call.K, call.V), start is None
     mlstm_columns_kernel[(call.rows * S * cdiv(call.V, 128),)](
         heads(x, 64, 64), heads(y, 64, 64), heads(m, 64, 64), matrices(p.view(call.rows * S, -1, 64), 64, 64),
         heads(out, 64, 64), matrices(kept, 64, 64), *vectors, last if empty else start, last,

@@ -88,13 +88,6 @@ class Chain(NamedTuple):
     S: int = 1
 
 
-class Streams(NamedTuple):
-    """The same of a backward that walks there and back, of keys of 128 and values of 256; see streams.py."""
-
-    L: int
-    S: int = 1
-
-
 class Fused(NamedTuple):
     """Chunk length L of a backward whose chunks go one by one, the values that a program reads at once, and those of `states`."""
 
@@ -108,7 +101,7 @@ class Plan(NamedTuple):
     """How the forward goes and how the backward."""
 
     forward: Walk | Columns | OnePass | TwoPass
-    backward: Chain | Chunks | Streams | Fused | TwoPass
+    backward: Chain | Chunks | Fused | TwoPass
 
 
 def choose(q, v, chunk: int) -> Plan:
@@ -127,9 +120,9 @@ def choose(q, v, chunk: int) -> Plan:
     elif large and K <= 128 and V <= 256 and rows * V // min(V, 128 if K <= 64 else 32) >= FEW:
         # Programs that also work out the scores want their memories whole.
         backward = Chain(64) if _on_hopper(q, v) else two
-        if (keys, values) == (128, 256) and rows >= FEW and gluon(q.device):
-            backward = Streams(64)
         walks = K == 128 and V >= 128 and rows * V // 128 >= FEW and gluon(q.device)
+        if walks and _in_chunks(q, v):
+            backward = Chunks(128)
         return Plan(_walk(V, rows) if walks else _one_pass(K, V, rows), backward)
     elif large and _on_hopper(q, v):
         return Plan(two, Fused(two.L, two.BJ, 64, two.states))
@@ -156,9 +149,8 @@ def _segmented(q, v, two) -> Plan | None:
         return Plan(Columns(64, S), Chunks(128, S)) if S else None
     if K != 128 or not 128 <= V <= 256:
         return None
-    forward = 1 if rows * V // 128 >= FEW else segments(rows * V // 128, tokens, PROCESSORS)
-    backward = segments(rows, tokens, PROCESSORS) if (keys, values) == (128, 256) else 0
-    return Plan(Walk(64, 128, forward), Streams(64, backward) if backward else two) if forward else None
+    S = 1 if rows * V // 128 >= FEW else segments(rows * V // 128, tokens, PROCESSORS)
+    return Plan(Walk(64, 128, S), Chunks(128, S) if _in_chunks(q, v) else two) if S else None
 
 
 def segments(programs, tokens, places) -> int:
@@ -185,10 +177,14 @@ def sums(keys, values) -> Tiles:
     return Tiles(128 if K > 128 else min(64, K), min(128, V), 8, 3)
 
 
+def _in_chunks(q, v) -> bool:
+    """Whether chunks.py takes these widths, and runs here."""
+    return q.shape[-1] in (128, 256) and v.shape[-1] % 128 == 0 and gluon(q.device)
+
+
 def _in_columns(q, v) -> bool:
-    """Whether columns.py and chunks.py take these widths, no other is quicker, and they run here."""
-    keys, values = q.shape[-1], v.shape[-1]
-    return values % 128 == 0 and (keys == 256 or (keys == 128 and values > 256)) and gluon(q.device)
+    """Whether the forward before it is that of columns.py, for the walk holds no such widths."""
+    return _in_chunks(q, v) and (q.shape[-1] == 256 or v.shape[-1] > 256)
 
 
 def _on_hopper(q, v) -> bool:

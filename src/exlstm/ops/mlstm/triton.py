@@ -16,7 +16,6 @@ from exlstm.ops.mlstm.plan import (
     Columns,
     Fused,
     OnePass,
-    Streams,
     TwoPass,
     Walk,
     choose,
@@ -74,8 +73,6 @@ def _kernels(plan):
         from exlstm.ops.mlstm import columns as kernels
     elif isinstance(plan, Chunks):
         from exlstm.ops.mlstm import chunks as kernels
-    elif isinstance(plan, Streams):
-        from exlstm.ops.mlstm import streams as kernels
     elif isinstance(plan, Chain | Fused):
         from exlstm.ops.mlstm import hopper as kernels
     else:
@@ -141,11 +138,8 @@ def _(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk, save)
     chunks = tokens // plan.backward.L
     saved = [(rows, tokens), (rows, tokens), (rows, chunks + 1, q.shape[-1])] if save else [(0,)] * 3
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else torch.float32
-    # Memories between columns.py and chunks.py stand the other way about.
-    inside = save and isinstance(plan.backward, Chunks)
-    sizes = c.shape[:1:-1] if inside else c.shape[2:]
-    kept = memories(rows * chunks, *sizes, dtype) if save and keeps(plan) else (0,)
-    kept = kept, (rows, tokens, plan.forward.L) if inside else (0,)
+    kept = memories(rows * chunks, *c.shape[2:], dtype) if save and keeps(plan) else (0,)
+    kept = kept, (rows, tokens, plan.forward.L) if save and isinstance(plan.backward, Chunks) else (0,)
     return *memory, *(c.new_empty(shape) for shape in saved), *(c.new_empty(shape, dtype=dtype) for shape in kept)
 
 

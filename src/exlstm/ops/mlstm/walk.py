@@ -3,7 +3,8 @@
 One group, the scores, works out what a chunk reads in itself, denominators and n, and lets q and k come; it runs a chunk ahead.
 It is the one that the others wait for. The other two each keep half of a program's columns of C and need nothing of each other:
 while one waits for its products, the other hands in its own.
-The equations stand in docs/math.md.
+Where a backward follows in chunks of 128 (chunks.py), scores and every second C, which stand in shared memory as the products
+take them, go to memory as well. The equations stand in docs/math.md.
 """
 
 from triton.experimental import gluon
@@ -17,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from exlstm.ops.mlstm.gates import padded
-from exlstm.ops.mlstm.hopper import _anew, _columns, _product, _rows, _sums, heads
+from exlstm.ops.mlstm.hopper import _anew, _columns, _product, _rows, _sums, heads, matrices
 from exlstm.ops.mlstm.plan import cdiv, power
 from exlstm.ops.mlstm.segments import starts
 
@@ -225,18 +226,34 @@ def _last(p_c_last, b_c, i_row, i_v, S, K, V, BK: gl.constexpr, CUT: gl.constexp
 
 
 @gluon.jit
-def _block(b_c, b_gamma, s_q, s_k, s_v, s_p, s_w, s_c, L: gl.constexpr):
+def _block(b_c, b_gamma, s_q, s_k, s_v, s_p, s_w, s_c, d_kept, i_c, i_v, L: gl.constexpr, KEEP: gl.constexpr):
     """h of 64 values, and their C behind the chunk. Nobody reads the place of C."""
     s_c.store(b_c.to(gl.bfloat16))
     b_c = b_c * b_gamma
     fence_async_shared()
     gl.thread_barrier()
+    if KEEP:
+        _keep_memory(d_kept, s_c, i_c, i_v)
     b_h = _product(s_q, s_c, gl.zeros([L, 64], gl.float32, _sums(64)))
     b_c = _product(s_k.permute([1, 0]), s_v, b_c)
     b_h = warpgroup_mma_wait(1, deps=[b_h])
     b_h = _product(s_p, s_v, b_h * s_w.load(_rows(64))[:, None])
     b_h, b_c = warpgroup_mma_wait(0, deps=[b_h, b_c])
     return b_h, b_c
+
+
+@gluon.jit
+def _keep_scores(d_p, s_p, i_row, i_v, i, L: gl.constexpr):
+    """The scores of a chunk to memory, by one program of a row; `_out` waits until they have left their place."""
+    if i_v == 0:
+        tma.async_copy_shared_to_global(d_p, [i_row.to(gl.int32), i * L, 0], s_p)
+
+
+@gluon.jit
+def _keep_memory(d_kept, s_c, i_c, i_v):
+    """C before every second chunk to memory; a row has an even number of them."""
+    if i_c % 2 == 0:
+        tma.async_copy_shared_to_global(d_kept, [i_c // 2, 0, i_v], s_c)
 
 
 @gluon.jit
@@ -251,8 +268,9 @@ def _out(d_h, b_h, s_h, i_b, i_h, i_t, i_v):
 
 
 @gluon.jit
-def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_row, i_v, S, N, K, V,
-            WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
+def _values(d_v, d_h, d_p, d_kept, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, i_h, i_row, i_v, S, N, K, V,
+            WHICH: gl.constexpr, L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, CUT: gl.constexpr,
+            KEEP: gl.constexpr):  # fmt: skip
     """h of half of the columns, in one block of 64 or in two, and their last C."""
     full, ready, done, values = bars
     BLOCKS: gl.constexpr = COLS // 2
@@ -277,10 +295,14 @@ def _values(d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last, i_b, 
         wanted, turns = (values.index(2 * WHICH + turn), ready.index(at)), (i // 2 & 1, i // 3 & 1)
         mbarrier.wait(wanted[0], turns[0])
         mbarrier.wait(wanted[1], turns[1])
-        b_h, b_c = _block(b_c, b_gamma, s_q, s_k, places[2].index(i_x), s_p, s_w, s_c, L)
+        i_c = i_row.to(gl.int32) * N + i
+        if KEEP and WHICH == 0:
+            _keep_scores(d_p, s_p, i_row, i_v, i, L)
+        b_h, b_c = _block(b_c, b_gamma, s_q, s_k, places[2].index(i_x), s_p, s_w, s_c, d_kept, i_c, i_v, L, KEEP)
         if BLOCKS == 2:
             _out(d_h, b_h, s_h, i_b, i_h, (i_first + i) * L, i_v)
-            b_h, b_e = _block(b_e, b_gamma, s_q, s_k, places[2].index(i_x + 1), s_p, s_w, s_c, L)
+            s_v = places[2].index(i_x + 1)
+            b_h, b_e = _block(b_e, b_gamma, s_q, s_k, s_v, s_p, s_w, s_c, d_kept, i_c, i_v + 64, L, KEEP)
         # After its barriers nobody of this group reads the tiles any more.
         _out(d_h, b_h, s_h, i_b, i_h, (i_first + i) * L, i_v + 64 * (BLOCKS - 1))
         mbarrier.arrive(done.index(at))
@@ -301,10 +323,10 @@ def _counters(PLACES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["S", "N"])
-def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
+def mlstm_walk_kernel(d_q, d_k, d_v, d_h, d_p, d_kept, p_c0, p_n0, p_c_last, p_n, p_alpha, p_beta, p_gamma, p_u, p_top, p_floor,
                         p_document, p_den, p_s, H, S, N, K, V, scale, eps,
                         L: gl.constexpr, BK: gl.constexpr, COLS: gl.constexpr, REGS: gl.constexpr, W: gl.constexpr,
-                        NORM: gl.constexpr, RESET: gl.constexpr, CUT: gl.constexpr):  # fmt: skip
+                        NORM: gl.constexpr, RESET: gl.constexpr, CUT: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
     """h of 64 · COLS columns of a sequence or of its segments, the last memory, denominators, and n of every chunk."""
     tiles_v = (V + 64 * COLS - 1) // (64 * COLS)
     i_row, i_v = (gl.program_id(0) // tiles_v).to(gl.int64), (gl.program_id(0) % tiles_v) * (64 * COLS)
@@ -335,10 +357,10 @@ def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_
         [
             (_scores, ((d_q, d_k), places, vectors, bars, pointers, outs, p_n0, p_document, scale, eps,
                        i_b, i_h, i_row, i_v, S, N, K, L, BK, NORM, RESET, W, CUT)),
-            (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
-                       i_b, i_h, i_row, i_v, S, N, K, V, 0, L, BK, COLS, CUT)),
-            (_values, (d_v, d_h, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
-                       i_b, i_h, i_row, i_v, S, N, K, V, 1, L, BK, COLS, CUT)),
+            (_values, (d_v, d_h, d_p, d_kept, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
+                       i_b, i_h, i_row, i_v, S, N, K, V, 0, L, BK, COLS, CUT, KEEP)),
+            (_values, (d_v, d_h, d_p, d_kept, places, vectors, own, bars, p_gamma, p_c0, p_c_last,
+                       i_b, i_h, i_row, i_v, S, N, K, V, 1, L, BK, COLS, CUT, KEEP)),
         ],
         [4, 4],
         [REGS, REGS],
@@ -352,17 +374,19 @@ def mlstm_walk_kernel(d_q, d_k, d_v, d_h, p_c0, p_n0, p_c_last, p_n, p_alpha, p_
 
 
 def forward(plan, call, q, k, v, gates, c, n, eps, every):
-    """h, the last C, n of every chunk, den and s; C of none, for whoever wants it works it out again."""
-    L, S, K, COLS = plan.L, plan.S, power(call.K), plan.BV // 64
+    """h, the last C, n of every chunk, den and s; where `every` asks, C before every second chunk and P/den."""
+    L, S, K, COLS, keep = plan.L, plan.S, power(call.K), plan.BV // 64, every > 0
     c, n = starts(call, S, k, v, gates, (c, n))
     ns = call.vector(n, call.rows, call.N + 1, call.K)
     den, s, c_last = call.vector(ns), call.vector(ns), call.vector(ns, call.rows, call.K, call.V)
-    h = padded(v, v.shape)
-    registers = REGISTERS if COLS == 4 else NARROW
+    h, registers = padded(v, v.shape), REGISTERS if COLS == 4 else NARROW
+    p = q.new_empty((call.rows * S, call.N // S * L, L) if keep else (1, L, L))
+    kept = q.new_empty((call.rows * call.N // 2, call.K, call.V) if keep else (1, K, 64))
     mlstm_walk_kernel[(call.rows * S * cdiv(call.V, plan.BV),)](
-        heads(q, L, K), heads(k, L, K), heads(v, L, 64), heads(h, L, 64), c, n, c_last, ns,
+        heads(q, L, K), heads(k, L, K), heads(v, L, 64), heads(h, L, 64), matrices(p, L, L),
+        matrices(kept, K, 64), c, n, c_last, ns,
         gates.alpha, gates.beta, gates.gamma, gates.u, gates.top, gates.floor, gates.document, den, s,
         call.H, S, call.N // S, call.K, call.V, call.scale, eps, L=L, BK=K, COLS=COLS, REGS=registers, W=WARPS,
-        CUT=S > 1, num_warps=WARPS, **call.flags,
+        CUT=S > 1, KEEP=keep, num_warps=WARPS, **call.flags,
     )  # fmt: skip
-    return h.contiguous(), c_last, ns, den, s, None
+    return h.contiguous(), c_last, ns, den, s, kept, p.view(call.rows, -1, L) if keep else p
