@@ -300,10 +300,10 @@ def mlstm_chunks_kernel(d_q, d_k, d_v, d_dh, d_c, d_dc, d_dq, d_dk, p_n, p_dn, p
 def backward(plan, call, grads, q, k, v, gates, c, saved):
     """dq, dk, dv, the sums that the gates' gradients are made of, dc and dn of the first memory."""
     (dh, dc, dn), (h, den, s, ns, cs, p), parts = grads, saved, call.K // 128
-    w, ds, sums = denominator_gradient(call, q, h, dh, gates, den, s)
-    dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     short, fine = call.in_chunks(64)
-    dv, dcs, first = columns.values(short, plan.S, q, k, dh, p, fine, den, dc)
+    dv, dcs, first, flow = columns.values(short, plan.S, q, k, h, dh, p, fine, den, dc)
+    w, ds, sums = denominator_gradient(call, q, h, dh, gates, den, s, flow)
+    dns = call.normaliser_scan(sums, gates, dn, reverse=True)
     dq, dk = padded(q, q.shape), padded(k, k.shape)
     qdq, kdk = call.vector(den, parts, call.tokens), call.vector(den, parts, call.tokens)
     inflow = call.vector(den, parts, call.rows * call.N * 2)

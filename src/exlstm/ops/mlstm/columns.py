@@ -6,7 +6,8 @@
 Both are one kernel. C stands in registers as its transpose, so that it goes into the products as it stands: what the matrix units
 leave as a sum is laid out as what they take for a left side. Three groups of warps: one brings the tiles and vectors, two keep
 64 columns each. P/den of all chunks is worked out before. Every tile is 64 × 64. Beside that the kernel writes C before (dC
-behind) every second chunk, for the gradients that chunks of 128 want of them.
+behind) every second chunk, for the gradients that chunks of 128 want of them; on the way back, h · dh of its columns, which the
+group that brings the tiles has time for.
 """
 
 import triton
@@ -76,11 +77,25 @@ def _left():
 
 
 @gluon.jit
-def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, KEYS: gl.constexpr, BACK: gl.constexpr):
-    """X, Y, P, the program's part of M, and two vectors of every chunk into the places that turn has."""
-    d_x, d_y, d_m, d_p = descs
-    all_x, all_y, all_m, all_p = tiles
-    read_full, write_full, g_full, read_empty, write_empty = bars
+def _flow(p_flow, all_m, all_h, at):
+    """h · dh of 64 tokens over 128 columns, 8 tokens at a time, for which there are registers."""
+    LINES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    o_t = gl.arange(0, 8, gl.SliceLayout(1, LINES))
+    for i in gl.static_range(8):
+        b_sum = gl.zeros([8, 64], gl.float32, LINES)
+        for b in gl.static_range(2):
+            b_m = all_m.index(at + b).slice(8 * i, 8).load(LINES).to(gl.float32)
+            b_sum += b_m * all_h.index(b).slice(8 * i, 8).load(LINES).to(gl.float32)
+        gl.store(p_flow + 8 * i + o_t, gl.sum(b_sum, 1))
+
+
+@gluon.jit
+def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, KEYS: gl.constexpr, BACK: gl.constexpr,
+           FLOW: gl.constexpr):  # fmt: skip
+    """X, Y, P, the program's part of M, and two vectors of every chunk into the places that turn has; h · dh."""
+    d_x, d_y, d_m, d_p, d_h = descs
+    all_x, all_y, all_m, all_p, all_h = tiles
+    read_full, write_full, g_full, read_empty, write_empty, h_full = bars
     SIZE: gl.constexpr = d_x.block_type.nbytes
     o_t = gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
     for i in range(N):
@@ -103,6 +118,23 @@ def _bring(descs, tiles, all_g, bars, pointers, i_b, i_h, i_r, i_v, first, N, KE
         mbarrier.expect(write_full.index(turn), KEYS * SIZE)
         for b in gl.static_range(KEYS):
             _come(d_y, [i_b, i_h, i_t, 64 * b], write_full.index(turn), all_y.index(KEYS * turn + b))
+        if FLOW:
+            if i > 0:
+                # The chunk before, while this one is on its way.
+                mbarrier.wait(read_full.index(turn ^ 1), (i - 1) >> 1 & 1)
+                mbarrier.wait(h_full, (i - 1) & 1)
+                then = i_n + 1 if BACK else i_n - 1
+                _flow(pointers[2] + (i_r.to(gl.int64) * N + then) * 64, all_m, all_h, 2 * (turn ^ 1))
+                # Nobody of this group reads these places any more: the next turn may fill them.
+                gl.thread_barrier()
+            mbarrier.expect(h_full, 2 * SIZE)
+            for b in gl.static_range(2):
+                _come(d_h, [i_b, i_h, i_t, i_v + 64 * b], h_full, all_h.index(b))
+    if FLOW:
+        mbarrier.wait(read_full.index((N - 1) & 1), (N - 1) >> 1 & 1)
+        mbarrier.wait(h_full, (N - 1) & 1)
+        then = 0 if BACK else N - 1
+        _flow(pointers[2] + (i_r.to(gl.int64) * N + then) * 64, all_m, all_h, 2 * ((N - 1) & 1))
 
 
 @gluon.jit
@@ -176,8 +208,8 @@ def _reads(b_0, b_1, b_2, b_3, all_x, at, KEYS: gl.constexpr):
 def _values(descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i_b, i_h, i_r, i_v, first, N, K, V,
             G: gl.constexpr, KEYS: gl.constexpr, BACK: gl.constexpr, KEEP: gl.constexpr, EMPTY: gl.constexpr):  # fmt: skip
     """h, or dv, of 64 columns of every chunk, and their last C."""
-    all_x, all_y, all_m, all_p = tiles
-    read_full, write_full, g_full, read_empty, write_empty = bars
+    all_x, all_y, all_m, all_p, _ = tiles
+    read_full, write_full, g_full, read_empty, write_empty, _ = bars
     i_v += 64 * G
     b_0, b_1 = _first(p_c, i_r, i_v, K, V, 0, EMPTY), _first(p_c, i_r, i_v, K, V, 1, EMPTY)
     b_2, b_3 = b_0, b_1
@@ -225,21 +257,27 @@ def _values(descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i
 
 
 @gluon.jit(do_not_specialize=["N", "S"])
-def mlstm_columns_kernel(d_x, d_y, d_m, d_p, d_o, d_kept, p_scale, p_weight, p_gamma, p_c, p_last, H, N, S, K, V,
+def mlstm_columns_kernel(d_x, d_y, d_m, d_p, d_o, d_kept, d_h, p_scale, p_weight, p_gamma, p_c, p_last, p_flow,
+                         H, N, S, K, V,
                          KEYS: gl.constexpr, REGS: gl.constexpr, BACK: gl.constexpr, KEEP: gl.constexpr,
-                         EMPTY: gl.constexpr):  # fmt: skip
+                         EMPTY: gl.constexpr, FLOW: gl.constexpr):  # fmt: skip
     """h (dv) of 128 columns of one of S parts of a sequence, of N chunks each, and C behind (dC before) it."""
     tiles_v = V // 128
     i_r, i_v = gl.program_id(0) // tiles_v, (gl.program_id(0) % tiles_v) * 128
     i_b, i_h, first = i_r // S // H, i_r // S % H, i_r % S * N
-    tiles = _places(2 * KEYS), _places(2 * KEYS), _places(4), _places(2)
+    all_m = _places(4)
+    all_h = all_m
+    if FLOW:
+        all_h = _places(2)
+        p_flow += (i_v // 128) * (gl.num_programs(0) // tiles_v).to(gl.int64) * N * 64
+    tiles = _places(2 * KEYS), _places(2 * KEYS), all_m, _places(2), all_h
     own = _places(4)
     all_g = gl.allocate_shared_memory(gl.float32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bars = _counters(2, 1), _counters(2, 1), _counters(2, 1), _counters(2, 2), _counters(2, 2)
-    descs = d_x, d_y, d_m, d_p
+    bars = _counters(2, 1), _counters(2, 1), _counters(2, 1), _counters(2, 2), _counters(2, 2), _counters(1, 1).index(0)
+    descs = d_x, d_y, d_m, d_p, d_h
     gl.warp_specialize(
         [
-            (_bring, (descs, tiles, all_g, bars, (p_scale, p_weight), i_b, i_h, i_r, i_v, first, N, KEYS, BACK)),
+            (_bring, (descs, tiles, all_g, bars, (p_scale, p_weight, p_flow), i_b, i_h, i_r, i_v, first, N, KEYS, BACK, FLOW)),
             (_values, (descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i_b, i_h, i_r, i_v, first, N, K, V,
                        0, KEYS, BACK, KEEP, EMPTY)),
             (_values, (descs, tiles, all_g, own, bars, d_o, d_kept, p_gamma, p_c, p_last, i_b, i_h, i_r, i_v, first, N, K, V,
@@ -257,16 +295,18 @@ def forward(plan, call, q, k, v, gates, c, n, eps, every):
     p = scores(call, q, k, ns, gates, den, s, eps)
     first, _ = starts(call, plan.S, k, v, gates, (c, None))
     scale = call.scale * gates.beta / den
-    h, c_last, cs = columns(call, plan.S, (q, k, v, p), (scale, gates.alpha, gates.gamma), first, every > 0)
+    h, c_last, cs, _ = columns(call, plan.S, (q, k, v, p), (scale, gates.alpha, gates.gamma), first, every > 0)
     return h, _alone(c_last, -1), ns, den, s, cs, p
 
 
-def values(call, S, q, k, dh, p, gates, den, dc):
-    """dv, dC behind every second chunk (B·H·N/2, K, V), and dC of the first memory; of P/den and gates in chunks of 64."""
+def values(call, S, q, k, h, dh, p, gates, den, dc):
+    """dv, dC behind every second chunk (B·H·N/2, K, V), dC of the first memory, and h · dh (V/128, B·H·N·L) of 128 columns
+    each, which only a normaliser wants; of P/den and gates in chunks of 64."""
     last, _ = ends(call, S, (q, dh, dh), gates, (den, None), (dc, None))
-    weight = call.scale * gates.beta / den
-    dv, first, dcs = columns(call, S, (k, q, dh, p), (gates.alpha, weight, gates.gamma), last, True, back=True)
-    return dv, dcs, _alone(first, 0)
+    vectors = gates.alpha, call.scale * gates.beta / den, gates.gamma
+    h = h if call.flags["NORM"] else None
+    dv, first, dcs, flow = columns(call, S, (k, q, dh, p), vectors, last, True, back=True, h=h)
+    return dv, dcs, _alone(first, 0), flow
 
 
 def _alone(memories, at):
@@ -286,14 +326,16 @@ def scores(call, q, k, ns, gates, den, s, eps):
     return p
 
 
-def columns(call, S, tensors, vectors, start, keep, back=False):
-    """h or dv, the memories behind (before) all segments (B·H, S, K, V), and the kept ones (none without `keep`)."""
+def columns(call, S, tensors, vectors, start, keep, back=False, h=None):
+    """h or dv, the memories behind (before) all segments (B·H, S, K, V), the kept ones (none without `keep`), h · M of `h`."""
     x, y, m, p = tensors
     out, last = padded(m, m.shape), call.vector(vectors[0], call.rows, S, call.K, call.V)
     kept, empty = m.new_empty(call.rows * call.N // 2 if keep else 1, call.K, call.V), start is None
+    flow = last if h is None else call.vector(last, call.V // 128, call.tokens)
     mlstm_columns_kernel[(call.rows * S * cdiv(call.V, 128),)](
         heads(x, 64, 64), heads(y, 64, 64), heads(m, 64, 64), matrices(p.view(call.rows * S, -1, 64), 64, 64),
-        heads(out, 64, 64), matrices(kept, 64, 64), *vectors, last if empty else start, last,
-        call.H, call.N // S, S, call.K, call.V, KEYS=call.K // 64, REGS=REGISTERS, BACK=back, KEEP=keep, EMPTY=empty, num_warps=4,
+        heads(out, 64, 64), matrices(kept, 64, 64), heads(m if h is None else h, 64, 64),
+        *vectors, last if empty else start, last, flow, call.H, call.N // S, S, call.K, call.V,
+        KEYS=call.K // 64, REGS=REGISTERS, BACK=back, KEEP=keep, EMPTY=empty, FLOW=h is not None, num_warps=4,
     )  # fmt: skip
-    return out.contiguous(), last, kept if keep else None
+    return out.contiguous(), last, kept if keep else None, None if h is None else flow

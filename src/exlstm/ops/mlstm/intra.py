@@ -136,9 +136,10 @@ def mlstm_intra_backward_kernel(d_q, d_k, d_v, d_h, d_dh, d_p, d_g, p_u, p_top, 
 
 
 @triton.jit(do_not_specialize=["N"])
-def mlstm_denominator_gradient_kernel(d_q, d_h, d_dh, p_beta, p_den, p_s, p_w, p_ds, p_sums, H, N, K, V, scale,
-                                      L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """w = a β/den and ds of every token of a chunk, and Σ a β ds q, what n of the chunk has from it."""
+def mlstm_denominator_gradient_kernel(d_q, d_h, d_dh, p_flow, p_beta, p_den, p_s, p_w, p_ds, p_sums, H, N, K, V, scale,
+                                      L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
+                                      PARTS: tl.constexpr):  # fmt: skip
+    """w = a β/den and ds of every token of a chunk, and Σ a β ds q, what n of the chunk has from it; h · dh in PARTS if not 0."""
     i_bh, i_n = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     i_b, i_h = (i_bh // H).to(tl.int32), (i_bh % H).to(tl.int32)
     o_t = (i_bh * N + i_n) * L + tl.arange(0, L)
@@ -146,9 +147,12 @@ def mlstm_denominator_gradient_kernel(d_q, d_h, d_dh, p_beta, p_den, p_s, p_w, p
     tl.store(p_w + o_t, b_beta * b_part)
     b_ds = tl.zeros([L], dtype=tl.float32)
     if NORM:
-        for i_v in range(0, V, BV):
-            b_h = tile(d_h, i_b, i_h, i_n * L, i_v, L, BV, tl.float32)
-            b_ds += tl.sum(b_h * tile(d_dh, i_b, i_h, i_n * L, i_v, L, BV, tl.float32), 1)
+        for i_part in tl.static_range(PARTS):
+            b_ds += tl.load(p_flow + i_part * tl.num_programs(0).to(tl.int64) * L + o_t)
+        if PARTS == 0:
+            for i_v in range(0, V, BV):
+                b_h = tile(d_h, i_b, i_h, i_n * L, i_v, L, BV, tl.float32)
+                b_ds += tl.sum(b_h * tile(d_dh, i_b, i_h, i_n * L, i_v, L, BV, tl.float32), 1)
         b_s = tl.load(p_s + o_t)
         b_ds *= tl.where(b_s > 0, -b_part, tl.where(b_s < 0, b_part, 0.0))
     tl.store(p_ds + o_t, b_ds)
@@ -185,13 +189,14 @@ def intra_backward(call, plan, q, k, v, h, dh, gates, den, s):
     return p, g, w, wn, sums
 
 
-def denominator_gradient(call, q, h, dh, gates, den, s):
-    """The weights w in dC and ds of every token, and what a chunk adds to dn."""
+def denominator_gradient(call, q, h, dh, gates, den, s, flow=None):
+    """The weights w in dC and ds of every token, and what a chunk adds to dn; h · dh may be given in parts (parts, B·H·N·L)."""
     L, BK, BV = call.L, min(64, power(call.K)), min(128, power(call.V))
     w, ds, sums = call.vector(den), call.vector(den), call.vector(den, call.rows, call.N, call.K)
     mlstm_denominator_gradient_kernel[(call.rows * call.N,)](
-        heads(q, L, BK), heads(h, L, BV), heads(dh, L, BV), gates.beta, den, s, w, ds, sums,
+        heads(q, L, BK), heads(h, L, BV), heads(dh, L, BV), den if flow is None else flow, gates.beta, den, s, w, ds, sums,
         call.H, call.N, call.K, call.V, call.scale, L=L, BK=BK, BV=BV, NORM=call.flags["NORM"],
+        PARTS=0 if flow is None else len(flow),
     )  # fmt: skip
     return w, ds, sums
 
