@@ -374,12 +374,21 @@ def padded(x, shape, dtype=None):
 
 def heads(x, rows, width):
     """x (B, T, H, D) as (B, H, T, D) in tiles of `rows` × `width`."""
-    batch, time, heads, features = x.shape
-    # The stride of an axis of length one is anything; the copy engine wants a multiple of 16 bytes.
-    b, t, h, _ = (s if length > 1 else 16 for s, length in zip(x.stride(), x.shape))
-    return TensorDescriptor(x, [batch, heads, time, features], [b, h, t, 1], [1, 1, rows, width])
+    return TensorDescriptor(*tiles_of_heads(x, rows, width))
 
 
 def matrices(x, rows, width):
     """x (M, R, W) in tiles of `rows` × `width`."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, width])
+    return TensorDescriptor(*tiles_of_matrices(x, rows, width))
+
+
+def tiles_of_heads(x, rows, width):
+    """What a descriptor is made of: the tensor, its sizes, strides and tiles."""
+    batch, time, heads, features = x.shape
+    # The stride of an axis of length one is anything; the copy engine wants a multiple of 16 bytes.
+    b, t, h, _ = (s if length > 1 else 16 for s, length in zip(x.stride(), x.shape))
+    return x, [batch, heads, time, features], [b, h, t, 1], [1, 1, rows, width]
+
+
+def tiles_of_matrices(x, rows, width):
+    return x, list(x.shape), list(x.stride()), [1, rows, width]

@@ -7,6 +7,8 @@ own pipeline neither overlaps loads with the products nor keeps so much in regis
 and the next one comes as soon as nobody reads it any more. The equations stand in docs/math.md, what was measured in docs/log.md.
 """
 
+from functools import cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -510,14 +512,15 @@ def _fused(plan, call, grads, q, k, v, gates, saved):
 
 def heads(x, rows, width):
     """x (B, T, H, D) as (B, H, T, D) in tiles of `rows` × `width`."""
-    return _descriptor(descriptors.heads(x, rows, width))
+    return TensorDescriptor(*descriptors.tiles_of_heads(x, rows, width), _layout(4))
 
 
 def matrices(x, rows, width):
     """x (M, R, W) in tiles of `rows` × `width`."""
-    return _descriptor(descriptors.matrices(x, rows, width))
+    return TensorDescriptor(*descriptors.tiles_of_matrices(x, rows, width), _layout(3))
 
 
-def _descriptor(x):
-    layout = gl.NVMMASharedLayout(128, 16, rank=len(x.shape))
-    return TensorDescriptor(x.base, x.shape, x.strides, x.block_shape, layout)
+@cache
+def _layout(rank):
+    """Where the copy engine leaves a tile; made once, for a call has twenty tiles."""
+    return gl.NVMMASharedLayout(128, 16, rank=rank)
