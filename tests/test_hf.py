@@ -374,3 +374,16 @@ def test_dtypes(tmp_path):
     logits = model(tokens_of(2, 9)).logits
     assert logits.dtype == torch.float32 and logits.isfinite().all()
     assert isinstance(model.model.stack, nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@each_kind
+def test_weights_that_lie_elsewhere_are_fetched(blocks):
+    """accelerate keeps the weights, and gives every module that has some a forward that brings them."""
+    accelerate, tokens = pytest.importorskip("accelerate"), tokens_of(2, 9)
+    model = wrapped(blocks)
+    wanted, written = model(tokens).logits, write(model, tokens)
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    assert all(p.is_meta for p in away.parameters())
+    torch.testing.assert_close(away(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(write(away, tokens), written)

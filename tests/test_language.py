@@ -213,6 +213,25 @@ def write(model, x, state):
 
 @pytest.mark.parametrize("call", (read, learn, read_on, write), ids=lambda call: call.__name__)
 @each_kind
+def test_a_forward_of_somebody_is_called(blocks, call):
+    """As libraries give a module that fetch its weights, which are nowhere before."""
+    model = build(blocks, out_norm="rms", slstm=SLSTMOptions(conv=4))
+    x, heard = tokens_of(2, 5), []
+    _, state = model(x)
+    parts = {name: module for name, module in model.named_modules() if name and not isinstance(module, nn.ModuleList)}
+    for name, module in parts.items():
+
+        def told(*args, name=name, forward=module.forward, **kwargs):
+            heard.append(name)
+            return forward(*args, **kwargs)
+
+        module.forward = told
+    call(model, x, state)
+    assert set(parts) == {*heard}
+
+
+@pytest.mark.parametrize("call", (read, learn, read_on, write), ids=lambda call: call.__name__)
+@each_kind
 def test_whoever_listens_to_a_module_hears_every_call(blocks, call):
     """A hook is called, and what it returns is what counts: no shortcut passes a module by."""
     model = build(blocks, out_norm="rms", slstm=SLSTMOptions(conv=4))

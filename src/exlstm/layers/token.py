@@ -13,9 +13,13 @@ SMALL, SMALL_PRODUCT = 1 << 13, 1 << 18
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls: then it has to be called, whatever else gives the same numbers."""
+    """Whether somebody listens to a module's calls, or has given it a forward of their own, as libraries do that bring its
+    weights from elsewhere: then it has to be called, whatever else gives the same numbers."""
     forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    if forward or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    # The wrapper of torch.compile has one, too, and stands for what it wraps.
+    return "forward" in module.__dict__ and "_orig_mod" not in module._modules
 
 
 def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes, *, skipped=()) -> bool:

@@ -339,7 +339,9 @@ def check_finite(state: GenerationState):
 def capturable(model) -> bool:
     """Whether a CUDA graph may hold the model's step: on a GPU, without autocast, and nobody looks at its modules' calls."""
     device = model.embedding.weight.device.type
-    return device == "cuda" and not torch.is_autocast_enabled(device) and not any(map(hooked, model.modules()))
+    # The model itself is not called while it writes: a compiled forward of its own is no reason.
+    parts = (part for part in model.modules() if part is not model)
+    return device == "cuda" and not torch.is_autocast_enabled(device) and not any(map(hooked, parts))
 
 
 class Held:
