@@ -234,6 +234,21 @@ def test_a_reset_is_a_fresh_start(name):
 
 
 @every
+@pytest.mark.parametrize("steps", [1, 9])
+def test_a_reset_forgets_what_is_not_finite(name, steps):
+    """A row that once read NaN goes on as a fresh one, in values and gradients."""
+    stack, x = build(name), sample(2, 9)[:, :steps]
+    _, state = stack(sample(2, 5, seed=3))
+    lost = tree_map(lambda t: t if t is None or not t.is_floating_point() else torch.full_like(t, torch.nan), state)
+    reset = torch.zeros(2, steps, dtype=torch.bool)
+    reset[:, 0] = True
+    (y, after), (fresh, wanted) = stack(x, lost, reset=reset), stack(x)
+    assert_same([y], [fresh])
+    assert_same(gradients(stack, y, x), gradients(stack, fresh, x))
+    assert_same([stack(x, after)[0]], [stack(x, wanted)[0]])
+
+
+@every
 def test_lengths_of_zero_leave_the_state(name):
     stack, x = build(name), sample(2, 6)
     _, state = stack(x)
@@ -325,6 +340,27 @@ def test_meta_device_then_reset_parameters(name):
     stack.reset_parameters()
     assert all(p.isfinite().all() for p in stack.parameters())
     assert stack(sample(2, 5, dtype=torch.float32))[0].isfinite().all()
+
+
+class Carried(torch.nn.Module):
+    def __init__(self, stack):
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x, state):
+        return self.stack(x, state)
+
+
+@every
+@torch.no_grad()
+def test_a_program_with_states_survives_save_and_load(name):
+    stack, x = build(name), sample(2, 8)
+    _, state = stack(x)
+    exported, file = torch.export.export(Carried(stack), (x, state)), io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    (y, after), (wanted, state) = torch.export.load(file).module()(x, state), stack(x, state)
+    assert_same([y, stack(x, after)[0]], [wanted, stack(x, state)[0]])
 
 
 @every

@@ -44,8 +44,7 @@ class AttentionRoom(NamedTuple):
 # A sequence is read in pieces of at least so many tokens where a window is shorter than it.
 PIECE = 512
 
-# torch.load takes a saved state without weights_only=False.
-torch.serialization.add_safe_globals([AttentionState])
+backends.portable(AttentionState)
 
 
 class Attention(nn.Module):
@@ -157,7 +156,8 @@ class Heads(nn.Module):
         q, k = self._turned(q, k, positions)
         stored = positions if mask is None else positions.masked_fill(~mask, -1)
         if state is not None:
-            k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)  # (B, S, ...)
+            keys, values = (backends.emptied(x, reset) for x in state[:2])
+            k, v = torch.cat([keys.to(k.dtype), k], 1), torch.cat([values.to(v.dtype), v], 1)  # (B, S, ...)
             stored = torch.cat([state.positions, stored.expand(batch, -1)], 1)
         if packed:
             y = _attend_packed(q, k, v, reset, self.window)

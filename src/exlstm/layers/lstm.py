@@ -22,8 +22,7 @@ class LSTMState(NamedTuple):
     c: Tensor
 
 
-# torch.load takes a saved state without weights_only=False.
-torch.serialization.add_safe_globals([LSTMState])
+backends.portable(LSTMState)
 
 
 class LSTM(nn.Module):

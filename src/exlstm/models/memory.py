@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from exlstm.ops.backend import portable
+
 
 class xLSTMMemory(NamedTuple):
     """What an xLSTM continues from, in the place of nn.LSTM's c_n: a state of every layer and direction, rows first.
@@ -150,5 +152,4 @@ class xLSTMState(NamedTuple):
         return xLSTMState(self.h[:, [batch] if isinstance(batch, int) else batch], self.c.index(batch))
 
 
-# torch.load takes a saved state without weights_only=False.
-torch.serialization.add_safe_globals([xLSTMMemory, xLSTMState])
+portable(xLSTMMemory, xLSTMState)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from exlstm.layers.attention import AttentionState, longer
 from exlstm.models.sampling import is_whole, token_list
+from exlstm.ops.backend import portable
 
 # Prompts are read in pieces, so that the activations of a long one never stand whole: tokens a row on a CPU, and in all rows.
 PIECE, TOKENS = 8192, 32768
@@ -27,8 +28,7 @@ class GenerationState(NamedTuple):
     """number of tokens chosen so far (B,) int64: where the random numbers go on"""
 
 
-# torch.load takes a saved state without weights_only=False.
-torch.serialization.add_safe_globals([GenerationState])
+portable(GenerationState)
 
 
 def evaluating(model):

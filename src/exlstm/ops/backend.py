@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 TRITON = find_spec("triton") is not None
 # Asked for before triton is imported, or not at all; read once, as a step of decoding would feel it.
@@ -62,6 +63,14 @@ def batched(x) -> bool:
     return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
 
 
+def portable(*states: type):
+    """For the kinds of a state, NamedTuples: torch.load takes them without weights_only=False, and torch.export.save writes
+    programs that give or take them."""
+    torch.serialization.add_safe_globals(list(states))
+    for kind in states:
+        _pytree._register_namedtuple(kind, serialized_type_name=f"exlstm.{kind.__name__}")
+
+
 def distributed() -> bool:
     """Whether processes work together: sharded weights are given back after every use, which storage seen by NumPy refuses."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -101,6 +110,12 @@ def cast(x, dtype):
 def blanked(x, mask):
     """x (B, T, ...) with 0 at the padding of a mask (B, T) or None: what stands there may be NaN, and so is 0 times NaN."""
     return x if mask is None else x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0)
+
+
+def emptied(x, reset):
+    """A memory x (B, ...) with 0 in rows that `reset` (B, T), or None, empties before the first token: what stood there may be
+    NaN, which no factor of 0 takes away."""
+    return x if reset is None else x.masked_fill(reset[:, 0].view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 def pick(implementations: dict, argument: str | None, auto: str):

@@ -46,8 +46,9 @@ def causal_conv(
     _check(x, weight, bias, state, reset, mask, activation)
     time, past = x.shape[1], weight.shape[1] - 1
     history = x.new_zeros(x.shape[0], past, x.shape[2]) if state is None else state.to(x.dtype)
+    history = history if state is None else backends.emptied(history, reset)
     if time == 1:
-        return _step(x, weight, bias, history, reset, mask, activation)
+        return _step(x, weight, bias, history, mask, activation)
     # Tokens are of one document where they have as many resets behind them; the state belongs to document 0.
     document = None if reset is None else reset.cumsum(1)  # (B, T)
     last = None if reset is None else document[:, -1:]
@@ -105,10 +106,8 @@ def _take(x, index):
     return x.reshape(-1, width).index_select(0, rows.flatten()).view(batch, -1, width)
 
 
-def _step(x, weight, bias, history, reset, mask, activation):
+def _step(x, weight, bias, history, mask, activation):
     """One token: the same sums without the machinery of a sequence."""
-    if reset is not None:
-        history = history.masked_fill(reset[..., None], 0)
     joined = torch.cat([history, x], 1)  # (B, W, D)
     kernels = _kernels(x, weight)
     if kernels is not None:

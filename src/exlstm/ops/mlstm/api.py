@@ -22,8 +22,7 @@ class MLSTMState(NamedTuple):
     m: Tensor
 
 
-# torch.load takes a saved state without weights_only=False.
-torch.serialization.add_safe_globals([MLSTMState])
+backends.portable(MLSTMState)
 
 
 # A forget gate as good as shut, in nats: -inf would make NaN of a prefix sum, and numbers far below leave it no digits.
@@ -81,6 +80,9 @@ def mlstm(
     implementation = backends.pick(IMPLEMENTATIONS, backend, "triton" if runs_on(q) else "cpu")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     c, n, m = _memory(state, q, v, dtype)
+    if state is not None and q.shape[1] > 1:
+        # A single step reads nothing of what it forgets.
+        c, n, m = (backends.emptied(x, reset) for x in (c, n, m))
     log_i, log_f = backends.cast(log_i, dtype), backends.cast(log_f, dtype).clamp(min=SHUT)
     if mask is not None:
         q, k, v = (backends.blanked(x, mask) for x in (q, k, v))

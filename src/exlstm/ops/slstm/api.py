@@ -20,8 +20,7 @@ class SLSTMState(NamedTuple):
     m: Tensor
 
 
-# torch.load takes a saved state without weights_only=False.
-torch.serialization.add_safe_globals([SLSTMState])
+backends.portable(SLSTMState)
 
 
 IMPLEMENTATIONS = {"reference": reference, "cpu": cpu, "triton": triton}
@@ -65,7 +64,7 @@ def slstm(
         memory = [x.new_zeros(shape, dtype=dtype)] * 4
     else:
         backends.check_state(state, dict.fromkeys(SLSTMState._fields, shape), x.device)
-        memory = [backends.cast(s, dtype) for s in state]
+        memory = [backends.emptied(backends.cast(s, dtype), reset) for s in state]
     h, *memory = implementation(backends.blanked(x, mask), r, *memory, reset, mask)
     return backends.blanked(h, mask), SLSTMState(*memory)
 
