@@ -9,7 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from exlstm import layers
 from exlstm.models.config import OPTIONS, StackConfig
@@ -340,6 +342,35 @@ def test_meta_device_then_reset_parameters(name):
     stack.reset_parameters()
     assert all(p.isfinite().all() for p in stack.parameters())
     assert stack(sample(2, 5, dtype=torch.float32))[0].isfinite().all()
+
+
+@every
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("record", ["jit", "fx"])
+@torch.no_grad()
+def test_what_is_recorded_once_holds_for_other_numbers(name, steps, record):
+    """No shortcut leaves what it has worked out as a constant behind."""
+    stack = build(name).requires_grad_(False)
+    _, state = stack(sample(2, 6, seed=3))
+    one, other = sample(2, steps), sample(2, steps, seed=5)
+
+    def read(x):
+        return stack(x, state)[0]
+
+    found = make_fx(read)(one) if record == "fx" else torch.jit.trace(read, one)
+    assert_same([found(other)], [read(other)])
+
+
+@every
+def test_operations_are_counted_without_gradients_too(name):
+    stack, x, counts = build(name), sample(2, 1), []
+    _, state = stack(sample(2, 6, seed=3))
+    for grads in (False, True):
+        with torch.set_grad_enabled(grads), FlopCounterMode(display=False) as counter:
+            stack(x, state)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0 or name == "lstm"
 
 
 class Carried(torch.nn.Module):

@@ -264,7 +264,7 @@ def _attend(q, k, v, visible):
             # No fused kernel takes groups and a mask at once.
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=groups > 1
+            q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=bool(groups > 1)
         )
         return y.transpose(1, 2)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exlstm.layers.token import SMALL, array, hooked, is_light, parameter, project, silu, token_errors
 from exlstm.ops import maps as joint
-from exlstm.ops.backend import autocasts, cast, check_tensors, distributed, elsewhere, exact, kernels, traced
+from exlstm.ops.backend import autocasts, cast, check_tensors, distributed, elsewhere, exact, kernels, traced, unseen
 from exlstm.ops.conv import causal_conv, decode
 from exlstm.ops.gated import gated
 from exlstm.ops.norm import head_norm, row_norm
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         # First of all, since a compiler would take the question for the size as a promise.
         if traced() or x.device.type != "cpu":
             return cast(F.rms_norm(wide, weight.shape, weight, self.eps), x.dtype)
-        if x.numel() <= SMALL and not (torch.is_grad_enabled() or distributed()):
+        if x.numel() <= SMALL and unseen() and not distributed():
             return cast(_rms_norm(wide, weight, self.eps), x.dtype)
         return cast(_RMSNorm.apply(wide, weight, self.eps), x.dtype)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exlstm.ops.backend import chosen, distributed, traced
+from exlstm.ops.backend import chosen, distributed, unseen
 
 # Numbers in a tensor up to which NumPy is the faster one, and multiplications in a product: beyond these it would call threads
 # of its own, which torch's would fight.
@@ -46,7 +46,7 @@ def is_light(x: Tensor, weight: Tensor) -> bool:
 
 def _bare_arrays(x, weight):
     """Whether x and a layer's weight may be worked on as arrays."""
-    if torch.is_grad_enabled() or traced() or distributed() or torch.is_autocast_enabled("cpu"):
+    if not unseen() or distributed() or torch.is_autocast_enabled("cpu"):
         return False
     plain = type(x) is Tensor and type(weight) is nn.Parameter and x.is_cpu and weight.is_cpu
     return plain and weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)

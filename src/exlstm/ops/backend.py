@@ -12,8 +12,8 @@ TRITON = find_spec("triton") is not None
 # Asked for before triton is imported, or not at all; read once, as a step of decoding would feel it.
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-# A name of its own, as decoding asks often.
-FAKE = torch._C._TorchDispatchModeKey.FAKE
+# Names of their own, as decoding asks often.
+FAKE, PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 # A plain global and no ContextVar: torch.compile traces it, and compiles anew when it changes.
 _chosen: str | None = None
@@ -41,20 +41,31 @@ def chosen(argument: str | None) -> str:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, or forward differentiation, which no_grad leaves on, wants plain operations."""
+    """Whether a transform of torch.func, or forward differentiation, which no_grad leaves on, or torch.jit.trace wants plain
+    operations."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    recorded = torch._C._get_tracing_state() is not None
+    return recorded or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def faked() -> bool:
-    """Whether tensors have shapes and no numbers (FakeTensorMode), whatever their device says."""
-    return torch._C._get_dispatch_mode(FAKE) is not None
+    """Whether tensors have shapes and no numbers to ask for, whatever their device says: in FakeTensorMode, or where make_fx
+    records what is done to them."""
+    return torch._C._get_dispatch_mode(FAKE) is not None or torch._C._get_dispatch_mode(PROXY) is not None
 
 
 def traced() -> bool:
     """Whether somebody looks through the operations, a compiler or a transform: no NumPy then, and no gradient by hand."""
     return torch.compiler.is_compiling() or transformed() or faked()
+
+
+def unseen() -> bool:
+    """Whether NumPy may stand in for operations of torch: nobody differentiates, traces or counts them (TorchDispatchMode)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # What makes tensors fake, or records them, stands on the stack, too.
+    return not (torch._C._len_torch_dispatch_stack() or transformed())
 
 
 def batched(x) -> bool:

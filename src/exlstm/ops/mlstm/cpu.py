@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from exlstm.ops.backend import cast, exact, traced
+from exlstm.ops.backend import cast, exact, unseen
 from exlstm.ops.mlstm.chunked import M_MAX, chunked
 
 # Numbers in a memory up to which NumPy reads it faster, on one core.
@@ -14,8 +14,7 @@ def cpu(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk=None
     """Same signature and result as `reference`; plain PyTorch, so any device."""
     m = m.detach()
     if q.shape[1] == 1:
-        bare = reset is None and c.device.type == "cpu" and not traced()
-        step = _decode if bare and not torch.is_grad_enabled() else _step
+        step = _decode if reset is None and c.device.type == "cpu" and unseen() else _step
         h, *memory = step(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps)
         return cast(h, v.dtype), *memory
     return chunked(q, k, v, log_i, log_f, c, n, m, reset, scale, normalize, eps, chunk)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exlstm.ops.backend import cast, distributed, exact, traced
+from exlstm.ops.backend import cast, distributed, exact, unseen
 from exlstm.ops.pages import room
 
 # Numbers a slab of steps may hold that are worked on at once, between or behind the steps themselves.
@@ -33,7 +33,7 @@ def cpu(x, r, h, c, n, m, reset, mask):
     if x.device.type not in ("cpu", "meta"):
         raise ValueError(f"backend 'cpu' runs on CPU tensors, x is on {x.device}")
     bare = reset is None and mask is None and x.device.type == "cpu"
-    if x.shape[1] == 1 and bare and not (torch.is_grad_enabled() or traced() or distributed()):
+    if x.shape[1] == 1 and bare and unseen() and not distributed():
         return _decode(x, r, h, c, n, m)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, r, h, c, n))
     hs, *state, _, _ = _slstm_cpu(x, r, h, c, n, m.detach(), reset, mask, save)
