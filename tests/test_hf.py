@@ -180,6 +180,33 @@ def test_logits_to_keep_and_tuples():
     assert loss.ndim == 0 and torch.equal(logits, whole)
 
 
+@each_kind
+def test_hidden_states(blocks):
+    """What goes into every block, and what the head reads; from a cache, in generate, and in every head."""
+    ours = build(blocks, out_norm="rms")
+    model, tokens, n = hf.ExlstmForCausalLM.from_exlstm(ours), tokens_of(2, 9), ours.config.n_layers
+    heard = []
+    for block in ours.stack.blocks:
+        block.register_forward_pre_hook(lambda _, given: heard.append(given[0]))
+    told = model(tokens, output_hidden_states=True)
+    assert len(told.hidden_states) == n + 1 and model(tokens).hidden_states is None
+    for found, wanted in zip(told.hidden_states, heard[:n], strict=False):
+        assert torch.equal(found, wanted)
+    assert torch.equal(told.hidden_states[-1], ours.hidden(tokens)[0])
+    first = model(tokens[:, :5], output_hidden_states=True)
+    then = model(tokens[:, 5:], output_hidden_states=True, **{CACHE: first[CACHE]})
+    for parts in zip(first.hidden_states, then.hidden_states, told.hidden_states, strict=True):
+        torch.testing.assert_close(torch.cat(parts[:2], 1), parts[2], atol=1e-4, rtol=1e-4)
+    written = model.generate(
+        tokens, max_new_tokens=3, pad_token_id=0, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert [len(step) for step in written.hidden_states] == [n + 1] * 3
+    model.config.output_hidden_states = True
+    assert len(model.model(tokens, return_dict=False)[-1]) == n + 1
+    for head in (hf.ExlstmForSequenceClassification, hf.ExlstmForTokenClassification):
+        assert len(head(model.config)(tokens).hidden_states) == n + 1
+
+
 def test_what_does_not_fit_is_told():
     model, tokens = wrapped(), tokens_of(2, 9)
     for call, told in (
@@ -187,7 +214,7 @@ def test_what_does_not_fit_is_told():
         (lambda: model(tokens, attention_mask=torch.ones(2, 5)), r"attention_mask has shape \(2, 5\), wanted \(2, 9\)"),
         (lambda: model(tokens, attention_mask=torch.ones(2, 1, 9, 9)), "attention_mask has shape"),
         (lambda: model(tokens, past_key_values=transformers.DynamicCache()), "DynamicCache, wanted an ExlstmCache"),
-        (lambda: model(tokens, output_hidden_states=True), "are not offered"),
+        (lambda: model(tokens, output_attentions=True), "are not offered"),
         (lambda: hf.ExlstmConfig(network={"d_modle": 3}), "did you mean 'd_model'"),
         (lambda: write(model, tokens[:1], assistant_model=wrapped()), "assist"),
     ):

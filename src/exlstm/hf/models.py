@@ -119,11 +119,14 @@ class ExlstmModel(ExlstmPreTrainedModel):
         use_cache: bool | None = None,
         **others,
     ):
-        """`attention_mask` (B, T) or (B, tokens before + T): zeros are padding, on any side, and change nothing."""
+        """`attention_mask` (B, T) or (B, tokens before + T): zeros are padding, on any side, and change nothing.
+
+        With `output_hidden_states` also what goes into every block, and at the end what comes out of the last norm.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("wanted one of input_ids and inputs_embeds")
-        if others.get("output_hidden_states") or others.get("output_attentions"):
-            raise ValueError("output_hidden_states and output_attentions are not offered")
+        if others.get("output_attentions"):
+            raise ValueError("output_attentions are not offered: a recurrent block has none")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -131,10 +134,19 @@ class ExlstmModel(ExlstmPreTrainedModel):
         if cache is None and use_cache:
             cache = ExlstmCache(self.config.num_hidden_layers)
         states = None if cache is None else _states(cache)
-        y, states = self.stack(x, states, mask=_mask(attention_mask, x))
+        asked = others.get("output_hidden_states")
+        heard = [x] if (getattr(self.config, "output_hidden_states", False) if asked is None else asked) else None
+        y, states = self.stack(x, states, mask=_mask(attention_mask, x), between=heard)
         if cache is not None:
             cache.set(states, x.shape[1])
-        return _told(BaseModelOutputWithPast(last_hidden_state=self.norm(y), **{CACHE: cache}), others)
+        y = self.norm(y)
+        hidden = None if heard is None else (*heard[:-1], y)
+        return _told(BaseModelOutputWithPast(last_hidden_state=y, hidden_states=hidden, **{CACHE: cache}), others)
+
+
+def _asked(others: Mapping) -> dict:
+    """What a head hands on to the body."""
+    return {name: others.get(name) for name in ("output_hidden_states", "output_attentions")}
 
 
 def _told(output, others: Mapping):
@@ -219,9 +231,8 @@ class ExlstmForCausalLM(ExlstmPreTrainedModel, GenerationMixin):
         """Soft-capped logits (B, T, V) in float32; `labels` (B, T) are moved by one here, and -100 does not count."""
         told = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         told |= {"past_key_values": past_key_values, "cache": cache, "use_cache": use_cache}
-        inner = self.model(
-            **told, **{name: others.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
-        )
+        inner = self.model(**told, **_asked(others))
+        others = {name: value for name, value in others.items() if name not in _asked(others)}
         is_dict = others.pop("return_dict", None)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(inner.last_hidden_state[:, kept])
@@ -230,13 +241,14 @@ class ExlstmForCausalLM(ExlstmPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **others)
         held = {CACHE: inner[CACHE]} if CACHE in inner else {}
+        held["hidden_states"] = inner.hidden_states
         return _told(CausalLMOutputWithPast(loss=loss, logits=logits, **held), {"return_dict": is_dict})
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         """The tokens that the cache has not seen."""
         held = kwargs.get(CACHE)
         seen = 0 if held is None else held.get_seq_length()
-        told = {"attention_mask": attention_mask, "use_cache": kwargs.get("use_cache"), CACHE: held}
+        told = {"attention_mask": attention_mask, "use_cache": kwargs.get("use_cache"), CACHE: held, **_asked(kwargs)}
         if inputs_embeds is not None and seen == 0:
             return {**told, "inputs_embeds": inputs_embeds}
         if inputs_embeds is not None:
@@ -277,14 +289,15 @@ class ExlstmForSequenceClassification(ExlstmPreTrainedModel):
         pad = getattr(self.config, "pad_token_id", None)
         if attention_mask is None and input_ids is not None and pad is not None:
             attention_mask = (input_ids != pad).long()
-        inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False)
+        inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False, **_asked(others))
         y = inner.last_hidden_state
         last = torch.full((len(y),), y.shape[1] - 1, device=y.device)
         if attention_mask is not None:
             last = (attention_mask * torch.arange(y.shape[1], device=y.device)).amax(1)
         logits = self.score(y[torch.arange(len(y), device=y.device), last]).float()
         loss = None if labels is None else self._loss(logits, labels)
-        return _told(SequenceClassifierOutputWithPast(loss=loss, logits=logits), others)
+        output = SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=inner.hidden_states)
+        return _told(output, others)
 
     def _loss(self, logits, labels):
         problem = self.config.problem_type
@@ -316,7 +329,7 @@ class ExlstmForTokenClassification(ExlstmPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **others):
         """Logits (B, T, num_labels)."""
-        inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False)
+        inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False, **_asked(others))
         logits = self.score(inner.last_hidden_state).float()
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return _told(TokenClassifierOutput(loss=loss, logits=logits), others)
+        return _told(TokenClassifierOutput(loss=loss, logits=logits, hidden_states=inner.hidden_states), others)

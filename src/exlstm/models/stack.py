@@ -118,8 +118,11 @@ class Stack(nn.Module):
             self.norm.reset_parameters()
         scale_outputs(self.blocks, len(self.blocks))
 
-    def forward(self, x, state=None, *, lengths=None, mask=None, reset=None):
-        """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer."""
+    def forward(self, x, state=None, *, lengths=None, mask=None, reset=None, between: list | None = None):
+        """y (B, T, d_model) and the state after the last token; `lengths` (B,), `mask` and `reset` (B, T) as in every layer.
+
+        `between` gets what stands behind every block (B, T, d_model), the last without the norm of the stack.
+        """
         self._check(x, state)
         mask = basic.valid_mask(lengths, mask, *x.shape[:2], x.device)
         x = blanked(x, mask)
@@ -138,6 +141,8 @@ class Stack(nn.Module):
             else:
                 x, after = block(x, before, mask=mask, reset=reset)
             states.append(after)
+            if between is not None:
+                between.append(x[0] + x[1] if apart else x)
         return self.norm(x[0] + x[1] if apart else x), tuple(states)
 
     def filled(self, state):
