@@ -181,6 +181,31 @@ def test_logits_to_keep_and_tuples():
 
 
 @each_kind
+def test_documents_in_a_row(blocks):
+    """Position 0 begins a document, as a collator tells that packs them; what was before is not seen."""
+    model, parts = wrapped(blocks), [tokens_of(1, n, seed=n) for n in (5, 1, 8)]
+    collate = transformers.DataCollatorWithFlattening()
+    batch = collate([{"input_ids": part[0].tolist(), "labels": part[0].tolist()} for part in parts])
+    assert batch["input_ids"].shape == (1, 14)
+    told = model(**batch)
+    torch.testing.assert_close(told.logits, torch.cat([model(part).logits for part in parts], 1), atol=1e-4, rtol=1e-4)
+    losses = [(model(part, labels=part).loss, part.shape[1] - 1) for part in parts if part.shape[1] > 1]
+    torch.testing.assert_close(told.loss, sum(loss * n for loss, n in losses) / 11)
+    # Positions that count on from padding, or from a cache, begin nothing anew.
+    tokens = tokens_of(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    found, wanted = model(tokens, mask, position_ids=places).logits, model(tokens, mask).logits
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+    first = model(tokens[:, :5], position_ids=torch.arange(5)[None])
+    then = model(tokens[:, 5:], position_ids=torch.arange(5, 9)[None], **{CACHE: first[CACHE]})
+    torch.testing.assert_close(then.logits, model(tokens).logits[:, 5:], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"position_ids have shape \(1, 3\), wanted \(2, 9\)"):
+        model(tokens, position_ids=torch.arange(3)[None])
+
+
+@each_kind
 def test_hidden_states(blocks):
     """What goes into every block, and what the head reads; from a cache, in generate, and in every head."""
     ours = build(blocks, out_norm="rms")

@@ -117,10 +117,13 @@ class ExlstmModel(ExlstmPreTrainedModel):
         past_key_values: ExlstmCache | None = None,
         cache: ExlstmCache | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
         **others,
     ):
         """`attention_mask` (B, T) or (B, tokens before + T): zeros are padding, on any side, and change nothing.
 
+        A document begins where `position_ids` (B, T) are 0, as collators tell that pack several into a row; without them a
+        row is one.
         With `output_hidden_states` also what goes into every block, and at the end what comes out of the last norm.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -136,7 +139,8 @@ class ExlstmModel(ExlstmPreTrainedModel):
         states = None if cache is None else _states(cache)
         asked = others.get("output_hidden_states")
         heard = [x] if (getattr(self.config, "output_hidden_states", False) if asked is None else asked) else None
-        y, states = self.stack(x, states, mask=_mask(attention_mask, x), between=heard)
+        mask = _mask(attention_mask, x)
+        y, states = self.stack(x, states, mask=mask, reset=_reset(position_ids, mask, x, states), between=heard)
         if cache is not None:
             cache.set(states, x.shape[1])
         y = self.norm(y)
@@ -170,6 +174,19 @@ def _mask(attention_mask, x):
     mask = attention_mask[:, -x.shape[1] :].bool()
     # A mask costs time, and most have nothing to say.
     return None if not torch.compiler.is_compiling() and mask.all() else mask
+
+
+def _reset(position_ids, mask, x, states):
+    """Where a document begins that is not the first of its row, None where none does."""
+    if position_ids is None:
+        return None
+    if position_ids.ndim != 2 or position_ids.shape[1] != x.shape[1] or len(position_ids) not in (1, len(x)):
+        raise ValueError(f"position_ids have shape {tuple(position_ids.shape)}, wanted {tuple(x.shape[:2])}")
+    reset = (position_ids == 0).expand(x.shape[:2])
+    reset = reset if mask is None else reset & mask
+    if states is None:
+        reset = torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:]], 1)
+    return reset if torch.compiler.is_compiling() or reset.any() else None
 
 
 class ExlstmForCausalLM(ExlstmPreTrainedModel, GenerationMixin):
@@ -228,10 +245,13 @@ class ExlstmForCausalLM(ExlstmPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **others,
     ):
-        """Soft-capped logits (B, T, V) in float32; `labels` (B, T) are moved by one here, and -100 does not count."""
+        """Soft-capped logits (B, T, V) in float32; `labels` (B, T) are moved by one here, and -100 does not count.
+
+        `others`: `position_ids`, `output_hidden_states` and `return_dict` of the body, and what the loss takes.
+        """
         told = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         told |= {"past_key_values": past_key_values, "cache": cache, "use_cache": use_cache}
-        inner = self.model(**told, **_asked(others))
+        inner = self.model(**told, position_ids=others.pop("position_ids", None), **_asked(others))
         others = {name: value for name, value in others.items() if name not in _asked(others)}
         is_dict = others.pop("return_dict", None)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -329,7 +349,8 @@ class ExlstmForTokenClassification(ExlstmPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **others):
         """Logits (B, T, num_labels)."""
-        inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False, **_asked(others))
+        where = {"position_ids": others.get("position_ids"), **_asked(others)}
+        inner = self.model(input_ids, attention_mask, inputs_embeds, use_cache=False, **where)
         logits = self.score(inner.last_hidden_state).float()
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return _told(TokenClassifierOutput(loss=loss, logits=logits, hidden_states=inner.hidden_states), others)
