@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -359,7 +360,7 @@ def test_what_is_recorded_once_holds_for_other_numbers(name, steps, record):
         return stack(x, state)[0]
 
     found = make_fx(read)(one) if record == "fx" else torch.jit.trace(read, one)
-    assert_same([found(other)], [read(other)])
+    assert_same([found(other)], [read(other)], 1e-7)
 
 
 @every
@@ -519,6 +520,92 @@ def test_a_layer_of_somebody_in_place_of_a_linear_map_is_asked(name):
             y, state = adapted(x[:, t : t + 1], state)
             ys.append(y)
     assert_same([torch.cat(ys, 1)], [wanted])
+
+
+def louder(module):
+    """A module of a class of somebody's, which inherits from the module's own."""
+
+    class Louder(type(module)):
+        def forward(self, *args, **kwargs):
+            y = super().forward(*args, **kwargs)
+            return y + torch.sin(2 * y) if isinstance(y, torch.Tensor) else (y[0] + torch.sin(2 * y[0]), *y[1:])
+
+    module = copy.copy(module)
+    module.__class__ = Louder
+    return module
+
+
+def in_steps(stack, x):
+    """Outputs of single steps without gradients."""
+    state, ys = None, []
+    with torch.no_grad():
+        for t in range(x.shape[1]):
+            y, state = stack(x[:, t : t + 1], state)
+            ys.append(y)
+    return torch.cat(ys, 1)
+
+
+@every
+def test_a_class_that_inherits_has_the_say(name):
+    """A norm, a convolution, a layer, ... with another forward, in a whole sequence and in single steps."""
+    stack, x = build(name), sample(2, 4)
+    plain, _ = stack(x)
+    for path, module in stack.named_modules():
+        if path and not isinstance(module, torch.nn.ModuleList | torch.nn.Identity):
+            changed = copy.deepcopy(stack)
+            changed.set_submodule(path, louder(changed.get_submodule(path)))
+            y, _ = changed(x)
+            assert not torch.allclose(y, plain, rtol=1e-3), path
+            assert_same([in_steps(changed, x)], [y])
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("mlstm", "gates"),
+        ("mlstm_up", "gates"),
+        ("slstm", "pre_activations"),
+        ("mlstm_window", "gates"),
+        ("mamba2", "gates"),
+    ],
+)
+@pytest.mark.parametrize("inherits", [True, False], ids=["in a class", "on the layer"])
+def test_other_gates_are_the_gates(name, method, inherits):
+    """Somebody tries another gate by one method of a layer, and finds it in single steps, too."""
+    stack, x = build(name), sample(2, 4)
+    (plain, _), mixer = stack(x), stack.blocks[0].mixer
+    given = getattr(type(mixer), method)
+
+    def half(*args, **kwargs):
+        first, second = given(*args, **kwargs)
+        return 0.5 * first, second
+
+    if inherits:
+        mixer.__class__ = type("Mine", (type(mixer),), {method: half})
+    else:
+        setattr(mixer, method, partial(half, mixer))
+    y, _ = stack(x)
+    assert not torch.allclose(y, plain, rtol=1e-3)
+    assert_same([in_steps(stack, x)], [y])
+
+
+@pytest.mark.parametrize("name", ["mlstm", "mlstm_up", "slstm", "mlstm_window"])
+def test_modules_of_somebody_in_a_layer(name):
+    """A norm of the heads and a map of the gates that are no classes of ours."""
+
+    class Unit(torch.nn.Module):
+        def forward(self, h, gate=None, **_):
+            y = torch.nn.functional.normalize(h, dim=-1).flatten(-2)
+            return y if gate is None else y * torch.sigmoid(gate)
+
+    stack, x = build(name), sample(2, 4)
+    mixer = stack.blocks[0].mixer
+    for part in ("norm", "memory_norm", "window_norm"):
+        if hasattr(mixer, part):
+            setattr(mixer, part, Unit())
+    if hasattr(mixer, "gate"):
+        mixer.gate = torch.nn.Sequential(mixer.gate, torch.nn.Tanh())
+    assert_same([in_steps(stack, x)], [stack(x)[0]])
 
 
 @every

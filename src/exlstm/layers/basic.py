@@ -228,7 +228,7 @@ def wide_map(linear: nn.Module, x: Tensor) -> Tensor:
             return F.linear(cast(x, dtype), cast(linear.weight, dtype), cast(linear.bias, dtype))
         # Somebody listens, or has put a layer of theirs in its place, as a LoRA adapter is, or a quantised map, whose weight
         # is a call.
-        weight = linear.weight
+        weight = getattr(linear, "weight", None)
         return cast(linear(cast(x, weight.dtype if isinstance(weight, Tensor) else dtype)), dtype)
 
 

@@ -154,7 +154,7 @@ class mLSTM(nn.Module):
         x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         skipped, weight = (self.conv, self.gate, self.norm), self.gate._parameters.get("weight")
-        if is_token(x, weight, mask, reset, conv, memory, self.shapes, skipped=skipped):
+        if is_token(x, weight, mask, reset, conv, memory, self, skipped=skipped):
             return self._token(array(x)[:, 0], conv, memory)
         mixed = x
         if self.conv is not None:

@@ -24,7 +24,7 @@ from exlstm.layers.basic import (
     width,
 )
 from exlstm.layers.mlstm import INPUT_GATES, check_gate, token_gates
-from exlstm.layers.token import array, is_token, parameter, project, silu, token_errors
+from exlstm.layers.token import array, as_built, is_token, parameter, project, silu, token_errors
 from exlstm.ops.backend import autocasts, blanked, cast, exact, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
@@ -179,7 +179,7 @@ class mLSTMUp(nn.Module):
         """q, k, v (B, T, H, inner / H) and log_i, log_f (B, T, H) of c and u (B, T, inner)."""
         batch, time, inner = c.shape
         plain = autocasts(c.device) or traced() or c.dtype != self.qkv.dtype
-        plain = plain or not bare(self.gate)
+        plain = plain or not (bare(self.gate) and as_built(self))
         if time == 1 or plain or c.device.type != "cpu" or c.dtype.itemsize < 4:
             q, k, v = self.maps(c, u)
             return *(x.view(batch, time, self.n_heads, -1) for x in (q, k, v)), *self.gates(q, k, v)
@@ -228,7 +228,7 @@ class mLSTMUp(nn.Module):
         x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         weight = self._parameters.get("qkv") if bare(self.gate) else None
-        if is_token(x, weight, mask, reset, conv, memory, self.shapes, skipped=(self.conv, self.norm)):
+        if is_token(x, weight, mask, reset, conv, memory, self, skipped=(self.conv, self.norm)):
             return self._token(array(x)[:, 0], conv, memory)
         u, z = self.up(x).chunk(2, -1)  # (B, T, inner)
         c, conv = self.conv(u, conv, mask=mask, reset=reset, activation="silu")

@@ -111,7 +111,7 @@ class sLSTM(nn.Module):
         x = blanked(x, mask)
         conv, memory = parts(state, "conv", "memory")
         skipped, weight = (self.conv, self.norm), self._parameters.get("w")
-        if is_token(x, weight, mask, reset, conv, memory, self.shapes, skipped=skipped):
+        if is_token(x, weight, mask, reset, conv, memory, self, skipped=skipped):
             return self._token(array(x)[:, 0], conv, memory)
         g, conv = self.pre_activations(x, conv, mask=mask, reset=reset)
         h, memory = slstm(g, self.r, memory, reset=reset, mask=mask)

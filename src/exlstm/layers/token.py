@@ -22,12 +22,23 @@ def hooked(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and "_orig_mod" not in module._modules
 
 
-def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes, *, skipped=()) -> bool:
-    """Whether the call is one token on a CPU that nobody differentiates, with a state of tensors of those `shapes` a row, all
-    in the dtype of x and of the layer's `weight`: then NumPy may do what stands between the layer's projections, since a call
-    of torch costs more than the arithmetic of a token. Whatever else comes takes the way that checks and casts, as does a layer
-    to whose modules `skipped`, which this way never calls, somebody listens."""
-    batch, steps, _ = x.shape
+def as_built(module: nn.Module) -> bool:
+    """Whether NumPy's way through a module, its `_token` or `decode`, belongs to its forward: to a class that inherits it another
+    forward may belong, or other gates, and so to a method that was put in the place of its own."""
+    own = vars(type(module))
+    return ("_token" in own or "decode" in own or type(module) is nn.Linear) and METHODS.isdisjoint(vars(module))
+
+
+# What a layer's forward asks of itself, and `_token` does not.
+METHODS = frozenset(("gates", "pre_activations", "heads", "maps"))
+
+
+def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, layer, *, skipped=()) -> bool:
+    """Whether the call is one token on a CPU that nobody differentiates, with a state of tensors of the `shapes` of the layer a
+    row, all in the dtype of x and of the layer's `weight`: then NumPy may do what stands between the layer's projections, since
+    a call of torch costs more than the arithmetic of a token. Whatever else comes takes the way that checks and casts, as does a
+    layer that is not as it was built, or to whose modules `skipped`, which this way never calls, somebody listens."""
+    (batch, steps, _), shapes = x.shape, layer.shapes
     if steps != 1 or mask is not None or reset is not None or not isinstance(memory, tuple | list):
         return False
     dtype, state = x.dtype, memory if conv is None else (conv, *memory)
@@ -36,7 +47,9 @@ def is_token(x: Tensor, weight: Tensor, mask, reset, conv, memory, shapes, *, sk
     for tensor, shape in zip(state, shapes):
         if type(tensor) is not Tensor or tensor.shape != (batch, *shape) or tensor.dtype != dtype or not tensor.is_cpu:
             return False
-    return chosen(None) in ("auto", "cpu") and not any(part is not None and hooked(part) for part in skipped)
+    if chosen(None) not in ("auto", "cpu") or not as_built(layer):
+        return False
+    return all(part is None or (as_built(part) and not hooked(part)) for part in skipped)
 
 
 def is_light(x: Tensor, weight: Tensor) -> bool:

@@ -40,7 +40,7 @@ def set_eps(module: nn.Module, eps: float):
 
 def _after(norm, x, y):
     """The norm of x + y, and x + y, in one where nobody listens to the norm; y None adds nothing."""
-    if isinstance(norm, basic.RMSNorm | basic.LayerNorm) and not hooked(norm):
+    if type(norm) in (basic.RMSNorm, basic.LayerNorm) and not hooked(norm):
         return norm.after(x, y)
     x = x if y is None else x + y
     return norm(x), x

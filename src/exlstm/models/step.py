@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from exlstm.layers import basic
 from exlstm.layers.attention import AttentionRoom, AttentionState, longer, packed
 from exlstm.layers.mlstm import mLSTM
-from exlstm.layers.token import hooked
+from exlstm.layers.token import as_built, hooked
 from exlstm.models.reading import leaves, mapped
 from exlstm.models.stack import Block
 from exlstm.ops import backend as backends
@@ -296,7 +296,7 @@ def _takes_ffn(step, block) -> bool:
 def _takes_mlstm(step, block) -> bool:
     mixer = block.mixer
     # The kernels have the exponential gate and the normaliser only; whatever else there is takes the layer's forward.
-    if type(mixer) is not mLSTM or (mixer.i_gate, mixer.normalize) != ("exp", True):
+    if type(mixer) is not mLSTM or not as_built(mixer) or (mixer.i_gate, mixer.normalize) != ("exp", True):
         return False
     if not _plain(step.x, mixer, block.norm):
         return False
