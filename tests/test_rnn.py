@@ -59,6 +59,21 @@ def test_the_signature_is_that_of_nn_lstm():
         assert getattr(net, name) == getattr(peer, name)
 
 
+def test_a_memory_that_is_taken_for_a_tensor_says_what_it_is():
+    _, (_, c) = xLSTM(IN, D)(torch.randn(3, 2, IN))
+    with pytest.raises(AttributeError, match="c is the memory of an xLSTM and no tensor, so it has no 'shape'"):
+        c.shape  # noqa: B018
+    with pytest.raises(TypeError, match=r"to empty rows take c \* keep"):
+        c[:, 0] = 0
+    for call in (
+        lambda: c.repeat(2, 1, 1),
+        lambda: c.repeat_interleave(2),
+        lambda: c.index_select(0, torch.tensor([0])),
+    ):
+        with pytest.raises(ValueError, match="rows"):
+            call()
+
+
 @both
 @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -73,6 +88,9 @@ def test_one_script_for_both(kind, batch_first, bidirectional, proj_size):
     x = torch.randn(4, 6, IN) if batch_first else torch.randn(6, 4, IN)
     y, (h, c) = rnn(x)
     assert y.shape == (*x.shape[:2], directions * out) and h.shape == (layers * directions, 4, out)
+    assert h.view(layers, directions, 4, out)[-1, -1].equal(h[-1])
+    if not batch_first:
+        assert y.view(6, 4, directions, out)[..., 0, :].equal(y[..., :out])
     y, (h, c) = rnn(x, (h, c))
     y, (h, c) = rnn(x, (h.detach(), c.detach()))
     y.square().mean().backward()
@@ -88,6 +106,12 @@ def test_one_script_for_both(kind, batch_first, bidirectional, proj_size):
     rows = x[:3] if batch_first else x[:, :3]
     again = rnn(rows, (h[:, chosen], c[:, chosen]))[0]
     assert torch.equal(rnn(rows, beams)[0], again)
+    twice, rows = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), torch.cat([x, x], 0 if batch_first else 1)
+    wanted = rnn(rows, (h[:, twice], c[:, twice]))[0]
+    assert torch.equal(rnn(rows, (h.repeat_interleave(2, dim=1), c.repeat_interleave(2, dim=1)))[0], wanted)
+    wanted = rnn(rows, (h[:, [0, 1, 2, 3] * 2], c[:, [0, 1, 2, 3] * 2]))[0]
+    assert torch.equal(rnn(rows, (h.repeat(1, 2, 1), c.repeat(1, 2, 1)))[0], wanted)
+    rows = x[:3] if batch_first else x[:, :3]
     keep = torch.tensor([1.0, 0, 1, 1]).view(1, -1, 1)
     masked, fresh = rnn(x, (keep * h, keep * c))[0], rnn(x)[0]
     row = (lambda t, r: t[r]) if batch_first else (lambda t, r: t[:, r])

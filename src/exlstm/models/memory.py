@@ -15,8 +15,9 @@ class xLSTMMemory(NamedTuple):
     """What an xLSTM continues from, in the place of nn.LSTM's c_n: a state of every layer and direction, rows first.
 
     It takes what scripts do with c_n: `detach`, `data`, `clone`, `contiguous`, `to`, `cpu`, `cuda`, `index_select(1, rows)`,
-    `c[:, rows]`, and `c * keep` with ones and zeros, which empties the memory of the rows that are multiplied by 0. It is
-    tensors in tuples down to the last, () where there is none, so that a script may also walk through it and detach each.
+    `c[:, rows]`, `repeat(1, n, 1)`, `repeat_interleave(n, 1)`, and `c * keep` with ones and zeros, which empties the memory of
+    the rows that are multiplied by 0. It is tensors in tuples down to the last, () where there is none, so that a script may
+    also walk through it and detach each.
     """
 
     layers: tuple
@@ -87,6 +88,28 @@ class xLSTMMemory(NamedTuple):
         if dim not in (1, -2):
             raise ValueError(f"dim is {dim}, wanted 1: rows are the only axis of a memory that can be chosen from")
         return self.index(index)
+
+    def repeat(self, *times) -> xLSTMMemory:
+        """All rows `n` times over, of times (1, n, 1)."""
+        times = tuple(times[0]) if len(times) == 1 and isinstance(times[0], tuple | list) else times
+        if len(times) != 3 or (times[0], times[2]) != (1, 1):
+            raise ValueError(f"c.repeat{times} asks for more than rows, wanted c.repeat(1, n, 1)")
+        return tree_map_only(Tensor, lambda t: t.repeat(times[1], *[1] * (t.ndim - 1)), self)
+
+    def repeat_interleave(self, repeats, dim: int | None = None) -> xLSTMMemory:
+        """Every row `repeats` times, one behind the other, as beams begin."""
+        if dim not in (1, -2):
+            raise ValueError(f"dim is {dim}, wanted 1: rows are the only axis of a memory that can be repeated")
+        return tree_map_only(Tensor, lambda t: t.repeat_interleave(repeats, 0), self)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"c is the memory of an xLSTM and no tensor, so it has no {name!r}; it can be detached, moved, repeated, multiplied "
+            "by ones and zeros, and asked for rows as c[:, rows]"
+        )
+
+    def __setitem__(self, key, value):
+        raise TypeError("c is a memory that is not written into; to empty rows take c * keep with ones and zeros")
 
     def __getitem__(self, key):
         if not isinstance(key, tuple):

@@ -173,7 +173,8 @@ class xLSTM(nn.Module):
             y, state = y[:0], state.index(slice(0))
         if not is_batched:
             return y.squeeze(0), state._replace(h=state.h.squeeze(1))
-        return (y.transpose(0, 1) if swap else y), state
+        # Scripts take a view of nn.LSTM's output.
+        return (y.transpose(0, 1).contiguous() if swap else y), state
 
     def _run(self, x, before, mask, reset):
         """x (B, T, input_size) -> y (B, T, directions · H_out) and the state."""
