@@ -13,9 +13,11 @@ import torch
 from exlstm.cli import main
 from exlstm.data.tokenizer import Bytes
 from exlstm.export import export, parts
-from exlstm.models.config import AttentionOptions, LanguageConfig, MLSTMWindowOptions, SLSTMOptions
+from exlstm.models.config import AttentionOptions, LanguageConfig, MLSTMWindowOptions, SLSTMOptions, StackConfig
 from exlstm.models.language import LanguageModel
-from exlstm.models.stack import BLOCKS
+from exlstm.models.rnn import xLSTM
+from exlstm.models.stack import BLOCKS, Stack
+from exlstm.ops.backend import log_sigmoid
 
 RECURRENT = ("mlstm", "slstm", "mlstm_up", "mamba2", "lstm")
 # Kinds of block with a window that is left within a few tokens.
@@ -286,3 +288,50 @@ def test_the_command(tmp_path, capsys):
     assert described["tokenizer"] == {"kind": "bytes"}
     assert main(["export", str(tmp_path / "run"), "--format", "onx"]) == 2
     assert main(["export"]) == 2
+
+
+class First(torch.nn.Module):
+    """What a network gives, without its state."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)[0]
+
+
+class Gate(torch.nn.Module):
+    def forward(self, x):
+        return log_sigmoid(x)
+
+
+def by_torch(net, x, path):
+    """A network as torch.onnx.export writes it by itself, as a function in ONNX Runtime."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(net, (x,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*BLOCKS, "xLSTM"])
+def test_a_layer_goes_to_onnx_by_torch_itself(kind, tmp_path):
+    """A stack or an xLSTM without a word from us, over the length that it was shown."""
+    torch.manual_seed(0)
+    if kind == "xLSTM":
+        net = xLSTM(32, 32, batch_first=True, bidirectional=True)
+    else:
+        net = Stack(StackConfig(d_model=32, n_layers=1, n_heads=2, blocks=kind))
+    net, x = First(net.eval()), torch.randn(2, 6, 32)
+    found = by_torch(net, torch.randn(2, 6, 32), tmp_path / "net.onnx")(x)
+    torch.testing.assert_close(found, net(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_forget_gates_keep_their_digits_there(tmp_path):
+    x = torch.linspace(-40, 15, 200)
+    found = by_torch(Gate(), torch.zeros(200), tmp_path / "gate.onnx")(x)
+    torch.testing.assert_close(found.double(), torch.nn.functional.logsigmoid(x.double()), atol=0, rtol=1e-5)

@@ -8,7 +8,6 @@ log_i = ĩ, the exponential gate of xLSTM, or logsigmoid ĩ (arXiv 2503.14376, s
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from exlstm.layers.basic import (
     CausalConv,
@@ -23,12 +22,12 @@ from exlstm.layers.basic import (
     valid_mask,
 )
 from exlstm.layers.token import array, is_token, parameter, project, token_errors
-from exlstm.ops.backend import blanked, exact
+from exlstm.ops.backend import blanked, exact, log_sigmoid
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
 # log_i of its pre-activation: the operator takes gates in log space.
-INPUT_GATES = {"exp": lambda i: i, "sigmoid": F.logsigmoid}
+INPUT_GATES = {"exp": lambda i: i, "sigmoid": log_sigmoid}
 
 
 def check_gate(kind: str):
@@ -128,7 +127,7 @@ class mLSTM(nn.Module):
         10 nats is 6 %."""
         with exact(pre.device):
             i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
-            return INPUT_GATES[self.i_gate](i), F.logsigmoid(f)
+            return INPUT_GATES[self.i_gate](i), log_sigmoid(f)
 
     @token_errors
     def _token(self, x, conv, memory):

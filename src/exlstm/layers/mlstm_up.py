@@ -25,7 +25,7 @@ from exlstm.layers.basic import (
 )
 from exlstm.layers.mlstm import INPUT_GATES, check_gate, token_gates
 from exlstm.layers.token import array, as_built, is_token, parameter, project, silu, token_errors
-from exlstm.ops.backend import autocasts, blanked, cast, exact, traced
+from exlstm.ops.backend import autocasts, blanked, cast, exact, log_sigmoid, traced
 from exlstm.ops.mlstm import MLSTMState, mlstm
 from exlstm.ops.mlstm.cpu import decode
 
@@ -169,7 +169,7 @@ class mLSTMUp(nn.Module):
     def _gates(self, pre):
         """log_i, log_f (B, T, H) of their pre-activations (B, T, 2 H)."""
         i, f = pre.chunk(2, -1)
-        return INPUT_GATES[self.i_gate](i), F.logsigmoid(f)
+        return INPUT_GATES[self.i_gate](i), log_sigmoid(f)
 
     def _joined(self, weights):
         """The small blocks of every map on the diagonal of larger ones (map, B', in, out)."""

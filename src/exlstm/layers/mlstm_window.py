@@ -11,7 +11,6 @@ grows with its input gate, and the gate between the sides would otherwise have t
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from exlstm.layers.attention import Heads
 from exlstm.layers.basic import (
@@ -26,7 +25,7 @@ from exlstm.layers.basic import (
     valid_mask,
     wide_map,
 )
-from exlstm.ops.backend import blanked, check_companions, exact
+from exlstm.ops.backend import blanked, check_companions, exact, log_sigmoid
 from exlstm.ops.mlstm import mlstm
 
 
@@ -110,7 +109,7 @@ class mLSTMWindow(nn.Module):
         pre = wide_map(self.gate, x)
         with exact(x.device):
             log_i, f = soft_cap(pre, self.gate_cap).chunk(2, -1)
-            return log_i, F.logsigmoid(f)
+            return log_i, log_sigmoid(f)
 
     def filled(self, state):
         conv, memory, seen = state

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
@@ -129,12 +130,18 @@ def emptied(x, reset):
     return x if reset is None else x.masked_fill(reset[:, 0].view(-1, *[1] * (x.ndim - 1)), 0)
 
 
+def log_sigmoid(x):
+    """logsigmoid. ONNX has it as the logarithm of a sigmoid only, which near 1 keeps no digit of a forget gate that remembers for
+    long: there it is made of what loses none."""
+    return -F.softplus(-x) if torch.onnx.is_in_onnx_export() else F.logsigmoid(x)
+
+
 def pick(implementations: dict, argument: str | None, auto: str):
     """The implementation to run out of an operator's table; "auto" takes the one named `auto`, or the reference where a
-    transform wants its operations, any other name runs or raises."""
+    transform, or torch.onnx.export, wants its operations, any other name runs or raises."""
     name = chosen(argument)
     if name == "auto":
-        name = "reference" if transformed() else auto
+        name = "reference" if transformed() or torch.onnx.is_in_onnx_export() else auto
     if name not in implementations:
         raise ValueError(f"backend {name!r} is not one of {', '.join(implementations)}, auto")
     return implementations[name]

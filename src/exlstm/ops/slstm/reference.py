@@ -7,9 +7,8 @@ A memory with n = 0 is an empty one: its m counts as -inf, so that the first ste
 """
 
 import torch
-from torch.nn.functional import logsigmoid
 
-from exlstm.ops.backend import exact
+from exlstm.ops.backend import exact, log_sigmoid
 
 
 def reference(x, r, h, c, n, m, reset, mask):
@@ -25,7 +24,7 @@ def reference(x, r, h, c, n, m, reset, mask):
             i, f, z, o = g.unbind(2)
             # -inf itself would make NaN gradients where n is 0; the forget factor is cut by `where` instead.
             alive = n > 0
-            a = logsigmoid(f) + m
+            a = log_sigmoid(f) + m
             m_next = torch.where(alive, torch.maximum(a, i), i).detach()
             i = torch.exp(i - m_next)
             f = torch.where(alive, torch.exp(torch.where(alive, a - m_next, 0)), 0)
