@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from exlstm import layers
 from exlstm.models.config import OPTIONS, StackConfig
 from exlstm.models.stack import BLOCKS, Stack
+from exlstm.ops.backend import backend
 from exlstm.ops.mlstm import MLSTMState, mlstm
 
 D = 32
@@ -462,6 +463,13 @@ def test_transforms_see_what_autograd_sees(name):
     with torch.no_grad():
         state, more = stack(x)[1], sample(3, 4, seed=3).unflatten(1, (4, 1)).transpose(0, 1)
         assert_same([torch.vmap(lambda t: stack(t, state)[0])(more)[2]], [stack(more[2], state)[0]])
+
+
+@every
+def test_the_reference_can_be_differentiated_twice(name):
+    stack, x = build(name), sample(1, 3).requires_grad_()
+    with backend("reference"):
+        assert torch.autograd.gradgradcheck(lambda x: stack(x)[0], (x,), atol=1e-4, fast_mode=True)
 
 
 @every

@@ -254,8 +254,9 @@ class Heads(nn.Module):
 def _attend(q, k, v, visible):
     """q (B, T, H, D) over k (B, S, H', D), v (B, S, H', V), where `visible`, or as far as the token itself -> (B, T, H, V)."""
     groups, k, v = q.shape[2] // k.shape[2], k.transpose(1, 2), v.transpose(1, 2)
-    # Fused kernels have no rule for a transform, and no forward derivative.
-    with sdpa_kernel(SDPBackend.MATH) if backends.transformed() else nullcontext():
+    # Fused kernels have no rule for a transform, no forward derivative, and no second one.
+    plain = backends.transformed() or (backends.chosen(None) == "reference" and not torch.compiler.is_compiling())
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         if q.shape[1] == 1:
             # The queries of a group stand in line like tokens, so that keys and values need no copy.
             y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)

@@ -600,7 +600,9 @@ def _compiled_backward(ctx, dh, dc, dn, *_):
 
 
 def _no_double_backward(ctx, *_):
-    raise RuntimeError("mlstm has no second derivative on backend 'cpu'; backend='reference' has one")
+    raise RuntimeError(
+        "mlstm has no second derivative on backend 'cpu'; inside `with exlstm.backend(\"reference\")` it has one"
+    )
 
 
 _mlstm_chunked.register_autograd(_compiled_backward, setup_context=_setup_context)

@@ -324,7 +324,9 @@ def _backward(ctx, dhs, dh, dc, dn, *_):
 
 
 def _no_double_backward(ctx, *_):
-    raise RuntimeError("slstm has no second derivative on backend 'cpu'; backend='reference' has one")
+    raise RuntimeError(
+        "slstm has no second derivative on backend 'cpu'; inside `with exlstm.backend(\"reference\")` it has one"
+    )
 
 
 _slstm_cpu.register_autograd(_backward, setup_context=_setup_context)
