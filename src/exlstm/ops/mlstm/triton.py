@@ -165,7 +165,9 @@ def _backward(ctx, dh, dc, dn, *_):
 
 
 def _no_double_backward(ctx, *_):
-    raise RuntimeError("mlstm has no second derivative on backend 'triton'; backend='reference' has one")
+    raise RuntimeError(
+        "mlstm has no second derivative on backend 'triton'; inside `with exlstm.backend(\"reference\")` it has one"
+    )
 
 
 _mlstm_triton.register_autograd(_backward, setup_context=_setup_context)
