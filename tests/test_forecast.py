@@ -469,6 +469,51 @@ def test_a_gain_counts_as_far_as_it_is_more_than_chance():
     assert combine.backed(chance, one, group) <= combine.backed(chance, one, torch.arange(400))
 
 
+@pytest.mark.parametrize(
+    "degrees, t90, t95", [(1, 3.0777, 6.3138), (2, 1.8856, 2.9200), (7, 1.4149, 1.8946), (60, 1.2958, 1.6706)]
+)
+def test_quantiles_of_student_are_those_of_the_tables(degrees, t90, t95):
+    assert combine.student(0.9, degrees) == pytest.approx(t90, abs=2e-4)
+    assert combine.student(0.95, degrees) == pytest.approx(t95, abs=2e-4)
+    # Less than one degree of freedom counts as one, and between two tables lies what lies between them.
+    assert combine.student(0.95, 0.1) == combine.student(0.95, 1)
+    assert combine.student(0.95, 2) < combine.student(0.95, 1.5) < combine.student(0.95, 1)
+
+
+def test_of_few_groups_the_error_of_a_gain_is_hardly_known():
+    """Three groups that gain 3, 2 and 1 are 3.5 standard errors away from none; two and a sliver of a third, hardly one."""
+    gain, count = torch.tensor([3.0, 2.0, 1.0]), torch.ones(3)
+    assert combine.backed(gain, count, torch.arange(3)) == pytest.approx(1 - 2.92 / 12**0.5, abs=1e-3)
+    # As many groups, of which two are next to nothing, are no more than one.
+    few = torch.tensor([3.0, 2e-3, 1e-3])
+    assert combine.backed(few, torch.tensor([1.0, 1e-3, 1e-3]), torch.arange(3)) <= 0.5
+
+
+def test_weights_that_few_spans_chose_are_judged_by_other_spans():
+    """Three rivals differ from the best member by chance alone in each of three spans: some mix gains in all of them."""
+    draw, names, moved = np.random.default_rng(0), ["linear", "naive", "theta", "network"], []
+    group, levels = torch.arange(3).repeat_interleave(2), torch.tensor(engine.LEVELS)
+    for _ in range(60):
+        first = 1 + 0.1 * draw.normal(size=(1, 3))
+        rest = first + np.abs(draw.normal(size=(3, 3))) * np.where(draw.random((3, 3)) < 0.5, -1, 1)
+        errors = torch.tensor(np.concatenate([first, rest])).float().repeat_interleave(2, 1)  # (M, W)
+        q = errors[..., None, None].expand(-1, -1, 1, len(levels))
+        weights = combine.blend(q, (torch.zeros(6, 1), torch.ones(6, 1), levels, "mse"), group, names)
+        moved.append(max(weights) < 1)
+    # Judged by the spans that chose the weights it is one in seven.
+    assert np.mean(moved) < 0.05
+
+
+@pytest.mark.parametrize("spans", [1, 2])
+def test_where_no_span_is_apart_from_another_the_network_has_no_weight(spans):
+    given, good, bad = judged_windows()
+    group = torch.arange(200) * spans // 200
+    weights = combine.blend(torch.stack([bad, bad, good]), (*given, "mae"), group, ["naive", "linear", "network"])
+    assert weights[2] == 0
+    # Of the step to the others half is taken: at most half of the weight moves.
+    assert max(weights) >= 0.5
+
+
 def test_the_spread_goes_by_what_the_window_moved_by():
     """Windows of two kinds, one ten times as wild: of later ones either kind is covered nearly as often as told."""
     torch.manual_seed(0)

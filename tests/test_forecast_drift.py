@@ -235,3 +235,16 @@ def test_one_series_with_few_spans_is_wider_than_many_of_their_own_clocks():
     ]
     many = Forecaster(H, season=SEASON, config=SETTINGS).fit(pd.concat(rows)).engine
     assert (few.factors[[0, -1]] > 1.05 * many.factors[[0, -1]]).all()
+
+
+@pytest.mark.parametrize("steps, told", [(80, False), (140, True)])
+def test_times_before_validation_have_a_say_from_eight_windows_a_number_on(steps, told):
+    """A path of 8 steps: a series of 80 has some 5 windows for every number that it sees, one of 140 has 11."""
+    panel = panel_of(table(1.0, n=1, steps=steps))
+    config = FitConfig(H, members=("linear",), lookback=8)
+    found = fitting.split(engine.Windows(panel, SEASON).with_calendar(H), config)
+    recipe = ridges.choose(found, config)[2]
+    ratio = found.train(recipe.settings.lookback, H).total / recipe.settings.features
+    assert (ratio >= ridges.FEW) == told and 4 < ratio < ridges.ENOUGH, ratio
+    times = [len(point) for _, point in ridges.out_of_fold(found, recipe, config, 50, 16)]
+    assert bool(times) == told

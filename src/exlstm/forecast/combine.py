@@ -9,6 +9,7 @@ needed (Romano et al., 2019).
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 TRUST, LEAST = 0.75, 0.02
 # Groups from which on the draws know how far validation is by chance; with fewer a step from the best member has to be sure.
 SPANS = 128
-# Standard errors to the bound that a gain lies above in 19 of 20 cases.
-SURE = 1.645
+# Cases of all in which a gain lies above its bound.
+SURE = 0.95
+# Pieces of the angle that Student's t is summed over.
+ANGLES = 2**14
 # Logarithm of the factor that a window's moves may make of the spread.
 WIDEST = 3.0
 # Variance of the logarithm of a window's moves, and windows of such, that the spread's dependence on them is held against.
@@ -101,7 +104,7 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
     `judged` is what `losses` takes behind the quantiles. Windows of one group (W,) say one thing, so that groups are drawn, not
     windows (bagged stacking: Breiman, 1996; the draws: Rubin, 1981). Members that validation cannot tell apart share the
     weight, and what it rejects has none. Of the network's weight TRUST is kept: the same windows chose its last update, so
-    that they speak too well of it.
+    that they speak too well of it. Among few groups the step from the best member alone has to be sure where it was not chosen.
     """
     target, unit, levels, metric = judged
     most = max(FEWEST, NUMBERS // members[0, 0].numel())
@@ -115,21 +118,36 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
     ids, place = group[some].cpu().unique(return_inverse=True)
     loss = torch.zeros(len(ids), loss.shape[1], dtype=torch.float64).index_add_(0, place, loss)
     count = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, place, count)
-    found = _drawn(loss, count, shares)
+    plain = torch.ones(len(shares), dtype=torch.bool)
     if "network" in names and len(names) > 1:
-        without = shares[:, names.index("network")] == 0
-        found = TRUST * found + (1 - TRUST) * _drawn(loss[:, without], count, shares[without])
+        plain = shares[:, names.index("network")] == 0
+    found = _chosen(loss, count, shares, plain)
     if len(ids) < SPANS:
-        single = (shares == 1).any(1)
         # The step never begins at the network: among so few spans the least loss may be its by chance.
-        if "network" in names and len(names) > 1:
-            single &= shares[:, names.index("network")] == 0
+        single = plain & (shares == 1).any(1)
         alone = shares[single][loss[:, single].sum(0).argmin()]
-        before, after = (losses(torch.einsum("m,mwhq->whq", w.to(part), part), *given)[0] for w in (alone, found))
-        share = backed(before - after, total[0][1], group[some])
+        apart = (ids[:, None] - ids).abs() > 1  # (G, G)
+        if apart.any():
+            gain = losses(torch.einsum("m,mwhq->whq", alone.to(part), part), *given)[0]
+            for k in range(len(ids)):
+                mine, others = (place == k).to(part.device), apart[k]
+                # Weights of windows that share no target with this group's.
+                mix = _chosen(loss[others], count[others], shares, plain) if others.any() else alone
+                mixed = torch.einsum("m,mwhq->whq", mix.to(part), part[:, mine])
+                gain[mine] -= losses(mixed, target[some][mine], unit[some][mine], levels, metric)[0]
+            share = backed(gain, total[0][1], group[some])
+        else:
+            found, share = _drawn(loss[:, plain], count, shares[plain]), 0.5
         found = share * found + (1 - share) * alone
     found = torch.where(found < LEAST, 0.0, found)
     return (found / found.sum()).tolist()
+
+
+def _chosen(loss: Tensor, count: Tensor, shares: Tensor, plain: Tensor) -> Tensor:
+    """(M,): the mean of the best of shares (C, M) over draws: TRUST of it from all, the rest from those without the network,
+    `plain` (C,)."""
+    found = _drawn(loss, count, shares)
+    return found if plain.all() else TRUST * found + (1 - TRUST) * _drawn(loss[:, plain], count, shares[plain])
 
 
 def _drawn(loss: Tensor, count: Tensor, shares: Tensor) -> Tensor:
@@ -141,20 +159,35 @@ def _drawn(loss: Tensor, count: Tensor, shares: Tensor) -> Tensor:
 def backed(gain: Tensor, count: Tensor, group: Tensor) -> float:
     """The share, 0 to 1, of a step that gains `gain` (W,) over `count` (W,) known numbers in windows of some group (W,).
 
-    What the gain is at least, SURE standard errors below its mean over the groups, for windows of one group say one thing, over
-    the mean. A single group, which knows no error, backs half.
+    What the gain is at least, in SURE of cases, over its mean over the groups, for windows of one group say one thing. Groups
+    count by their numbers, so that they are worth as many equal ones as Kish has it (1965), and of so few the error is known
+    by Student's t. A single group, which knows no error, backs half; what is worth less than two never more.
     """
     ids, place = group.unique(return_inverse=True)
     sums = torch.zeros(2, len(ids), dtype=torch.float64, device=gain.device)
     sums = sums.index_add(1, place, torch.stack([gain, count.to(gain)]).double())
     gains, weights = sums[0] / sums[1].clamp_min(1), sums[1] / sums[1].sum().clamp_min(1)
-    mean = float((gains * weights).sum())
+    mean, square = float((gains * weights).sum()), float(weights.square().sum())
     if mean <= 0:
         return 0.0
-    if len(ids) == 1:
+    if square > 1 - 1e-6:
         return 0.5
-    error = float(((gains - mean) * weights).square().sum()) * len(ids) / (len(ids) - 1)
-    return max(0.0, 1 - SURE * error**0.5 / mean)
+    error = (float(((gains - mean) * weights).square().sum()) / (1 - square)) ** 0.5
+    share = max(0.0, 1 - student(SURE, 1 / square - 1) * error / mean)
+    return share if square <= 0.5 else min(0.5, share)
+
+
+def student(level: float, degrees: float) -> float:
+    """The quantile of Student's t, of one degree of freedom at least; `level` above one half."""
+    # With t = tan(x) * degrees**.5 the density goes as cos(x)**(degrees - 1).
+    edges = torch.linspace(0, math.pi / 2, ANGLES + 1, dtype=torch.float64)
+    degrees = max(1.0, degrees)
+    mass = ((edges[1:] + edges[:-1]) / 2).cos().pow(degrees - 1).cumsum(0)
+    mass = torch.cat([mass.new_zeros(1), mass / mass[-1]])
+    wanted = 2 * level - 1
+    k = int(torch.searchsorted(mass, wanted).clamp(1, ANGLES))
+    part = (wanted - float(mass[k - 1])) / float(mass[k] - mass[k - 1])
+    return math.tan((k - 1 + part) * math.pi / 2 / ANGLES) * degrees**0.5
 
 
 def stretch(quantiles: Tensor, target: Tensor, levels: Tensor) -> Tensor:

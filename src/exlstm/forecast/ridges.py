@@ -39,8 +39,8 @@ WIDEST = 1500
 WHOLE, COUNTED = 0.5, 4096
 # Windows at least for every number seen, where less than all are to teach something; numbers of own weights at most.
 ENOUGH, MOST = 16, 2**24
-# Blocks in time that are left out in turn, for forecasts of what was not learnt from.
-BLOCKS = 5
+# Blocks in time that are left out in turn, for forecasts of what was not learnt from; windows for every number seen at least.
+BLOCKS, FEW = 5, 8
 # Shares of them that are tried. Validation, which chose them too, speaks too well of them: half of its share is taken.
 SHARES, HALF = (0.25, 0.5, 0.75, 1.0), 0.5
 
@@ -209,7 +209,7 @@ def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int, long
     """
     h = config.horizon
     cuts = found.train(max(recipe.settings.lookback, recipe.settings.past), h)
-    if cuts.total < ENOUGH * recipe.settings.features:
+    if cuts.total < FEW * recipe.settings.features:
         return
     span = (found.windows.lengths - found.begins).sum().clamp_min(1)
     numbers = cuts.some(max(1, int(min(2 * most, most * (found.begins.sum() / span)))))
