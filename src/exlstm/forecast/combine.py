@@ -22,6 +22,8 @@ STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 TRUST, LEAST = 0.75, 0.02
 # Groups from which on the draws know how far validation is by chance; with fewer a step from the best member has to be sure.
 SPANS = 128
+# Groups from which on those that chose the weights may judge them.
+OTHERS = 32
 # Cases of all in which a gain lies above its bound.
 SURE = 0.95
 # Pieces of the angle that Student's t is summed over.
@@ -129,12 +131,14 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
         apart = (ids[:, None] - ids).abs() > 1  # (G, G)
         if apart.any():
             gain = losses(torch.einsum("m,mwhq->whq", alone.to(part), part), *given)[0]
-            for k in range(len(ids)):
+            # Weights of windows that share no target with a group's; among many groups one more or less is no matter.
+            for k in range(len(ids)) if len(ids) < OTHERS else ():
                 mine, others = (place == k).to(part.device), apart[k]
-                # Weights of windows that share no target with this group's.
                 mix = _chosen(loss[others], count[others], shares, plain) if others.any() else alone
                 mixed = torch.einsum("m,mwhq->whq", mix.to(part), part[:, mine])
                 gain[mine] -= losses(mixed, target[some][mine], unit[some][mine], levels, metric)[0]
+            if len(ids) >= OTHERS:
+                gain -= losses(torch.einsum("m,mwhq->whq", found.to(part), part), *given)[0]
             share = backed(gain, total[0][1], group[some])
         else:
             found, share = _drawn(loss[:, plain], count, shares[plain]), 0.5
