@@ -504,6 +504,35 @@ def test_weights_that_few_spans_chose_are_judged_by_other_spans():
     assert np.mean(moved) < 0.05
 
 
+def test_members_share_by_their_errors_where_spans_are_few():
+    """One span moves little, sixty-four next to nothing; neither the naive forecast nor the network has a part in it."""
+    levels, w, h = torch.tensor(engine.LEVELS), 12, 3
+    target = torch.randn(w, h, generator=torch.Generator().manual_seed(0))
+    off = {"naive": 1.0, "theta": 2.0, "linear": 1.0, "network": 0.5}
+    members = torch.stack([(target + x)[..., None].expand(-1, -1, len(levels)) for x in off.values()])
+    for metric in ("mae", "mse"):
+        judged, names = (target, torch.ones(w, 1), levels, metric), list(off)
+        found = {n: combine.steadied([0, 0, 0, 1.0], members, judged, n, names) for n in (1, 4, 64)}
+        share = 1 / (1 + combine.DOUBTED**3)
+        assert found[1] == pytest.approx([0, 0.2 * (1 - share), 0.8 * (1 - share), 0], abs=0.02)
+        assert found[4] == pytest.approx([0, 0.1, 0.4, 0.5]) and found[64] == [0, 0, 0, 1]
+        assert combine.steadied([1.0, 0.0], members[[0, 3]], judged, 1, ["naive", "network"]) == [1, 0]
+        assert combine.steadied([1.0], members[[2]], judged, 1, ["linear"]) == [1]
+
+
+def test_short_walks_are_forecast_near_their_last_value():
+    """Ten years of months that are walks: what two spans of validation found best would be a third worse than the last value."""
+    errors = []
+    for seed in range(24):
+        y = np.random.default_rng(seed).standard_normal(126).cumsum()
+        frame = pd.DataFrame({"ds": pd.date_range("2010-01-01", periods=126, freq="MS"), "y": y})
+        config = FitConfig(members=("naive", "theta", "linear"))
+        told = Forecaster(6, config=config).fit(frame[:-6]).predict()["xLSTM"]
+        errors.append([np.abs(told - y[-6:]).mean(), np.abs(y[-7] - y[-6:]).mean()])
+    found, last = np.mean(errors, 0)
+    assert found / last < 1.28
+
+
 @pytest.mark.parametrize("spans", [1, 2])
 def test_where_no_span_is_apart_from_another_the_network_has_no_weight(spans):
     given, good, bad = judged_windows()

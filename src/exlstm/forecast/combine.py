@@ -24,6 +24,8 @@ TRUST, LEAST = 0.75, 0.02
 SPANS = 128
 # Groups from which on those that chose the weights may judge them.
 OTHERS = 32
+# Spans, of every series by itself, that count as much as no evidence at all; with fewer, members share by their errors.
+DOUBTED = 4.0
 # Cases of all in which a gain lies above its bound.
 SURE = 0.95
 # Pieces of the angle that Student's t is summed over.
@@ -143,6 +145,24 @@ def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> li
         else:
             found, share = _drawn(loss[:, plain], count, shares[plain]), 0.5
         found = share * found + (1 - share) * alone
+    found = torch.where(found < LEAST, 0.0, found)
+    return (found / found.sum()).tolist()
+
+
+def steadied(weights: list[float], members: Tensor, judged: tuple, spans: int, names: list[str]) -> list[float]:
+    """Weights that `spans`, counted in every series by itself, have found, drawn to those of the inverse squared error where
+    spans are few: one or two of a single short series find a winner, and it is seldom the next one's.
+
+    Neither the seasonal naive forecast nor the network shares in that: what speaks for either has to be found.
+    """
+    some = torch.tensor([name not in ("naive", "network") for name in names])
+    if not some.any():
+        return weights
+    total = [torch.stack(losses(member, *judged)).sum(1) for member in members]
+    error = torch.stack([a / b.clamp_min(1) for a, b in total]).double().cpu().clamp_min(1e-12)
+    prior = torch.where(some, error.pow(-1 if judged[3] == "mse" else -2), 0.0)
+    share = spans**3 / (spans**3 + DOUBTED**3)
+    found = share * torch.tensor(weights, dtype=prior.dtype) + (1 - share) * prior / prior.sum()
     found = torch.where(found < LEAST, 0.0, found)
     return (found / found.sum()).tolist()
 

@@ -220,19 +220,9 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
     mixed_in = engine.made
     # The simplest are measured even where they may not enter the blend.
     names = list(dict.fromkeys((*mixed_in, "naive", "ridge", "linear")))
-    gathered, targets, units, scales, moved, groups = {m: [] for m in names}, [], [], [], [], []
-    for part in numbers.split(max(n, 512 // n * n) if n else 512):
-        series, at = val.at(part)
-        batch = w.batch(series, at, engine.longest, config.horizon, dates="network" in names)
-        for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
-            gathered[name].append(q)
-        groups.append(fitting.spans(found, series, at, config.horizon))
-        targets.append(batch.target)
-        units.append(found.unit[series])
-        scales.append(engine.linear.units(batch)[1])
-        moved.append(engine.moves(batch, scales[-1]))
-    target, unit, scale = torch.cat(targets), torch.cat(units), torch.cat(scales)
-    stacked, levels = {m: torch.cat(q) for m, q in gathered.items()}, engine.levels
+    stacked, batches = _held(engine, found, numbers, names, n)
+    target, unit, scale, moved, group, series = (torch.cat(column) for column in zip(*batches))
+    levels = engine.levels
     for name, quantiles in stacked.items():
         if name == "network":
             engine.spreads[name] = combine.stretch(quantiles, target, levels)
@@ -240,22 +230,40 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
         else:
             point = quantiles[..., len(LEVELS) // 2]
             residual = (target - point) / scale
-            fitted = combine.fit_width(residual, torch.cat(moved))
-            wide = combine.width(torch.cat(moved), fitted)
+            fitted = combine.fit_width(residual, moved)
+            wide = combine.width(moved, fitted)
             engine.spreads[f"{name}.width"] = fitted
             engine.spreads[name] = combine.residual_spread(residual / wide, levels)
             stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
     whole = torch.stack([stacked[m] for m in mixed_in])
-    weights = combine.blend(whole, (target, unit, levels, config.metric), torch.cat(groups), mixed_in)
+    judged = target, unit, levels, config.metric
+    weights = combine.blend(whole, judged, group, mixed_in)
+    apart = torch.stack([group, series]).unique(dim=1).shape[1]
+    weights = combine.steadied(weights, whole, judged, apart, mixed_in)
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
     other, more = _other_times(engine, found, recipe, stacked["linear"], target)
-    spans = len(torch.cat(groups).unique()) + max(more / 2, drift.MEMORIES[-1])
+    spans = len(group.unique()) + max(more / 2, min(drift.MEMORIES[-1], 2 * len(w.panel)))
     engine.factors = engine.factors * other * combine.unsure(levels, spans)
     engine.drift = drift.fit(engine, found, stacked, target, other)
     for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, target, unit, levels)
+
+
+def _held(engine: Engine, found: fitting.Split, numbers: Tensor, names: list[str], n: int):
+    """Quantiles (W, H, Q) of every member named of the validation windows numbered, and of parts of them the targets, units,
+    scales, moves, spans and series; `n` series at a time where they see each other."""
+    w, h, gathered, rest = found.windows, engine.config.horizon, {m: [] for m in names}, []
+    for part in numbers.split(max(n, 512 // n * n) if n else 512):
+        series, at = found.val(h).at(part)
+        batch = w.batch(series, at, engine.longest, h, dates="network" in names)
+        for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
+            gathered[name].append(q)
+        scale = engine.linear.units(batch)[1]
+        told = fitting.spans(found, series, at, h), series
+        rest.append((batch.target, found.unit[series], scale, engine.moves(batch, scale), *told))
+    return {m: torch.cat(q) for m, q in gathered.items()}, rest
 
 
 def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None, held: Tensor, target: Tensor):
