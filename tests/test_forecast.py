@@ -527,10 +527,12 @@ def test_short_walks_are_forecast_near_their_last_value():
         y = np.random.default_rng(seed).standard_normal(126).cumsum()
         frame = pd.DataFrame({"ds": pd.date_range("2010-01-01", periods=126, freq="MS"), "y": y})
         config = FitConfig(members=("naive", "theta", "linear"))
-        told = Forecaster(6, config=config).fit(frame[:-6]).predict()["xLSTM"]
-        errors.append([np.abs(told - y[-6:]).mean(), np.abs(y[-7] - y[-6:]).mean()])
-    found, last = np.mean(errors, 0)
-    assert found / last < 1.28
+        told = Forecaster(6, config=config).fit(frame[:-6]).predict()
+        inside = (y[-6:] >= told["xLSTM-lo-80"]) & (y[-6:] <= told["xLSTM-hi-80"])
+        errors.append([np.abs(told["xLSTM"] - y[-6:]).mean(), np.abs(y[-7] - y[-6:]).mean(), inside.mean()])
+    found, last, inside = np.mean(errors, 0)
+    # With what validation alone has seen of errors 72 of a hundred lie in the interval of 80 %.
+    assert found / last < 1.28 and inside > 0.74
 
 
 @pytest.mark.parametrize("spans", [1, 2])

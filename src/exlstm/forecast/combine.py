@@ -214,9 +214,10 @@ def student(level: float, degrees: float) -> float:
     return math.tan((k - 1 + part) * math.pi / 2 / ANGLES) * degrees**0.5
 
 
-def stretch(quantiles: Tensor, target: Tensor, levels: Tensor) -> Tensor:
-    """(Q,): the factor by which each level's distance to the median grows, so that validation (W, H) lies below it as often."""
-    half, n = quantiles.shape[-1] // 2, len(target)
+def stretch(quantiles: Tensor, target: Tensor, levels: Tensor, windows: int = 0) -> Tensor:
+    """(Q,): the factor by which each level's distance to the median grows, so that validation (W, H) lies below it as often;
+    for the next one as if there were so many `windows`, where not 0."""
+    half, n = quantiles.shape[-1] // 2, windows or len(target)
     away = target - quantiles[..., half]
     known = ~away.isnan()
     factors = []

@@ -243,7 +243,7 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
     engine.weights = dict(zip(mixed_in, weights))
     mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
     engine.factors = combine.stretch(mixed, target, levels)
-    other, more = _other_times(engine, found, recipe, stacked["linear"], target)
+    other, more = _other_times(engine, found, recipe, stacked, target)
     spans = len(group.unique()) + max(more / 2, min(drift.MEMORIES[-1], 2 * len(w.panel)))
     engine.factors = engine.factors * other * combine.unsure(levels, spans)
     engine.drift = drift.fit(engine, found, stacked, target, other)
@@ -266,22 +266,33 @@ def _held(engine: Engine, found: fitting.Split, numbers: Tensor, names: list[str
     return {m: torch.cat(q) for m, q in gathered.items()}, rest
 
 
-def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None, held: Tensor, target: Tensor):
-    """(Q,): what the spread of validation is stretched by so that it holds before validation too, by the linear path's
-    quantiles `held` (W, H, Q) for `target` (W, H) and by forecasts of windows that they did not learn from; and the number of
-    spans that say so."""
-    if recipe is None:
-        return engine.plain, 0
-    quantiles, targets, levels = [held], [target], engine.levels
-    for batch, point in ridges.out_of_fold(found, recipe, engine.config, len(held), engine.longest):
+def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None, held: dict, target: Tensor):
+    """(Q,): what the spread of validation is stretched by so that it holds before validation too, by quantiles `held` (W, H, Q)
+    for `target` (W, H) and by forecasts of windows that they did not learn from; and the number of spans that say so.
+
+    The linear path's, where a block of time may be left out; with too little data for that, the theta method's, which learns
+    from its window alone, over the later half of what is learnt from.
+    """
+    w, h, levels, name = found.windows, engine.config.horizon, engine.levels, "linear"
+    quantiles, targets, more, n = [held[name]], [target], fitting.learnt_spans(found, h), 0
+    for batch, point in ridges.out_of_fold(found, recipe, engine.config, len(target), engine.longest) if recipe else ():
         _, scale = engine.linear.units(batch)
         wide = scale * combine.width(engine.moves(batch, scale), engine.spreads["linear.width"])
         quantiles.append(point[..., None] + wide[..., None] * engine.spreads["linear"])
         targets.append(batch.target)
-    whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels)
-    more = fitting.learnt_spans(found, engine.config.horizon) if len(targets) > 1 else 0
+    if recipe and len(targets) == 1 and "theta" in held:
+        # Of few windows the next one is beyond all more often: for both alike.
+        name, more, n = "theta", more / 2, len(target)
+        cuts = fitting.Cuts(found.begins // 2, found.begins - h)
+        quantiles = [held[name]]
+        for batch, series in fitting.batches(w, cuts, cuts.some(2 * n), engine.longest, h):
+            quantiles += engine.members(batch, offsets(w, series), [name]).values()
+            targets.append(batch.target)
+    if len(targets) == 1:
+        return engine.plain, 0
+    whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels, n)
     # Of late counts as much as ever.
-    return (whole / combine.stretch(held, target, levels)).sqrt(), more
+    return (whole / combine.stretch(held[name], target, levels, n)).sqrt(), more
 
 
 def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> dict:
