@@ -24,7 +24,7 @@ TRUST, LEAST = 0.75, 0.02
 SPANS = 128
 # Groups from which on those that chose the weights may judge them.
 OTHERS = 32
-# Spans, of every series by itself, that count as much as no evidence at all; with fewer, members share by their errors.
+# Spans, of every series by itself, whose weights have half of the say; the other half have shares by the members' errors.
 DOUBTED = 4.0
 # Cases of all in which a gain lies above its bound.
 SURE = 0.95

@@ -255,8 +255,9 @@ def _held(engine: Engine, found: fitting.Split, numbers: Tensor, names: list[str
     """Quantiles (W, H, Q) of every member named of the validation windows numbered, and of parts of them the targets, units,
     scales, moves, spans and series; `n` series at a time where they see each other."""
     w, h, gathered, rest = found.windows, engine.config.horizon, {m: [] for m in names}, []
+    val = found.val(h)
     for part in numbers.split(max(n, 512 // n * n) if n else 512):
-        series, at = found.val(h).at(part)
+        series, at = val.at(part)
         batch = w.batch(series, at, engine.longest, h, dates="network" in names)
         for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
             gathered[name].append(q)
