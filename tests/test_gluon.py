@@ -78,6 +78,11 @@ def sizes(request, monkeypatch):
     return {"keys": keys, "values": values, "dtype": BF16}, back is not None
 
 
+# Every way there and back, at widths that fill the tiles.
+WHOLE = ("walk, chunks", "walk in halves, chunks", "narrow walk, chunks", "short columns, chunks", "columns, chunks")
+WHOLE += ("chain", "one by one")
+
+
 def kernels(*names):
     return pytest.mark.parametrize("sizes", names or KERNELS, indirect=True)
 
@@ -94,15 +99,7 @@ def right(sizes, steps, seed, options=None, **more):
 
 @law
 @pytest.mark.parametrize(("steps", "seed"), [(2, 0), (128, 1), (180, 2), (300, 3)])
-@kernels(
-    "walk, chunks",
-    "walk in halves, chunks",
-    "narrow walk, chunks",
-    "short columns, chunks",
-    "columns, chunks",
-    "chain",
-    "one by one",
-)
+@kernels(*WHOLE)
 def test_kernels_equal_the_reference(sizes, steps, seed):
     """One chunk, two, three and five."""
     right(sizes, steps, seed)
@@ -116,30 +113,14 @@ def test_kernels_at_widths_inside_their_tiles(sizes):
 
 @law
 @pytest.mark.parametrize("seed", [0, 1])
-@kernels(
-    "walk, chunks",
-    "walk in halves, chunks",
-    "narrow walk, chunks",
-    "short columns, chunks",
-    "columns, chunks",
-    "chain",
-    "one by one",
-)
+@kernels(*WHOLE)
 def test_kernels_with_resets_and_padding(sizes, seed):
     marks = {"reset": flags(2, 150, density=0.1, seed=1), "mask": flags(2, 150, density=0.7, seed=2)}
     right(sizes, 150, seed, marks, batch=2, state=seed == 0)
 
 
 @law
-@kernels(
-    "walk, chunks",
-    "walk in halves, chunks",
-    "narrow walk, chunks",
-    "short columns, chunks",
-    "columns, chunks",
-    "chain",
-    "one by one",
-)
+@kernels(*WHOLE)
 def test_kernels_without_normaliser(sizes):
     right(sizes, 130, 1, {"normalize": False, "scale": 1.0}, state=False)
 
