@@ -29,6 +29,7 @@ from exlstm.bench.trial import Plan, Trial
 from exlstm.models.config import nearest
 from exlstm.runs import device_of
 from exlstm.train import checkpoint
+from exlstm.train.config import OPTIMIZERS
 from exlstm.train.process import Signals
 from exlstm.train.progress import clock
 
@@ -94,7 +95,10 @@ def chosen(name: str, config: CompareConfig) -> Row:
     for dropout in config.dropouts:
         if not 0 <= dropout < 1:
             raise ValueError(f"a dropout is {dropout}, wanted 0 ≤ dropout < 1")
-    kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "dropouts", "n_layers", "n_heads")
+    for optimizer in config.optimizers:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer!r}{nearest(optimizer, OPTIMIZERS)}")
+    kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "dropouts", "optimizers", "n_layers", "n_heads")
     given = {field: getattr(config, field) for field in kept if getattr(config, field)}
     # What is named twice is trained once.
     row = replace(row, **{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in given.items()})
@@ -124,9 +128,11 @@ def planned(row: Row, config: CompareConfig, speeds: Speeds) -> list[Plan]:
 
 
 def _sizes(row: Row) -> list[Row]:
-    """The row at each of its widths and dropouts."""
-    pairs = itertools.product(row.widths or (row.d_model,), row.dropouts or (row.dropout,))
-    return [replace(row, d_model=width, widths=(), dropout=dropout, dropouts=()) for width, dropout in pairs]
+    """The row at each of its widths, dropouts and optimizers."""
+    several = {"d_model": row.widths, "dropout": row.dropouts, "optimizer": row.optimizers}
+    ways = [values or (getattr(row, name),) for name, values in several.items()]
+    alone = replace(row, widths=(), dropouts=(), optimizers=())
+    return [replace(alone, **dict(zip(several, way))) for way in itertools.product(*ways)]
 
 
 class Speeds:
@@ -143,7 +149,7 @@ class Speeds:
         # Tasks of words of equal lengths take equally long.
         kind = case.task if case.task in TEXTS or case.train != ((3, 40, 0),) else "words"
         sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout > 0, self.graphs)
-        sizes = (*sizes, row.precision)
+        sizes = (*sizes, row.precision, row.optimizer)
         return json.dumps([name, plan.model, kind, case.train, sizes])
 
     def of(self, plan: Plan) -> float | None:
@@ -251,7 +257,8 @@ class _Supervisor:
             return
         plan = self.plans[key]
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
-        facts |= {field: getattr(plan.row, field) for field in ("d_model", "n_layers", "n_heads", "batch", "dropout")}
+        sizes = ("d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer")
+        facts |= {field: getattr(plan.row, field) for field in sizes}
         facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps, "stop_at": plan.row.stop_at}
         self.records[key] = {**facts, **record, **self.facts}
         _write(self.folder / "records" / f"{key}.json", self.records[key])

@@ -106,6 +106,10 @@ class Row:
     dropout: float = 0.0
     dropouts: tuple[float, ...] = ()
     """several dropouts in place of the one"""
+    optimizer: str = "adamw"
+    """or muon, for the matrices of the blocks"""
+    optimizers: tuple[str, ...] = ()
+    """several optimizers in place of the one"""
     evaluations: int = 10
     """on the way, evenly; a row whose score is a loss reports the best of them"""
     betas: tuple[float, float] = (0.9, 0.99)

@@ -17,7 +17,7 @@ from exlstm.bench import timing
 from exlstm.bench.rows import Row
 
 # What the runs of one line of the table share.
-LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "dropout", "steps", "equal", "stop_at")
+LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer", "steps", "equal", "stop_at")
 
 
 def told(scores: dict[str, float]) -> str:
@@ -28,8 +28,8 @@ def told(scores: dict[str, float]) -> str:
 def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str, dict], facts: dict) -> list[dict]:
     """Prints and writes what the folder's records hold, those of earlier commands too: runs.csv, table.csv, table.md and
     table.png; returns the rows of the table. `keys` are the runs of this command."""
-    # Where a run does not say under which rule it ended, it is the row's.
-    records = {key: {"stop_at": row.stop_at, **record} for key, record in records.items()}
+    # Where a run does not say under which rule it ended, it is the row's; those that name no optimizer had AdamW.
+    records = {key: {"stop_at": row.stop_at, "optimizer": "adamw", **record} for key, record in records.items()}
     ended = [record for record in records.values() if record.get("scores")]
     failed = [record for record in records.values() if record.get("failed")]
     rows = table(row, ended, failed)
@@ -98,6 +98,7 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "steps made": round(statistics.median(made)),
                 "batch": first["batch"],
                 "dropout": first.get("dropout") or None,
+                "optimizer": first.get("optimizer"),
                 "ms a step": round(1e3 * first["pace"], 3),
                 "seconds": round(statistics.median(r["pace"] * steps for r, steps in zip(best, made)), 1),
                 "equal": first["equal"],

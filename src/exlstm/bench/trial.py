@@ -53,7 +53,7 @@ class Plan:
 
     def training(self) -> TrainConfig:
         row = self.row
-        settings = {"final_lr": row.final_lr, "warmup": row.warmup, "weight_decay": row.weight_decay}
+        settings = {name: getattr(row, name) for name in ("final_lr", "warmup", "weight_decay", "optimizer")}
         return TrainConfig(steps=self.steps, lr=self.lr, betas=row.betas, clip=row.clip, seed=self.seed, **settings)
 
 
@@ -81,8 +81,7 @@ class Trial:
         self.stops = sorted({round(plan.steps * i / parts) for i in range(1, parts + 1)} - {0})
         self._resume()
         if self.cuda:
-            for group in self.optimizer.adamw.param_groups:
-                group.update(capturable=True, lr=self.rate)
+            self.optimizer.follow(self.rate)
 
     @property
     def done(self) -> bool:
@@ -143,7 +142,7 @@ class Trial:
         seen = self.eager[part] = self.eager.get(part, 0) + 1
         if self.graphs is None or seen <= WARM:
             loss = self._work(*batch)
-            self.optimizer.adamw.step()
+            self.optimizer.step()
             return loss
         self._record(part, batch)
         return self._take(part, batch, lr)
@@ -169,7 +168,7 @@ class Trial:
             self.optimizer.zero_grad()
             with torch.cuda.graph(graph, stream=self.stream):
                 loss = self._work(*inputs)
-                self.optimizer.adamw.step()
+                self.optimizer.step()
             self.graphs[part] = graph, inputs, loss
         except RuntimeError as error:
             torch.cuda.synchronize(self.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 MINUTES = 2.0
 # What may change between the pieces of one run: nothing of it enters the mathematics of a step.
 FREE = {
@@ -23,7 +24,7 @@ FREE = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training with AdamW (arXiv 1711.05101), a linear warm-up and a cosine decay of the learning rate."""
+    """Training with AdamW (arXiv 1711.05101) or Muon, a linear warm-up and a cosine decay of the learning rate."""
 
     steps: int | None = None
     """updates; left out, `minutes` decides"""
@@ -39,6 +40,10 @@ class TrainConfig:
     """decay of the matrices; biases, norms, embeddings and vectors have none"""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the mean and of the square of the gradients"""
+    optimizer: str = "adamw"
+    """adamw, or muon: Muon moves the matrices of the blocks, AdamW what is left, both at the one learning rate"""
+    momentum: float = 0.95
+    """Muon's decay of the mean of the gradients"""
     clip: float = 1.0
     """largest norm of the whole gradient; 0 leaves it as it is"""
     accumulate: int = 1
@@ -94,8 +99,10 @@ class TrainConfig:
             raise ValueError(f"betas is {self.betas}, wanted two numbers")
         for beta in self.betas:
             _number("betas", beta, lambda x: 0 <= x < 1, "from 0 to below 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}, wanted {' or '.join(PRECISIONS)}")
+        _number("momentum", self.momentum, lambda x: 0 <= x < 1, "from 0 to below 1")
+        for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, wanted {' or '.join(known)}")
 
     def every(self, kind: str, steps: int) -> int:
         """Steps between two of `kind` (eval, save, sample) in a run of `steps`."""
@@ -109,8 +116,11 @@ class TrainConfig:
 
     def changes(self, stored: dict) -> list[str]:
         """Fields that make this another run than the one of the stored settings: 'lr is 0.1, was 0.001'."""
-        now = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in FREE}
-        return [f"{k} is {v}, was {stored[k]}" for k, v in now.items() if k in stored and stored[k] != v]
+        # A run from before a setting existed had its default; JSON has no tuples.
+        was = {f.name: stored.get(f.name, f.default) for f in fields(self) if f.name not in FREE}
+        now = {k: v for k, v in asdict(self).items() if k in was}
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in was.items()}
+        return [f"{k} is {v}, was {was[k]}" for k, v in now.items() if v != plain[k]]
 
 
 def _whole(name: str, value, least: int):
