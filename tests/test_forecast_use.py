@@ -1,11 +1,13 @@
 """What an analyst relies on: nothing behind a cutoff is seen, times and columns are read as they were at the fit, and metrics
 are those of utilsforecast."""
 
+import contextlib
 import copy
 import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from exlstm import Forecaster
 from exlstm.data.series import panel_of
@@ -207,6 +209,52 @@ def test_copies_stand_alone(fitted):
         pd.testing.assert_frame_equal(other.predict(), before)
         other.update(rows)
         pd.testing.assert_frame_equal(fitted.predict(), before)
+
+
+# The process
+
+
+@contextlib.contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS = {
+    "float64 by default": default_dtype,
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "another device": lambda: torch.device("meta"),
+}
+
+
+def made(folder):
+    """A forecast of every call that learns, reads or writes."""
+    frame, config = long(n=1, steps=60), FitConfig(members=("linear", "network"), lookback=14, steps=2, d_model=4, n_heads=1)
+    fitted = Forecaster(7, config=config).fit(frame)
+    fitted.save(folder)
+    loaded = Forecaster.load(folder)
+    return [fitted.predict(), loaded.predict(), fitted.cross_validation(), loaded.finetune(frame, 1).predict()]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("plain") / "model")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_the_caller_has_set_for_torch_changes_nothing_and_stays(setting, plain, tmp_path):
+    before = torch.get_rng_state()
+    with SETTINGS[setting]():
+        found = made(tmp_path / "model")
+        assert torch.get_default_dtype() == (torch.float64 if "64" in setting else torch.float32)
+        assert torch.is_grad_enabled() == (setting not in ("no gradients", "inference"))
+    for one, other in zip(found, plain):
+        pd.testing.assert_frame_equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # Metrics

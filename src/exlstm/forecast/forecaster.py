@@ -14,6 +14,7 @@ from exlstm.data.panel import TARGET, Columns, Panel
 from exlstm.data.series import panel_of, without_times
 from exlstm.forecast import combine, engine, files, fitting, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
+from exlstm.train.process import Randomness, plain_torch
 from exlstm.train.progress import Pace
 
 BASELINES = ("naive", "ridge")
@@ -83,7 +84,7 @@ class Forecaster:
         panel = self._usable(panel_of(df, self.columns, self.freq))
         season = self.season or frequency.seasons(panel.freq)[0]
         self._say(*panel.told, f"{len(panel)} series, {int(panel.lengths.sum()):,} steps, season {season}")
-        self.engine = engine.fit(panel, self.config, season, self.device, self.report)
+        self.engine = self._learnt(panel, season)
         self.panel, self.sample = panel, frames.sample_of(df)
         return self
 
@@ -97,8 +98,7 @@ class Forecaster:
         wanted, endings = frames.check_levels(self.level if level is None and quantiles is None else level, quantiles)
         panel = self.panel if df is None else self._usable(self._same(df))
         future = frames.future_values(panel, futr_df, h, self.h)
-        windows = self.engine.windows(panel, future)
-        values = self._values(windows, *windows.ends(), wanted, endings, BASELINES if baselines else (), h)
+        values = self._values(panel, future, wanted, endings, BASELINES if baselines else (), h)
         frame = frames.rows(panel, np.arange(len(panel)), panel.lengths, h, values)
         return self._like(frame, panel, df)
 
@@ -123,12 +123,11 @@ class Forecaster:
             # What stands behind the cutoff is not there, but for what was known of it: not even scales go by it.
             before = self._usable(panel.cut(back))
             if k == n_windows - 1 or refit:
-                model.engine = engine.fit(before, self.config, season, self.device, self.report)
+                model.engine = self._learnt(before, season)
             series = np.array([place[name] for name in before.ids])
             cuts = panel.lengths[series] - back
             future = panel.futr[(panel.offsets[series] + cuts)[:, None] + np.arange(self.h)]
-            windows = model.engine.windows(before, future)
-            values = model._values(windows, *windows.ends(), wanted, endings, BASELINES, self.h)
+            values = model._values(before, future, wanted, endings, BASELINES, self.h)
             whole.append(frames.rows(panel, series, cuts, self.h, values, cutoff=True, y=True))
         import pandas as pd
 
@@ -193,7 +192,8 @@ class Forecaster:
         """Goes on learning from other data with the same columns: the linear path is fitted to it, the network trained on."""
         self._fitted()
         panel = self._usable(self._same(df))
-        self.engine = engine.finetune(self.engine, panel, _plain(steps), self.report)
+        with plain_torch(), Randomness(torch.device(self.device)):
+            self.engine = engine.finetune(self.engine, panel, _plain(steps), self.report)
         self.panel = panel
         return self
 
@@ -238,27 +238,36 @@ class Forecaster:
     def save(self, folder) -> None:
         """A folder of safetensors and JSON that `load` reads, with the end of every series."""
         self._fitted()
-        files.save(self, folder)
+        with plain_torch():
+            files.save(self, folder)
 
     @classmethod
     def load(cls, folder, device: str = "auto") -> Forecaster:
         """The forecaster in a folder of `save`; the same forecasts, bit for bit on the same machine."""
-        return files.load(cls, folder, _device(device))
+        device = _device(device)
+        with plain_torch(), Randomness(torch.device(device)):
+            return files.load(cls, folder, device)
 
-    def _values(self, windows, series, cuts, wanted, endings, also, h: int) -> dict[str, np.ndarray]:
-        """Column name -> (B, h) in the units of the data."""
-        mean, scale = windows.norms[series.cpu().numpy()].T[:, :, None]
+    def _learnt(self, panel: Panel, season: int) -> engine.Engine:
+        with plain_torch(), Randomness(torch.device(self.device)):
+            return engine.fit(panel, self.config, season, self.device, self.report)
+
+    def _values(self, panel: Panel, future, wanted, endings, also, h: int) -> dict[str, np.ndarray]:
+        """Column name -> (N, h) of the steps behind every series, in the units of the data."""
         found: dict[str, list] = {}
         half = len(engine.LEVELS) // 2
-        pace = Pace("forecasts", len(series), self.report)
-        for rows, out, _ in self.engine.forecast(windows, series, cuts, also):
-            pace.add(len(rows))
-            for name, q in out.items():
-                title = MODEL if name == "blend" else TITLES[name]
-                picked = combine.at_levels(q, self.engine.levels, wanted) if wanted else q[..., :0]
-                found.setdefault(title, []).append(q[..., half])
-                for k, ending in enumerate(endings):
-                    found.setdefault(title + ending, []).append(picked[..., k])
+        pace = Pace("forecasts", len(panel), self.report)
+        with plain_torch():
+            windows = self.engine.windows(panel, future)
+            for rows, out, _ in self.engine.forecast(windows, *windows.ends(), also):
+                pace.add(len(rows))
+                for name, q in out.items():
+                    title = MODEL if name == "blend" else TITLES[name]
+                    picked = combine.at_levels(q, self.engine.levels, wanted) if wanted else q[..., :0]
+                    found.setdefault(title, []).append(q[..., half])
+                    for k, ending in enumerate(endings):
+                        found.setdefault(title + ending, []).append(picked[..., k])
+        mean, scale = windows.norms.T[:, :, None]
         # What float32 does not hold is not shown: six digits of the series' deviation.
         digits = 10.0 ** (5 - np.floor(np.log10(scale)))
         values = {name: torch.cat(parts)[:, :h].double().cpu().numpy() * scale + mean for name, parts in found.items()}

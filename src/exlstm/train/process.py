@@ -1,4 +1,4 @@
-"""What a run does to its process: it seeds torch's generators and answers signals, and puts both back as they were."""
+"""What a run does to its process: it sets and seeds torch and answers signals, and puts all back as they were."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ class Randomness:
             mixed = _mix(mixed * 0x9E3779B97F4A7C15 + part + 1)
         for generator in self.generators:
             generator.manual_seed(mixed)
+
+
+@contextlib.contextmanager
+def plain_torch():
+    """Torch as it is before anyone has set it: float32 on the CPU by default, with gradients; the caller's settings come back
+    as they were."""
+    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        # The mode costs something at every call.
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _mix(x: int) -> int:
