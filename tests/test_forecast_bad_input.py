@@ -213,6 +213,29 @@ CALLS = {
     "text in an array": (lambda m: Forecaster(3).fit(["a", "b"]), "no number"),
     "an empty frame": (lambda m: Forecaster(3).fit(GOOD.iloc[:0]), "the data has no rows"),
     "horizon 0": (lambda m: Forecaster(0), "horizon is 0"),
+    "a season of truth": (lambda m: Forecaster(3, season=True), "season is True, wanted a whole number"),
+    "a look-back beyond memory": (
+        lambda m: Forecaster(3, input_size=10**5),
+        "lookback is 100000, wanted at most 16384",
+    ),
+    "a horizon of truth": (lambda m: m.predict(h=True), "h is True, wanted 1 to 7"),
+    "an array without its covariate": (
+        lambda m: Forecaster(3, futr_exog="x").fit(np.arange(40.0)),
+        "the data is an array without columns, so there is no column 'x' (covariate)",
+    ),
+    "a Series without its covariate": (
+        lambda m: Forecaster(3, hist_exog="x").fit(GOOD.set_index("ds").y),
+        "there is no column 'x' (covariate)",
+    ),
+    "a Series of nothing": (lambda m: Forecaster(3).fit(GOOD.y[:0]), "the data has no rows"),
+    "a Series without zone after a zone": (
+        lambda m: (
+            Forecaster(3, config=LINEAR)
+            .fit(HOURS.set_index("ds").y)
+            .predict(HOURS.set_index(DAYS[0] + np.arange(80) * pd.Timedelta("1h")).y)
+        ),
+        "have no zone, the model was fitted on times in Europe/Berlin",
+    ),
     "a season of none": (lambda m: Forecaster(3, season=0), "season is 0"),
     "further than fitted": (lambda m: m.predict(h=9), "h is 9, wanted 1 to 7"),
     "level and quantiles": (lambda m: m.predict(level=[80], quantiles=[0.1]), "are both given"),

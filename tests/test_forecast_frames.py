@@ -6,6 +6,7 @@ import torch
 
 from exlstm import Forecaster
 from exlstm.cli import main
+from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
 from exlstm.forecast import frames
 from exlstm.forecast.config import FitConfig
@@ -184,6 +185,55 @@ def test_a_wide_frame_is_forecast_and_updated_by_its_index():
     last = model.predict(wide)
     assert last.ds.min() == wide.index[-1] + pd.Timedelta("1D")
     assert model.update(wide[-H:]).predict().equals(last)
+
+
+INDEXES = {
+    "days": series().ds,
+    "days of a zone": series(zone="Europe/Berlin").ds,
+    "hours of a zone": series("h", "Europe/Berlin", "2024-03-28").ds,
+    "text": series().ds.dt.strftime("%d/%m/%Y"),
+    "numbers": pd.Series(np.arange(N)),
+}
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_series_is_the_frame_of_it_also_row_by_row(index):
+    data = pd.Series(Y, INDEXES[index], name="sold")
+    frame = data.rename_axis("day").reset_index().assign(shop="sold")
+    names = {"id_col": "shop", "time_col": "day", "target_col": "units"}
+    wanted = forecaster(**names).fit(frame[:-3].rename(columns={"sold": "units"}))
+    model = forecaster(**names).fit(data[:-3])
+    assert model.predict().equals(wanted.predict())
+    for row in range(N - 3, N):
+        model.update(data[row : row + 1])
+    assert model.predict().equals(wanted.predict(frame.rename(columns={"sold": "units"})))
+    assert model.predict().equals(wanted.predict(data))
+    # One without ids takes the name for none, and a column of a wide frame for itself.
+    alone = forecaster(time_col="day", target_col="sold").fit(frame[["day", "sold"]])
+    assert alone.predict(data).xLSTM.equals(alone.predict().xLSTM)
+    wide = forecaster().fit(frame.set_index("day")[["sold"]].assign(b=Y))
+    assert wide.predict(data).equals(wide.predict()[:H])
+
+
+def test_what_a_mask_hides_is_missing():
+    hidden = np.arange(N) % 11 == 3
+    wanted = forecaster().fit(np.where(hidden, np.nan, Y)).predict()
+    for form in (np.ma.array(Y, mask=hidden), np.ma.array([Y], mask=[hidden]), [np.ma.array(Y, mask=hidden)]):
+        assert forecaster().fit(form).predict().equals(wanted)
+
+
+def test_names_of_columns_may_be_numbers_or_none():
+    data = series().assign(x=np.cos(np.arange(N)), shop="a")
+    wanted = forecaster(id_col="shop", time_col="ds", target_col="y", futr_exog="x").fit(data[:-H])
+    numbered = data.set_axis(range(4), axis=1)
+    model = forecaster(id_col=3, time_col=0, target_col=1, futr_exog=[2], hist_exog=None, stat_exog=()).fit(
+        numbered[:-H]
+    )
+    found = model.predict(futr_df=numbered[-H:])
+    assert list(found.columns[:2]) == ["3", "0"]
+    assert found.xLSTM.equals(wanted.predict(futr_df=data[-H:]).xLSTM)
+    columns = forecaster(id_col=None, futr_exog=pd.Index([" x"]), target_col="y ").fit(data).panel.columns
+    assert columns == Columns("", "ds", "y", futr=("x",))
 
 
 FORMS = {

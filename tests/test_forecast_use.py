@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from exlstm import Forecaster
+from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
 from exlstm.forecast.config import FitConfig
 
@@ -111,6 +112,14 @@ def test_a_missing_static_number_is_as_the_mean():
     engine = model(stat_exog="area", target_col="y").fit(frame)
     assert engine.engine.windows(engine.panel).static[1] == 0
     assert engine.engine.statistics["static"][0] == 1500
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0), ("a", "b", "a"), (True, False, True)], ids=str)
+def test_a_static_value_may_begin_behind_the_first_row(values):
+    frame = long().assign(kind=np.repeat(values, 80))
+    wanted = panel_of(frame, Columns(target="y", static=("kind",)))
+    late = frame.assign(kind=frame.kind.astype(object).where(np.arange(240) % 80 > 2))
+    assert np.array_equal(panel_of(late, Columns(target="y", static=("kind",))).static, wanted.static)
 
 
 def test_static_columns_are_read_as_at_the_fit():
@@ -233,7 +242,10 @@ SETTINGS = {
 
 def made(folder):
     """A forecast of every call that learns, reads or writes."""
-    frame, config = long(n=1, steps=60), FitConfig(members=("linear", "network"), lookback=14, steps=2, d_model=4, n_heads=1)
+    frame, config = (
+        long(n=1, steps=60),
+        FitConfig(members=("linear", "network"), lookback=14, steps=2, d_model=4, n_heads=1),
+    )
     fitted = Forecaster(7, config=config).fit(frame)
     fitted.save(folder)
     loaded = Forecaster.load(folder)

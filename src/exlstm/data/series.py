@@ -31,12 +31,12 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
     if known is not None:
         columns, freq = known.columns, known.freq
     if isinstance(data, pd.Series) and data.index.nlevels == 1:
-        return _of_series(data, columns, freq)
+        data, columns = _framed(data, columns, known)
     if without_times(data):
         if known is not None and not isinstance(known.freq, int):
             wanted = f"the model was fitted on a frame with times in column {known.columns.time!r}"
             raise ValueError(f"the data is an array without times, {wanted}")
-        return _of_arrays(data, freq)
+        return _of_arrays(data, columns, freq)
     if isinstance(data, pd.Series):
         data = data.to_frame(TARGET if data.name is None else data.name)
     frame = columns_of(to_pandas(data, "a pandas or polars frame, a Series, or an array of numbers"), columns)
@@ -59,22 +59,32 @@ def without_times(data) -> bool:
     return not (hasattr(data, "columns") or hasattr(data, "column_names"))
 
 
-def _of_series(series, columns: Columns, freq) -> Panel:
-    name = str(series.name) if series.name is not None else TARGET
-    frame = series.rename(TARGET).rename_axis(TIME).reset_index()
-    frame.insert(0, ID, name)
-    return _of_long(frame, replace(columns, id=ID, time=TIME, target=TARGET), freq, None)
+def _framed(series, columns: Columns, known):
+    """A Series over its times as a frame, and the columns in it: of one series of its name, or of a wide frame's."""
+    name, wide = TARGET if series.name is None else str(series.name), known is not None and known.wide
+    columns = _named(columns) if known is None else columns
+    frame = series.rename(name if wide else columns.target).rename_axis(columns.time).reset_index()
+    if columns.id and not wide:
+        frame.insert(0, columns.id, name)
+    return frame, columns
 
 
-def _of_arrays(data, freq) -> Panel:
+def _named(columns: Columns) -> Columns:
+    """The columns with the usual names for id, time and target where none are given."""
+    return replace(columns, id=columns.id or ID, time=columns.time or TIME, target=columns.target or TARGET)
+
+
+def _of_arrays(data, columns: Columns, freq) -> Panel:
     """Each array a series, its times 0, 1, 2, ...; named 0, 1, 2, ..."""
-    data = data if isinstance(data, list | tuple) else np.asarray(data)
+    if covariates := (*columns.futr, *columns.hist, *columns.static):
+        raise ValueError(f"the data is an array without columns, so there is no column {covariates[0]!r} (covariate)")
+    data = data if isinstance(data, list | tuple) else _unmasked(data)
     nested = isinstance(data, np.ndarray) and data.ndim == 2
     if not nested:
         nested = not isinstance(data, np.ndarray) and len(data) and bool(np.ndim(data[0]))
     rows = list(data) if nested else [data]
     try:
-        rows = [np.asarray(row) for row in rows]
+        rows = [_unmasked(row) for row in rows]
         rows = [row.astype(object if row.dtype.kind == "c" else np.float64).astype(np.float64) for row in rows]
     except (TypeError, ValueError):
         raise ValueError("the array holds something that is no number") from None
@@ -89,8 +99,13 @@ def _of_arrays(data, freq) -> Panel:
         raise ValueError(f"freq is {freq!r}, wanted a whole number or None: arrays have no timestamps")
     return Panel(
         list(range(n)), np.concatenate(rows), np.concatenate([[0], np.cumsum(lengths)]), [0] * n, int(freq or 1),
-        np.zeros((total, 0)), np.zeros((total, 0)), np.zeros((n, 0)), Columns(ID, TIME, TARGET),
+        np.zeros((total, 0)), np.zeros((total, 0)), np.zeros((n, 0)), _named(columns),
     )  # fmt: skip
+
+
+def _unmasked(values) -> np.ndarray:
+    """An array of NumPy; what a mask hides is missing."""
+    return values.astype(object).filled(np.nan) if np.ma.isMA(values) else np.asarray(values)
 
 
 def columns_of(frame, columns: Columns):
@@ -350,11 +365,12 @@ def _mixed(row, codes, times, names, freq) -> str:
     return f"{times[row]}{series} is no step of frequency {freq!r}: the steps are mixed, or freq is another one"
 
 
-def _refuse_changes(values, counts, name: str):
-    """ValueError where a static column changes within a series; what is missing does not count."""
-    series = np.repeat(np.arange(len(counts)), counts)
-    if (values.groupby(series).nunique() > 1).any():
+def _value_each(whole, starts, name: str):
+    """What a static column holds of every series, from its first row with a value; ValueError where it changes."""
+    grouped = whole.groupby(np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(whole)])))
+    if (grouped.nunique() > 1).any():
         raise ValueError(f"column {name!r} changes within a series, wanted one value a series of a static one")
+    return grouped.first().infer_objects()
 
 
 def _static(frame, columns: Columns, order, starts, known):
@@ -364,8 +380,7 @@ def _static(frame, columns: Columns, order, starts, known):
     for name in columns.static:
         _present(list(frame.columns), name, "static")
         whole = frame[name].iloc[order].reset_index(drop=True)
-        _refuse_changes(whole, np.diff(np.r_[starts, len(whole)]), name)
-        values = whole.iloc[starts].infer_objects()
+        values = _value_each(whole, starts, name)
         counted = pd.api.types.is_numeric_dtype(values) if known is None else name not in known.levels
         if counted:
             parts.append(numbers(values.to_frame(), name)[:, None])

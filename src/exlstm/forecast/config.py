@@ -21,6 +21,8 @@ TITLES = {
     "network": "Network",
 }
 MODEL = "xLSTM"
+# Steps of a look-back at most: the sums over its windows hold their square.
+LONGEST = 2**14
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class FitConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 0):
                 raise ValueError(f"{name} is {value!r}, wanted a whole number of at least {least.get(name, 0)}")
+        for name in ("lookback", "max_lookback"):
+            if getattr(self, name) > LONGEST:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at most {LONGEST}")
         for what, names, known in (("member", self.members, MEMBERS), ("block", self.blocks, OPTIONS)):
             if wrong := [name for name in names if name not in known]:
                 raise ValueError(f"unknown {what} {wrong[0]!r}{nearest(wrong[0], known)}")

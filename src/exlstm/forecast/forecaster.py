@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,9 @@ class Forecaster:
         self.config = replace(config, horizon=_plain(h), lookback=_plain(lookback))
         self.level = frames.listed(level)
         frames.check_levels(self.level, None)
-        exog = [(e,) if isinstance(e, str) else tuple(e) for e in (futr_exog, hist_exog, stat_exog)]
-        self.columns = Columns(id_col, time_col, target_col, *exog)
-        season = _plain(season)
-        if season is not None and (not isinstance(season, int) or season < 1):
-            raise ValueError(f"season is {season!r}, wanted a whole number of at least 1")
+        single = ("".join(_names(name)) for name in (id_col, time_col, target_col))
+        self.columns = Columns(*single, *map(_names, (futr_exog, hist_exog, stat_exog)))
+        season = None if season is None else _counted("season", season)
         self.freq, self.season, self.device, self.report = freq, season, _device(device), report
         self.engine: engine.Engine | None = None
         self.panel: Panel | None = None
@@ -110,10 +109,8 @@ class Forecaster:
         The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values.
         """
         panel = self._usable(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
-        n_windows, step = _plain(n_windows), self.h if step_size is None else _plain(step_size)
-        for name, value in (("n_windows", n_windows), ("step_size", step)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+        n_windows = _counted("n_windows", n_windows)
+        step = self.h if step_size is None else _counted("step_size", step_size)
         wanted, endings = frames.check_levels(self.level if level is None else level, None)
         season, whole = self.season or frequency.seasons(panel.freq)[0], []
         fitting.check_lengths(panel.lengths, season, self.config, self.h + (n_windows - 1) * step)
@@ -310,7 +307,7 @@ class Forecaster:
 
     def _horizon(self, h) -> int:
         h = self.h if h is None else _plain(h)
-        if not isinstance(h, int) or not 1 <= h <= self.h:
+        if not isinstance(h, int) or isinstance(h, bool) or not 1 <= h <= self.h:
             raise ValueError(f"h is {h!r}, wanted 1 to {self.h}: the model was fitted for {self.h} steps")
         return h
 
@@ -323,6 +320,19 @@ class Forecaster:
 def _plain(number):
     """A whole number of NumPy as one of Python; anything else as it is."""
     return int(number) if isinstance(number, np.integer) else number
+
+
+def _counted(name: str, number) -> int:
+    """A whole number of at least 1, of Python or NumPy, as one of Python; ValueError for anything else."""
+    if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} is {number!r}, wanted a whole number of at least 1")
+    return int(number)
+
+
+def _names(given) -> tuple[str, ...]:
+    """Names of columns, one or several or None, as the columns of a frame are named here: as text without spaces around it."""
+    several = () if given is None else (given,) if isinstance(given, str | Integral) else given
+    return tuple(name for name in (str(name).strip() for name in several) if name)
 
 
 def _device(name: str) -> str:

@@ -43,12 +43,12 @@ def plain_torch():
     """Torch as it is before anyone has set it: float32 on the CPU by default, with gradients; the caller's settings come back
     as they were."""
     dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+    # Where there is nothing to undo: the mode costs something at every call.
+    device = torch.device("cpu") if elsewhere else contextlib.nullcontext()
     torch.set_default_dtype(torch.float32)
     try:
-        # The mode costs something at every call.
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
+        with device, torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         torch.set_default_dtype(dtype)
 
