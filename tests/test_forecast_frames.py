@@ -6,6 +6,7 @@ import torch
 
 from exlstm import Forecaster
 from exlstm.cli import main
+from exlstm.data import frequency
 from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
 from exlstm.forecast import frames
@@ -61,12 +62,34 @@ def test_whole_numbers_that_are_dates_are_dates(written, freq):
     assert panel_of(pd.DataFrame({"ds": numbers, "y": 1.0})).freq == 1
 
 
-@pytest.mark.parametrize("freq", ["28D", "30D", "100ms", "250us", "90min", "BMS", "BME", "10YS-JAN"])
+@pytest.mark.parametrize(
+    "freq", ["28D", "30D", "100ms", "250us", "90min", "BMS", "BME", "BQS-FEB", "BQE-NOV", "BYE-MAR", "2BME", "10YS-JAN"]
+)
 def test_odd_steps_are_guessed_and_gone_on_with(freq):
     times = pd.date_range("1801-01-01" if "Y" in freq else "2001-01-01", periods=30, freq=freq)
     panel = panel_of(pd.DataFrame({"ds": times, "y": 1.0}))
     assert panel.lengths.tolist() == [30]
     assert list(frames.ahead(panel, 0, 5)) == list(pd.date_range(times[-1], periods=6, freq=freq)[1:])
+
+
+SEASONS = {
+    "D": 7,
+    "B": 5,
+    "C": 5,
+    "W-SUN": 52,
+    "SMS-15": 24,
+    "BME": 12,
+    "2ME": 6,
+    "BQE-DEC": 4,
+    "QS-JAN": 4,
+    "BYE-DEC": 1,
+    "12h": 2,
+}
+
+
+@pytest.mark.parametrize("freq", SEASONS)
+def test_a_frequency_has_its_season(freq):
+    assert frequency.seasons(freq)[0] == SEASONS[freq]
 
 
 def test_parts_of_a_time_stand_back_behind_a_time():
@@ -283,6 +306,10 @@ MAKES = {
     "excel.csv": excel,
     "indexed.csv": lambda data, path: data.to_csv(path),
     "empty column.csv": lambda data, path: data.assign(**{"": np.nan}).to_csv(path, index=False),
+    "blank lines.csv": lambda data, path: path.write_text("\n\n" + data.to_csv(index=False, sep=";", decimal=",")),
+    "longer lines.csv": lambda data, path: path.write_text(
+        "ds,y\n" + ",\n".join(data.to_csv(index=False).split("\n")[1:])
+    ),
     "empty rows.csv": lambda data, path: path.write_text(data.to_csv(index=False) + ",\n,\n"),
 }
 
@@ -337,7 +364,9 @@ def test_points_between_thousands_are_no_fractions(written, wanted, tmp_path):
     assert read_table(path).y.tolist() == [1050, 2999]
 
 
-@pytest.mark.parametrize("shops", [["007", "010"], ["1.100", "1.200"], ["1.1", "1.10"]], ids=str)
+@pytest.mark.parametrize(
+    "shops", [["007", "010"], ["1.100", "1.200"], ["1.1", "1.10"], ["NA", "8"], ["NA", "null"]], ids=str
+)
 @pytest.mark.parametrize(("column", "sep", "decimal"), [("store", ",", "."), ("Kunde", ";", ",")])
 def test_ids_stay_what_they_are(shops, column, sep, decimal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -15,15 +15,10 @@ import numpy as np
 # Seasons in steps, the first one is the season of the naive forecast; by the seconds of a step, or by a calendar step.
 _DAY = 86400
 _CALENDAR = {
-    "MS": (12,),
-    "ME": (12,),
-    "QS": (4,),
-    "QE": (4,),
-    "YS": (1,),
-    "YE": (1,),
-    "B": (5,),
-    "BMS": (12,),
-    "BME": (12,),
+    **dict.fromkeys(("B", "C"), (5,)),
+    **dict.fromkeys(("MS", "ME", "BMS", "BME", "CBMS", "CBME", "WOM", "LWOM"), (12,)),
+    **dict.fromkeys(("SMS", "SME"), (24,)),
+    **dict.fromkeys(("QS", "QE", "BQS", "BQE"), (4,)),
 }
 _MONTHLY = {1: ("MS", "ME"), 3: ("QS", "QE"), 12: ("YS", "YE")}
 MONTHS = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
@@ -207,11 +202,13 @@ def _guess_months(times, months: int):
     first, last = (month, month) if unit == 12 else ((month - 1) % 3 + 1, (month - 1) % 3 + 10)
     at_start, at_end = bool((times.day == 1).all()), bool(times.is_month_end.all())
     name, month = (end, last) if at_end and not at_start else (start, first)
-    if months == 1 and not at_start and not at_end:
-        # Working days: the first or the last of every month.
+    if not at_start and not at_end:
+        # Working days: the first or the last of the month.
         days = times.normalize()
-        for alias, offset in (("BMS", pd.offsets.BMonthBegin(0)), ("BME", pd.offsets.BMonthEnd(0))):
-            name = alias if (days + offset == days).all() else name
+        if (days + pd.offsets.BMonthEnd(0) == days).all():
+            name, month = "B" + end, last
+        elif (days + pd.offsets.BMonthBegin(0) == days).all():
+            name, month = "B" + start, first
     if name in (start, end) and not at_start and not at_end and len(np.unique(times.day)) == 1:
         told = "wanted months by their first or last day, or by name, as 2024-01"
         raise ValueError(f"the times are months apart and all on day {times.day[0]} of one, {told}")

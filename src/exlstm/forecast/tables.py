@@ -65,23 +65,37 @@ def read_table(path: Path, id: str = "", like=None):
 def _read_csv(path: Path, id: str, like):
     pd = require_pandas()
     sep, how = _dialect(path)
+
+    def read(**more):
+        with warnings.catch_warnings():
+            # That a separator at the end of the lines parts nothing.
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            return pd.read_csv(path, sep=sep, **how, **more)
+
     try:
-        frame = pd.read_csv(path, sep=sep, **how)
+        frame = read()
     except UnicodeDecodeError:
         how["encoding"] = "cp1252"
         try:
-            frame = pd.read_csv(path, sep=sep, **how)
+            frame = read()
         except UnicodeDecodeError:
             raise ValueError("it is no text") from None
         warnings.warn(f"{path} is no UTF-8 and is read as Windows-1252", stacklevel=3)
+    if not isinstance(frame.index, pd.RangeIndex) and frame.iloc[:, -1].isna().all():
+        # Lines that end with a separator, and a header that does not, are no table with an index.
+        how["index_col"] = False
+        frame = read()
 
-    def as_text(names):
-        return pd.read_csv(path, sep=sep, usecols=names, dtype=str, **how) if names else {}
+    def as_text(names, **more):
+        return read(usecols=names, dtype=str, **more) if names else {}
 
     ids = [c for c in frame.columns if (c.strip() == id if id else c.strip().lower() in ID_NAMES)]
-    for name, text in as_text([c for c in ids if frame[c].dtype.kind in "iuf"]).items():
+    read_anew = [c for c in ids if frame[c].dtype.kind in "iuf" or frame[c].isna().any()]
+    # Namibia is NA.
+    for name, text in as_text(read_anew, keep_default_na=False, na_values=[""]).items():
+        numerals = frame[name].dtype.kind in "iu"
         held = like is not None and name in like.columns and like[name].dtype.kind not in "iufb"
-        if held or frame[name].dtype.kind == "f" or text.str.match(r"\s*0\d").any():
+        if held or not numerals or text.str.match(r"\s*0\d").any():
             frame[name] = text.str.strip()
     return _trimmed(_with_points(frame, ids, as_text) if sep == ";" else frame)
 
@@ -98,7 +112,8 @@ def _dialect(path: Path) -> tuple[str, dict]:
     with _opened(path) as file:
         head = file.read(1 << 16)
     encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    line = (head.decode(encoding, "replace").removeprefix("\ufeff").splitlines() or [""])[0]
+    lines = head.decode(encoding, "replace").removeprefix("\ufeff").splitlines()
+    line = next((line for line in lines if line.strip()), "")
     # Excel's way to say it.
     if named := re.fullmatch(r'"?sep=(.)"?', line, re.IGNORECASE):
         return named[1], {"encoding": encoding, "skiprows": 1}
