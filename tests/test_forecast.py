@@ -372,6 +372,9 @@ def test_baselines_continue_what_they_are_made_for():
     assert torch.allclose(baselines.seasonal_naive(whole, 12, 18), after, atol=1e-4)
     assert torch.allclose(baselines.theta(whole, 12, 18, torch.zeros(1, 1)), after, atol=0.15)
     line = whole._replace(y=(2 + 0.5 * t)[None])
+    # Far from zero a factor is a difference, and all digits are left.
+    far, below = (baselines.theta(whole, 12, 18, torch.full((1, 1), zero)) for zero in (-1e6, 1e3))
+    assert torch.equal(far, below)
     ahead = baselines.theta(line, 1, 4, torch.full((1, 1), -5.0))
     # Theta halves the trend: the mean of the line and of the last level.
     assert torch.allclose(ahead, ((2 + 0.5 * torch.arange(48.0, 52.0) + 25.5) / 2)[None], atol=0.05)

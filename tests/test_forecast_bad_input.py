@@ -147,6 +147,8 @@ COMMANDS = {
     "forecast good.csv --target y --exog x --future future.csv --out future.csv": "future.csv is to be read and written",
     "forecast good.csv --target y --out thesis": "thesis is a folder, wanted a file",
     "forecast good.csv --target y --out fc.xlsx": "fc.xlsx is to be a .xlsx file, wanted CSV",
+    "forecast good.csv --target y --plot figure.png": "figure.png is a folder, wanted a file for the picture",
+    "forecast good.csv --target y --out new.csv --model new.csv": "new.csv is to hold the model and the forecast",
     "forecast good.csv --target y --plot fc.doc": "fc.doc names no kind of picture by its ending",
     "forecast good.csv --model kept --target x --future future.csv": "holds a model with target 'y', --target is 'x'",
     "forecast good.csv --model kept --exog z --future future.csv": "a model with covariates x, --exog is z",
@@ -173,6 +175,7 @@ def place(tmp_path_factory):
         else:
             content.to_csv(folder / name, index=False)
     (folder / "thesis").mkdir()
+    (folder / "figure.png").mkdir()
     (folder / "thesis" / "chapter.tex").write_text("x")
     model = Forecaster(7, target_col="y", futr_exog="x", config=LINEAR).fit(GOOD)
     for name in ("kept", "damaged"):

@@ -22,6 +22,8 @@ def check_picture(path: Path):
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lower().lstrip(".") not in known:
         raise ValueError(f"{path} names no kind of picture by its ending, wanted one of {', '.join(known)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, wanted a file for the picture")
 
 
 def _canvas(rows=1, columns=1, size=(8.0, 4.5)):

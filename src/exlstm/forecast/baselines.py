@@ -8,6 +8,8 @@ from torch import Tensor
 
 # A season is taken out where the autocorrelation at its lag is significant at 10 %, as the M competitions did.
 SIGNIFICANT = 1.645
+# Deviations from zero beyond which factors are differences, and float32 has no digits for what multiplies them.
+FAR = 1e4
 ALPHAS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 
 
@@ -23,10 +25,13 @@ def seasonal_naive(batch, season: int, horizon: int) -> Tensor:
 def theta(batch, season: int, horizon: int, offset: Tensor) -> Tensor:
     """(B, H): trend line and simple exponential smoothing of the doubled curvature, averaged, on the deseasoned window.
 
-    `offset` (B, 1) is the zero of the series in its own units: where all values lie above it, the season is a factor.
+    `offset` (B, 1) is the zero of the series in its own units: where all values lie above it, and not FAR, the season is a
+    factor.
     """
-    y, w = batch.y - offset, batch.inside.to(batch.y.dtype)
-    positive = ((y > 0) | (w == 0)).all(1, keepdim=True)
+    w = batch.inside.to(batch.y.dtype)
+    positive = ((batch.y > offset) | (w == 0)).all(1, keepdim=True) & (offset > -FAR)
+    offset = torch.where(positive, offset, 0.0)
+    y = batch.y - offset
     y = torch.where(w > 0, y, torch.nan_to_num((y * w).sum(1, keepdim=True) / w.sum(1, keepdim=True)))
     factors = torch.zeros(len(y), season, device=y.device)
     if season > 1 and y.shape[1] >= 2 * season:

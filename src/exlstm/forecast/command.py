@@ -138,6 +138,8 @@ def _check(command: Forecast):
         for read in (command.file, command.future):
             if where and read and Path(where).resolve() == Path(read).resolve():
                 raise ValueError(f"{where} is to be read and written; choose another file")
+    if command.out and command.model and Path(command.out).resolve() == Path(command.model).resolve():
+        raise ValueError(f"{command.out} is to hold the model and the forecast; choose another file or folder")
     if command.out and not command.workers:
         check_target(Path(command.out))
     if command.workers:
