@@ -741,7 +741,8 @@ def test_any_block_mixes_time(blocks):
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_every_member_alone(member):
-    settings = FitConfig(steps=2, d_model=8, n_layers=1, n_heads=2, lookback=14, members=(member,))
+    settings = FitConfig(steps=2, d_model=8, n_layers=1, n_heads=2, lookback=14, members=(member, member))
+    assert settings.members == (member,)
     model = Forecaster(7, config=settings).fit(frame(2))
     assert np.isfinite(model.predict().xLSTM).all()
     assert model.skill()["mae"].notna().all()

@@ -161,6 +161,7 @@ COMMANDS = {
     "forecast shops.csv": "stands twice in column 'ds' of series 'filiale'; if a column tells series apart, name it with id",
     "forecast bad.tsf": "bad.tsf has 2 fields in line 4, wanted 1",
     "forecast none.tsf": "not a .tsf file",
+    "bench forecast good.csv": "good.csv has 40 rows, 4 to choose by and 8 to test on, too few for a horizon of 60",
     "forecast column_twice.csv --target y --level 80 --freq 3": "freq is '3'",
 }
 

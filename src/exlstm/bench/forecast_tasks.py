@@ -91,6 +91,11 @@ def _long(path: Path, config) -> list[Task]:
     train, val, end = _borders(path, rows, season)
     panel = _scaled(panel, train).cut(panel.lengths - end)
     horizons = config.horizons or ((24, 36, 48, 60) if rows < 2000 else (96, 192, 336, 720))
+    if min(val - train, end - val) < max(horizons):
+        parts = f"{val - train} to choose by and {end - val} to test on"
+        raise ValueError(
+            f"{path} has {rows} rows, {parts}, too few for a horizon of {max(horizons)}; choose less in horizons"
+        )
     found = []
     for h in horizons:
         cuts = np.arange(val, end - h + 1, config.stride)

@@ -79,6 +79,7 @@ class FitConfig:
         for name in ("members", "blocks"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "members", tuple(dict.fromkeys(self.members)))
         least = {
             "horizon": 1,
             "max_lookback": 4,
