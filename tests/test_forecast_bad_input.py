@@ -1,6 +1,7 @@
 """A forecast of bad data: one sentence that says what came and what was wanted, exit code 2, and nothing written."""
 
 import json
+from datetime import timedelta, timezone
 
 import numpy as np
 import pytest
@@ -265,6 +266,10 @@ CALLS = {
         "wants series of one length and begin",
     ),
     "an array after a frame": (lambda m: m.predict(np.arange(40.0)), "is an array without times, the model was fitted"),
+    "a zone without a name": (
+        lambda m: Forecaster(3).fit(HOURS.assign(ds=HOURS.ds.dt.tz_convert(timezone(timedelta(hours=1), "here")))),
+        "the times of column 'ds' are in the zone here, wanted one with a name",
+    ),
     "no zone after a zone": (
         lambda m: Forecaster(3, config=LINEAR).fit(HOURS).predict(HOURS.assign(ds=HOURS.ds.dt.tz_localize(None))),
         "have no zone, the model was fitted on times in Europe/Berlin",

@@ -166,6 +166,16 @@ def test_a_counter_stays_a_counter():
     assert list(found.ds) == [190002, 190003, 190004]
 
 
+@pytest.mark.parametrize("kind", ["category", "object"])
+@pytest.mark.parametrize(
+    "times", [np.arange(80), long(n=1, tz="Europe/Berlin", freq="h").ds, long(n=1).ds], ids=["numbers", "zone", "days"]
+)
+def test_times_that_are_kept_as_objects_are_what_they_are(times, kind):
+    frame = pd.DataFrame({"ds": times, "y": np.arange(80) % 7.0})
+    found = model(3).fit(frame.astype({"ds": kind})).predict()
+    pd.testing.assert_frame_equal(found, model(3).fit(frame).predict())
+
+
 @pytest.mark.parametrize(
     "freq", ["2ME", "2MS", "2QS-FEB", "2QE-MAR", "2QE-DEC", "2YS-APR", "QE-NOV", "YE-JUN", "YE-FEB"]
 )

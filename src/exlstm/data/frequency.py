@@ -39,6 +39,9 @@ def parse_times(values, column: str, dates: bool = True, dayfirst: bool | None =
     import pandas as pd
 
     series = pd.Series(values)
+    if isinstance(series.dtype, pd.CategoricalDtype):
+        series = series.astype(series.cat.categories.dtype)
+    series = series.infer_objects()
     if isinstance(series.dtype, pd.ArrowDtype) and pd.api.types.is_datetime64_any_dtype(series):
         series = pd.Series(pd.DatetimeIndex(series))
     if pd.api.types.is_bool_dtype(series) or pd.api.types.is_float_dtype(series):
@@ -56,7 +59,7 @@ def parse_times(values, column: str, dates: bool = True, dayfirst: bool | None =
     if isinstance(series.dtype, pd.PeriodDtype):
         series = series.dt.to_timestamp()
     if isinstance(series.dtype, pd.DatetimeTZDtype):
-        return pd.DatetimeIndex(series.dt.tz_convert("UTC").dt.tz_localize(None)), str(series.dt.tz)
+        return pd.DatetimeIndex(series.dt.tz_convert("UTC").dt.tz_localize(None)), _zone(series, column)
     if not pd.api.types.is_datetime64_any_dtype(series):
         series = _from_text(series, column, dayfirst)
         if isinstance(series.dtype, pd.DatetimeTZDtype):
@@ -68,6 +71,19 @@ def parse_times(values, column: str, dates: bool = True, dayfirst: bool | None =
         wanted = "wanted years from 1678 to 2261, or whole numbers"
         raise ValueError(f"column {column!r} holds times from {times.min()} to {times.max()}, {wanted}") from None
     return times, None
+
+
+def _zone(series, column: str) -> str:
+    """The name of the zone that times stand in; ValueError where nothing finds it again by its name."""
+    import pandas as pd
+
+    name = str(series.dt.tz)
+    try:
+        pd.Timestamp(0, tz=name)
+    except (KeyError, ValueError):
+        wanted = "wanted one with a name, as 'Europe/Berlin' or 'UTC+02:00'"
+        raise ValueError(f"the times of column {column!r} are in the zone {name}, {wanted}") from None
+    return name
 
 
 def day_first(values) -> bool | None:
