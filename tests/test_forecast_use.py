@@ -107,6 +107,18 @@ def test_a_shorter_horizon_is_the_beginning_of_the_whole_one():
     assert np.array_equal(short.xLSTM, fitted.predict(futr_df=held).groupby("unique_id").head(3).xLSTM)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 123456789.123])
+def test_a_covariate_that_stood_still_says_nothing_when_it_moves(value):
+    """Not even where its mean is rounded; and a small one that moves is as good as a large one."""
+    frame, future = covered()
+    fitted = model(futr_exog="x", target_col="y").fit(frame.assign(x=value))
+    still, moved = (fitted.predict(futr_df=future.assign(x=x)) for x in (value, 1.01 * value + 1))
+    assert np.allclose(still.xLSTM, moved.xLSTM)
+    small, whole = (model(futr_exog="x", target_col="y").fit(frame.assign(x=a * frame.x)) for a in (1e-20, 1))
+    found = small.predict(futr_df=future.assign(x=1e-20 * future.x))
+    assert np.allclose(found.xLSTM, whole.predict(futr_df=future).xLSTM)
+
+
 def test_a_missing_static_number_is_as_the_mean():
     frame = long(4).assign(area=np.repeat([1000.0, np.nan, 2000.0, 1500.0], 80))
     engine = model(stat_exog="area", target_col="y").fit(frame)

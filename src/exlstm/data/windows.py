@@ -19,6 +19,8 @@ from exlstm.data.panel import Panel
 
 # Years of data from which the calendar of the year is learnt.
 YEARS = 3.0
+# Share of its largest value that a covariate moves by at least; what is less is rounding.
+STILL = 1e-12
 
 
 class Batch(NamedTuple):
@@ -212,8 +214,11 @@ def statistics_of(panel: Panel) -> dict:
     for kind in ("futr", "hist", "static"):
         values = getattr(panel, kind)
         known = np.ma.masked_invalid(values)
-        mean, deviation = (np.asarray(np.ma.filled(f(known, axis=0), 0.0), np.float64) for f in (np.ma.mean, np.ma.std))
-        found[kind] = (mean, np.where(deviation > 1e-12, deviation, 1.0))
+        mean, deviation, most = (
+            np.asarray(np.ma.filled(value, 0.0), np.float64)
+            for value in (np.ma.mean(known, 0), np.ma.std(known, 0), np.ma.max(np.ma.abs(known), 0))
+        )
+        found[kind] = (mean, np.where(deviation > STILL * most, deviation, 1.0))
     return found
 
 
