@@ -266,6 +266,10 @@ CALLS = {
         "wants series of one length and begin",
     ),
     "an array after a frame": (lambda m: m.predict(np.arange(40.0)), "is an array without times, the model was fitted"),
+    "zones in rows of any index": (
+        lambda m: Forecaster(3).fit(HOURS.astype({"ds": str}).replace({"ds": {str(HOURS.ds[7]): "2024-03-01"}})[::-1]),
+        "mixes times with and without a zone, row 73 is '2024-03-01'",
+    ),
     "a zone without a name": (
         lambda m: Forecaster(3).fit(HOURS.assign(ds=HOURS.ds.dt.tz_convert(timezone(timedelta(hours=1), "here")))),
         "the times of column 'ds' are in the zone here, wanted one with a name",

@@ -195,6 +195,22 @@ def test_ids_and_times_may_be_the_index(index):
     assert model.predict(indexed).equals(model.predict())
 
 
+INDICES = {
+    "one label": np.zeros(2 * N),
+    "text": [f"row {n}" for n in range(2 * N)],
+    "backwards": np.arange(2 * N)[::-1],
+    "numbers twice": pd.MultiIndex.from_arrays([np.arange(2 * N) % 3, np.arange(2 * N)]),
+    "other times": pd.date_range("1990-01-01", periods=2 * N),
+}
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_an_index_that_holds_no_key_says_nothing(index):
+    data = panel_frame()
+    for made in (data, data.assign(ds=data.ds.dt.strftime("%d/%m/%Y"))):
+        assert forecaster().fit(made.set_axis(INDICES[index])).predict().equals(forecaster().fit(made).predict())
+
+
 @pytest.mark.parametrize("name", ["ds", None])
 def test_covariates_of_the_future_may_have_their_times_as_the_index(name):
     data = series().assign(x=np.cos(np.arange(N))).set_index("ds").rename_axis(name)

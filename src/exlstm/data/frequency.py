@@ -147,7 +147,7 @@ def _read_text(series, column: str, dayfirst: bool | None):
     zoned = text.str.contains(_OFFSET, regex=True) & text.str.contains(":")
     if zoned.any() and not zoned.all():
         row = int(np.flatnonzero(~zoned)[0])
-        raise ValueError(f"column {column!r} mixes times with and without a zone, row {row + 1} is {text[row]!r}")
+        raise ValueError(f"column {column!r} mixes times with and without a zone, row {row + 1} is {text.iloc[row]!r}")
     if text.str.match(_NO_DATE).all():
         raise ValueError(f"column {column!r} holds {series.iloc[0]!r} in row 1, which is a time without its day")
     with warnings.catch_warnings():

@@ -137,8 +137,8 @@ def _with_time(frame, columns: Columns):
     if columns.time:
         _present(names, columns.time, "time")
         return frame, columns.time
-    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex):
-        name = frame.index.name or TIME
+    name = frame.index.name or TIME
+    if isinstance(frame.index, pd.DatetimeIndex | pd.PeriodIndex) and name not in names:
         return frame.rename_axis(name).reset_index(), name
     named = [c for name in TIME_NAMES for c in names if c.lower() == name]
     told = (c for c in names if _holds_times(frame[c]))
