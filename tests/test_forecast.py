@@ -815,6 +815,9 @@ def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypat
     assert np.allclose(whole.xLSTM, fitted.predict().xLSTM)
     files[1].unlink()
     files[0].write_text("kept")
+    # Spaces around names are no part of them.
+    frame().rename(columns=" {} ".format).to_csv("spaces.csv", index=False)
+    assert cli.main(["forecast", "spaces.csv", "--model", "model", "--out", "other", "--workers", "1"]) == 0
     assert cli.main(command) == 0
     assert "3 series in 2 parts, 1 of them done before" in capsys.readouterr().out
     assert files[0].read_text() == "kept"

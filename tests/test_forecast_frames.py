@@ -339,6 +339,23 @@ def test_tables_of_many_makes_are_read(name, tmp_path):
     assert np.allclose(found.y, Y) and found.freq == "D"
 
 
+@pytest.mark.parametrize("index", [["ds"], [None], ["unique_id", "ds"]], ids=str)
+def test_keys_in_the_index_of_a_file_are_columns(index, tmp_path, monkeypatch):
+    data = panel_frame() if "unique_id" in index else series()
+    held = data.set_index([name or "ds" for name in index]).rename_axis(index)
+    monkeypatch.setattr(pd, "read_parquet", lambda path: held)
+    found = panel_of(read_table(tmp_path / "table.parquet"))
+    assert np.array_equal(found.y, panel_of(data).y) and found.freq == "D"
+
+
+def test_a_baseline_without_an_error_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    series().assign(y=np.arange(N) % 7).to_csv("table.csv", index=False)
+    command = "forecast table.csv --horizon 7 --fit.members linear --fit.max-lookback 14"
+    assert main(command.split()) == 0
+    assert "SeasonalNaive was better there and without an error" in capsys.readouterr().out
+
+
 def test_what_holds_no_numbers_is_left_out_and_told():
     told = panel_of(series().rename(columns={"y": "sold"}).assign(price="$3", note=None)).told
     assert "left out, as not all that they hold are numbers: 'price', 'note'" in told

@@ -163,7 +163,7 @@ def _in_parts(command: Forecast, frame, saved: Path) -> int:
     """Forecasts with the saved model, part by part."""
     from exlstm.forecast.batch import BatchForecaster, in_parts
 
-    id = _held_id(saved)
+    id, frame = _held_id(saved), frame.rename(columns=lambda name: str(name).strip())
     if id not in frame.columns:
         raise ValueError(f"{command.file} has no column {id!r} that tells series apart, so it has no parts")
     kind = "parquet" if Path(command.file).suffix.lower() in (".parquet", ".pq") else "csv"
@@ -262,4 +262,5 @@ def _say_skill(model):
     ours, others = ratios.pop(MODEL), {k: v for k, v in ratios.items() if k in ("SeasonalNaive", "Linear")}
     best = min(others, key=others.get)
     if ours > others[best]:
-        print(f"{best} was better there by {100 * (ours / others[best] - 1):.1f} %")
+        by = f"by {100 * (ours / others[best] - 1):.1f} %" if others[best] else "and without an error"
+        print(f"{best} was better there {by}")

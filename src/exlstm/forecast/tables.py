@@ -43,7 +43,7 @@ def read_table(path: Path, id: str = "", like=None):
     if path.exists() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
-        frame = pd.read_parquet(path) if kind in PARQUET else _read_csv(path, id, like)
+        frame = _keyed(pd.read_parquet(path)) if kind in PARQUET else _read_csv(path, id, like)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except ImportError:
@@ -60,6 +60,14 @@ def read_table(path: Path, id: str = "", like=None):
     if len(frame.columns) < 2:
         raise ValueError(f"{path} has the single column {frame.columns[0]!r}, wanted at least a time and a value")
     return frame
+
+
+def _keyed(frame):
+    """The frame with its index as columns where that has names or times."""
+    index, pd = frame.index, require_pandas()
+    named = None not in index.names and not set(index.names) & set(frame.columns)
+    timed = index.name is None and isinstance(index, pd.DatetimeIndex | pd.PeriodIndex)
+    return frame.reset_index() if named or timed else frame
 
 
 def _read_csv(path: Path, id: str, like):
