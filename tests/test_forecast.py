@@ -815,9 +815,14 @@ def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypat
     assert np.allclose(whole.xLSTM, fitted.predict().xLSTM)
     files[1].unlink()
     files[0].write_text("kept")
+    # What is wrong with a row, one sentence says, and what is mended may go where nothing was written.
+    frame().astype({"y": object}).replace({"y": {frame().y[170]: "much"}}).to_csv("bad.csv", index=False)
+    bad = ["forecast", "bad.csv", "--model", "model", "--out", "third", "--workers", "1"]
+    assert cli.main(bad) == 2
+    assert capsys.readouterr().err == "exlstm: part-00001: column 'y' holds 'much' in row 14, wanted a number\n"
     # Spaces around names are no part of them.
     frame().rename(columns=" {} ".format).to_csv("spaces.csv", index=False)
-    assert cli.main(["forecast", "spaces.csv", "--model", "model", "--out", "other", "--workers", "1"]) == 0
+    assert cli.main(["forecast", "spaces.csv", "--model", "model", "--out", "third", "--workers", "1"]) == 0
     assert cli.main(command) == 0
     assert "3 series in 2 parts, 1 of them done before" in capsys.readouterr().out
     assert files[0].read_text() == "kept"

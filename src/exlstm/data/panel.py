@@ -141,7 +141,12 @@ def numbers(frame, column: str) -> np.ndarray:
     if kind in "mMc" or isinstance(values.dtype, pd.CategoricalDtype | pd.DatetimeTZDtype):
         raise ValueError(f"column {column!r} holds {values.dtype}, wanted numbers")
     if not pd.api.types.is_numeric_dtype(values):
-        coerced = pd.to_numeric(values, errors="coerce")
+        try:
+            coerced = pd.to_numeric(values, errors="coerce")
+        except OverflowError:
+            raise ValueError(
+                f"column {column!r} holds a whole number of more than 1e308, wanted less than 1e30"
+            ) from None
         text = values.astype(str).str.strip().str.lower()
         bad = np.flatnonzero(coerced.isna() & values.notna() & ~text.isin(("", "nan", "na", "null", "none", "?")))
         if len(bad):

@@ -79,7 +79,7 @@ def _mark(frame) -> str:
 def _check_parts(out: Path, told: dict):
     """Notes in the folder what its parts are of; ValueError where it holds parts of something else."""
     path = out / PARTS
-    if path.is_file():
+    if path.is_file() and any(out.glob("part-*")):
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name in told if before.get(name) != told[name]]
         if other:
@@ -99,7 +99,8 @@ def in_parts(
 ) -> int:
     """Writes out/part-00000.csv, ... of PART series each in `workers` processes; parts that are there are left as they are.
 
-    Returns the number of parts that were written. ValueError: the parts that are there are of other rows, model or levels.
+    Returns the number of parts that were written. ValueError: the parts that are there are of other rows, model or levels, or
+    rows of the part that is named are none that the model can forecast from.
     """
     from exlstm.forecast.tables import write_table
 
@@ -116,7 +117,13 @@ def in_parts(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {pool.submit(forecaster, groups[k]): path for k, path in left.items()}
         for job in as_completed(jobs):
-            write_table(job.result(), jobs[job])
+            try:
+                made = job.result()
+            except ValueError as error:
+                # The sentence of a process comes with its traceback.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise ValueError(f"{jobs[job].stem}: {error}") from None
+            write_table(made, jobs[job])
             done += 1
             seconds = (time.perf_counter() - start) / done * (len(left) - done)
             report(f"{jobs[job].name}: {done} of {len(left)}, {seconds:.0f} s left")
