@@ -816,10 +816,10 @@ def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypat
     files[1].unlink()
     files[0].write_text("kept")
     # What is wrong with a row, one sentence says, and what is mended may go where nothing was written.
-    frame().astype({"y": object}).replace({"y": {frame().y[170]: "much"}}).to_csv("bad.csv", index=False)
+    frame().astype({"y": object}).replace({"y": {frame().y[10]: "much"}}).to_csv("bad.csv", index=False)
     bad = ["forecast", "bad.csv", "--model", "model", "--out", "third", "--workers", "1"]
     assert cli.main(bad) == 2
-    assert capsys.readouterr().err == "exlstm: part-00001: column 'y' holds 'much' in row 14, wanted a number\n"
+    assert capsys.readouterr().err == "exlstm: part-00000: column 'y' holds 'much' in row 11, wanted a number\n"
     # Spaces around names are no part of them.
     frame().rename(columns=" {} ".format).to_csv("spaces.csv", index=False)
     assert cli.main(["forecast", "spaces.csv", "--model", "model", "--out", "third", "--workers", "1"]) == 0

@@ -217,6 +217,11 @@ CALLS = {
     "not fitted": (lambda m: Forecaster(3).predict(), "has not been fitted"),
     "a dictionary": (lambda m: Forecaster(3).fit({"y": [1]}), "the data is dict, wanted a pandas or polars frame"),
     "three axes": (lambda m: Forecaster(3).fit(np.zeros((2, 2, 2))), "shape (2, 2, 2)"),
+    "times in an array": (lambda m: Forecaster(3).fit(DAYS), "no number"),
+    "complex objects": (
+        lambda m: Forecaster(3).fit(GOOD[["ds", "y"]].assign(y=(GOOD.y + 1j).astype(object))),
+        "column 'y' holds 1j in row 1, wanted a number",
+    ),
     "text in an array": (lambda m: Forecaster(3).fit(["a", "b"]), "no number"),
     "an empty frame": (lambda m: Forecaster(3).fit(GOOD.iloc[:0]), "the data has no rows"),
     "horizon 0": (lambda m: Forecaster(0), "horizon is 0"),

@@ -281,13 +281,15 @@ FORMS = {
     "a list": lambda: Y.tolist(),
     "a list of Series": lambda: [pd.Series(Y)],
     "a list of tensors": lambda: [torch.tensor(Y)],
+    "a tensor of 16 bits with gradients": lambda: torch.tensor(Y.round(), requires_grad=True).bfloat16(),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_numbers(form):
     found = forecaster().fit(FORMS[form]()).predict()
-    assert np.allclose(found.xLSTM, forecaster().fit(Y).predict().xLSTM, atol=1e-4)
+    wanted = forecaster().fit(Y.round() if "16" in form else Y).predict()
+    assert np.allclose(found.xLSTM, wanted.xLSTM, atol=1e-4)
 
 
 def test_arrays_go_on_where_the_series_end():
@@ -359,6 +361,11 @@ def test_a_baseline_without_an_error_is_told(tmp_path, monkeypatch, capsys):
 def test_what_holds_no_numbers_is_left_out_and_told():
     told = panel_of(series().rename(columns={"y": "sold"}).assign(price="$3", note=None)).told
     assert "left out, as not all that they hold are numbers: 'price', 'note'" in told
+
+
+def test_a_column_of_lists_tells_no_series_apart():
+    data = panel_frame().rename(columns={"unique_id": "branch"}).assign(tags=[["a", "b"]] * (2 * N))
+    assert panel_of(data[["tags", "branch", "ds", "y"]]).columns.id == "branch"
 
 
 def test_a_column_that_is_to_be_forecast_tells_no_series_apart():

@@ -148,7 +148,8 @@ def numbers(frame, column: str) -> np.ndarray:
                 f"column {column!r} holds a whole number of more than 1e308, wanted less than 1e30"
             ) from None
         text = values.astype(str).str.strip().str.lower()
-        bad = np.flatnonzero(coerced.isna() & values.notna() & ~text.isin(("", "nan", "na", "null", "none", "?")))
+        numeral = coerced.notna() & (coerced.dtype.kind != "c")
+        bad = np.flatnonzero(~numeral & values.notna() & ~text.isin(("", "nan", "na", "null", "none", "?")))
         if len(bad):
             raise ValueError(f"column {column!r} holds {values.iloc[bad[0]]!r} in row {bad[0] + 1}, wanted a number")
         values = coerced

@@ -85,7 +85,9 @@ def _of_arrays(data, columns: Columns, freq) -> Panel:
     rows = list(data) if nested else [data]
     try:
         rows = [_unmasked(row) for row in rows]
-        rows = [row.astype(object if row.dtype.kind == "c" else np.float64).astype(np.float64) for row in rows]
+        if any(row.dtype.kind in "cmMV" for row in rows):
+            raise TypeError
+        rows = [row.astype(np.float64) for row in rows]
     except (TypeError, ValueError):
         raise ValueError("the array holds something that is no number") from None
     bad = next((row for row in rows if row.ndim != 1 or not len(row)), None)
@@ -104,7 +106,8 @@ def _of_arrays(data, columns: Columns, freq) -> Panel:
 
 
 def _unmasked(values) -> np.ndarray:
-    """An array of NumPy; what a mask hides is missing."""
+    """An array of NumPy, out of a tensor too, wherever it is; what a mask hides is missing."""
+    values = values.detach().cpu().double() if hasattr(values, "detach") else values
     return values.astype(object).filled(np.nan) if np.ma.isMA(values) else np.asarray(values)
 
 
@@ -229,7 +232,11 @@ def _guess_columns(frame, columns: Columns, told: list, known):
 
 def _repeats(frame, column: str, time: str) -> bool:
     """Whether times come again between the values of this column, as those of an id do."""
-    return bool(frame[time].duplicated().any()) and not frame.duplicated([column, time]).any()
+    try:
+        return bool(frame[time].duplicated().any()) and not frame.duplicated([column, time]).any()
+    except TypeError:
+        # Lists and the like tell nothing apart.
+        return False
 
 
 def _of_wide(frame, columns: Columns, names: list, freq, known) -> Panel:
