@@ -313,6 +313,22 @@ def test_metrics_are_those_of_utilsforecast(fitted):
     ]
 
 
+@pytest.mark.parametrize("tz", [None, "Europe/Berlin"])
+@pytest.mark.parametrize("freq", ["D", "h"])
+def test_forecasts_may_come_out_of_a_file(freq, tz, tmp_path):
+    """Their times are text there, and their keys may be an index."""
+    pytest.importorskip("matplotlib")
+    whole = long(steps=87, freq=freq, tz=tz, start="2024-01-15")
+    fitted = model().fit(whole[whole.ds < whole.ds[80]])
+    forecasts = fitted.predict()
+    wanted = fitted.evaluate(forecasts, df=whole)
+    forecasts.to_csv(tmp_path / "fc.csv", index=False)
+    read = pd.read_csv(tmp_path / "fc.csv")
+    for form in (read, read.set_index(["unique_id", "ds"]), forecasts.set_index("ds")):
+        pd.testing.assert_frame_equal(fitted.evaluate(form, df=whole), wanted)
+        assert len(fitted.plot(form).axes) == 3
+
+
 def test_a_figure_shows_the_series_that_were_forecast(fitted):
     pytest.importorskip("matplotlib")
     figure = fitted.plot(fitted.predict(long()[160:]))

@@ -136,16 +136,12 @@ class Forecaster:
         """One row a model of mae, rmse, smape, mase, wql and coverage; `forecasts` from `cross_validation`, or from
         `predict` with the true values in `df`. mae, rmse, smape, mase and coverage as utilsforecast has them, means over the
         series; wql over all rows, of the median and the ends of the intervals."""
-        from exlstm.data.panel import to_pandas
-
-        panel, cv = self._panel(), to_pandas(forecasts)
+        panel = self._panel()
+        cv = frames.forecasts_of(forecasts, panel)
         levels = frames.listed(self.level if level is None else level)
         ids, time, target = frames.id_column(panel), panel.columns.time, panel.columns.target or TARGET
         metrics = (metrics,) if isinstance(metrics, str) else metrics
         frames.check_forecasts(cv, (ids, time, MODEL), levels if {"wql", "coverage"} & set(metrics) else ())
-        if cv[time].dtype == object:
-            # Days of polars.
-            cv = cv.assign(**{time: frequency.parse_times(cv[time], time)[0]})
         if target not in cv.columns:
             if df is None:
                 raise ValueError(f"the forecasts have no column {target!r}; give the true values as df")
@@ -211,12 +207,12 @@ class Forecaster:
     def plot(self, forecasts=None, path=None, max_series: int = 8):
         """Draws history, forecast, intervals and baselines of the first series that `forecasts` hold, those of `predict`
         without; returns the matplotlib figure, or writes it to `path`."""
-        from exlstm.data.panel import to_pandas
         from exlstm.plot import check_picture, draw_forecasts
 
         if path is not None:
             check_picture(Path(path))
-        panel, fc = self._panel(), to_pandas(self.predict() if forecasts is None else forecasts)
+        panel = self._panel()
+        fc = frames.forecasts_of(self.predict() if forecasts is None else forecasts, panel)
         ids, time = frames.id_column(panel), panel.columns.time
         past = frames.history(panel, last=max(4 * self.h, 3 * self._season()))
         pieces = []

@@ -42,6 +42,25 @@ def refuse_names(panel: Panel):
             raise ValueError(f"column {name!r} has the name of a column of forecasts; rename it")
 
 
+def _times(frame, panel: Panel, what: str):
+    """The times of a frame as those of the panel are counted."""
+    name = panel.columns.time
+    times, zone = frequency.parse_times(frame[name], name, **panel.reading)
+    if panel.zone is None and zone is not None:
+        times = frequency.wall_times(frame[name], times, panel.wall or zone, name, panel.dayfirst)
+    if panel.zone is not None and zone is None:
+        raise ValueError(f"the times of the {what} have no zone, those of the data are in {panel.zone}")
+    return times
+
+
+def forecasts_of(data, panel: Panel):
+    """Forecasts as a pandas frame, with what is their index or, as in a file, text, as it was forecast."""
+    pd, frame, name = require_pandas(), columns_of(to_pandas(data), panel.columns), panel.columns.time
+    if name in frame.columns and not pd.api.types.is_any_real_numeric_dtype(frame[name]):
+        frame = frame.assign(**{name: shown(_times(frame, panel, "forecasts"), panel)})
+    return frame
+
+
 def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | None:
     """(N, most, F) of the covariates known for the future; the first `horizon` steps of every series have to be there, the
     first that lacks after them, and all behind it, are as the step before."""
@@ -58,11 +77,7 @@ def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | N
         if name not in frame.columns:
             have = ", ".join(repr(c) for c in frame.columns)
             raise ValueError(f"the future covariates lack column {name!r}; they have {have}")
-    times, zone = frequency.parse_times(frame[time], time, **panel.reading)
-    if panel.zone is None and zone is not None:
-        times = frequency.wall_times(frame[time], times, panel.wall or zone, time, panel.dayfirst)
-    if panel.zone is not None and zone is None:
-        raise ValueError(f"the times of the future covariates have no zone, those of the data are in {panel.zone}")
+    times = _times(frame, panel, "future covariates")
     values = np.stack([numbers(frame, name) for name in names], 1)
     whole = ~np.isnan(values).any(1)
     keys = [None] * len(frame) if shared else frame[ids].tolist()
