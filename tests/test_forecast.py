@@ -771,6 +771,14 @@ def test_gaps_constants_and_short_series_are_forecast():
     assert any("empty" in sentence for sentence in told)
 
 
+def test_a_series_of_one_row_stands_beside_others():
+    """It has no past that its spread before validation could be judged by."""
+    walks = np.random.default_rng(0).normal(size=44)
+    settings = FitConfig(members=("naive", "theta", "linear"), max_lookback=30)
+    found = Forecaster(1, season=12, config=settings).fit([walks, walks[:28], walks[:1], walks[:10]]).predict()
+    assert np.isfinite(found).all(axis=None) and len(found) == 4
+
+
 def test_the_figure_is_drawn(fitted, tmp_path):
     pytest.importorskip("matplotlib")
     fitted.plot(path=tmp_path / "fc.png")

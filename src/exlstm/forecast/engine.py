@@ -284,7 +284,7 @@ def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | N
     if recipe and len(targets) == 1 and "theta" in held:
         # Of few windows the next one is beyond all more often: for both alike.
         name, more, n = "theta", more / 2, len(target)
-        cuts = fitting.Cuts(found.begins // 2, found.begins - h)
+        cuts = fitting.Cuts((found.begins // 2).clamp_min(1), found.begins - h)
         quantiles = [held[name]]
         for batch, series in fitting.batches(w, cuts, cuts.some(2 * n), engine.longest, h):
             quantiles += engine.members(batch, offsets(w, series), [name]).values()
