@@ -388,6 +388,16 @@ def test_every_width_and_dropout_is_a_line_of_its_own(tmp_path):
     assert len({line["parameters"] for line in lines}) == 2 and all(line["runs"] == 1 for line in lines)
 
 
+def test_every_optimizer_is_a_line_of_its_own(tmp_path):
+    settings = config(tmp_path, quick=True, models=("xlstm[0:1]",), cases=("parity",), widths=(16,))
+    compare.run("state", settings)
+    lines = compare.run("state", replace(settings, optimizers=("adamw", "muon")))
+    assert [(line["optimizer"], line["runs"]) for line in lines] == [("adamw", 1), ("muon", 1)]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "state-quick" / "records").glob("*.json")]
+    losses = {record["optimizer"]: record["curve"][-1]["loss"] for record in records}
+    assert len(records) == 2 and losses["adamw"] != losses["muon"]
+
+
 @pytest.mark.parametrize("evaluations", [4, 10])
 def test_a_row_says_how_often_it_is_evaluated(evaluations, tmp_path):
     plan = plan_of()
@@ -470,6 +480,7 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
         (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
         (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
         (["state", "--dropouts", "0.1", "1.5"], "a dropout is 1.5, wanted 0 ≤ dropout < 1"),
+        (["state", "--optimizers", "moun"], "unknown optimizer 'moun', did you mean 'muon'?"),
         (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),
         (["state", "--step", "1"], "unknown field --step, did you mean --steps?"),
     ],

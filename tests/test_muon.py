@@ -79,20 +79,12 @@ def test_it_moves_the_matrices_of_blocks_and_nothing_else():
     moved = {names[id(p)] for group in optimizer.muon.param_groups for p in group["params"]}
     left = {names[id(p)] for group in optimizer.adamw.param_groups for p in group["params"]}
     assert moved | left == set(names.values()) and not moved & left
-    for kept in ("embedding", "head", "norm", "conv", ".b", "bias"):
+    for kept in ("embedding", "head", "norm", "conv", "bias"):
         assert not [n for n in moved if kept in n]
-    for wanted in (
-        "0.mixer.q.weight",
-        "0.mixer.out.weight",
-        "1.mixer.r",
-        "1.mixer.w",
-        "2.mixer.k.weight",
-        "3.ffn",
-        "0.ffn",
-    ):
-        assert [n for n in moved if wanted in n] or wanted == "3.ffn"
+    for wanted in ("0.mixer.q", "0.mixer.out", "0.ffn.gate", "1.mixer.r", "1.mixer.w", "2.mixer.k", "3.mixer.out"):
+        assert [n for n in moved if wanted in n]
     assert "stack.blocks.0.mixer.gate.weight" in left
-    assert [g["weight_decay"] for g in optimizer.both[1].param_groups] == [0.1]
+    assert [g["weight_decay"] for g in optimizer.muon.param_groups] == [0.1]
 
 
 def learn(net, optimizer, config, steps):
@@ -109,7 +101,7 @@ def test_its_state_survives_and_is_told_from_another_s():
     learn(whole, Optimizer(whole, config), config, range(8))
     first = Optimizer(part, config)
     learn(part, first, config, range(4))
-    again, second = copy.deepcopy(part), None
+    again = copy.deepcopy(part)
     second = Optimizer(again, config)
     second.load(first.state())
     learn(again, second, config, range(4, 8))
@@ -117,7 +109,7 @@ def test_its_state_survives_and_is_told_from_another_s():
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"momentum_buffer', which is of another optimizer"):
         Optimizer(part, TrainConfig(steps=8)).load(first.state())
-    with pytest.raises(ValueError, match=r"exp_avg.*', which is of another optimizer"):
+    with pytest.raises(ValueError, match=r"q.weight.step', which is of another optimizer"):
         other = Optimizer(part, TrainConfig(steps=8))
         learn(part, other, config, range(1))
         Optimizer(part, config).load(other.state())

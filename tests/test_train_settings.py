@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ WRONG = [
     ({"clip": -1.0}, "clip is -1.0"),
     ({"accumulate": 0}, "accumulate is 0"),
     ({"precision": "float16"}, "precision is 'float16', wanted float32 or bfloat16"),
+    ({"optimizer": "sgd"}, "optimizer is 'sgd', wanted adamw or muon"),
+    ({"momentum": 1.0}, "momentum is 1.0, wanted a number from 0 to below 1"),
     ({"keep": 0}, "keep is 0"),
     ({"save_every": -1}, "save_every is -1"),
     ({"seed": -1}, "seed is -1"),
@@ -85,6 +88,10 @@ def test_settings_compare():
     config = TrainConfig(steps=10, betas=[0.9, 0.95])
     stored = {**json.loads(json.dumps(config.__dict__)), "lr": 0.5, "keep": 9}
     assert config.changes(stored) == ["lr is 0.001, was 0.5"]
+    # Runs from before there was a choice.
+    del stored["optimizer"], stored["momentum"]
+    assert replace(config, lr=0.5).changes(stored) == []
+    assert replace(config, lr=0.5, optimizer="muon").changes(stored) == ["optimizer is muon, was adamw"]
     assert (TrainConfig().budget(), TrainConfig(minutes=0.5).budget(), config.budget()) == (120, 30, None)
     assert [config.every(kind, 20000) for kind in ("eval", "save", "sample")] == [2000, 500, 2000]
     assert TrainConfig(save_every=7).every("save", 100) == 7 and config.every("save", 3) == 1
