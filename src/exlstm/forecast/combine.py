@@ -22,10 +22,14 @@ STEPS, DRAWS, NUMBERS, FEWEST = 8, 200, 2**20, 64
 TRUST, LEAST = 0.75, 0.02
 # Groups from which on the draws know how far validation is by chance; with fewer a step from the best member has to be sure.
 SPANS = 128
+# What a step from the best member has to gain more than, where paths judge it that learnt from less.
+MARGIN = 0.02
 # Groups from which on those that chose the weights may judge them.
 OTHERS = 32
 # Spans, of every series by itself, whose weights have half of the say; the other half have shares by the members' errors.
 DOUBTED = 4.0
+# Share of errors with either sign that is none.
+EVEN = 1e-4
 # Cases of all in which a gain lies above its bound.
 SURE = 0.95
 # Pieces of the angle that Student's t is summed over.
@@ -36,19 +40,44 @@ WIDEST = 3.0
 DOUBT, FEW = 0.3, 20.0
 
 
-def residual_spread(residual: Tensor, levels: Tensor) -> Tensor:
-    """(H, Q): quantiles of residuals (W, H, NaN where unknown), the shape shared by all steps, the size smoothed over them."""
+def evenness(spans: float) -> float:
+    """The share, 0 to 1, of errors that count with either sign where so many spans are known: to which side a few went
+    says little of the next one."""
+    return DOUBTED**3 / (DOUBTED**3 + spans**3)
+
+
+def quantiles_of(pool: Tensor, weight: Tensor, levels: list[float], even: float = 0.0) -> Tensor:
+    """(len(levels),): quantiles of numbers (N,) by their weights (N,), the share `even` of them with either sign."""
+    step = max(1, len(pool) // 10**6)
+    pool, weight = pool[::step].float(), weight[::step].double()
+    if even > EVEN:
+        pool, weight = torch.cat([pool, -pool]), torch.cat([(1 - even / 2) * weight, even / 2 * weight])
+    order = pool.argsort()
+    pool, weight = pool[order], weight[order]
+    # Every number stands in the middle of its weight, the first at 0 and the last at 1.
+    place = weight.cumsum(0) - weight / 2
+    place = (place - place[0]) / (place[-1] - place[0]).clamp_min(1e-30)
+    wanted = torch.tensor(levels, dtype=place.dtype, device=place.device)
+    right = torch.searchsorted(place, wanted).clamp(min(1, len(pool) - 1), len(pool) - 1)
+    left = (right - 1).clamp_min(0)
+    share = ((wanted - place[left]) / (place[right] - place[left]).clamp_min(1e-30)).clamp(0, 1)
+    return pool[left] + share.to(pool) * (pool[right] - pool[left])
+
+
+def residual_spread(residual: Tensor, levels: Tensor, worth: Tensor | None = None, even: float = 0.0) -> Tensor:
+    """(H, Q): quantiles of residuals (W, H, NaN where unknown), the shape shared by all steps, the size smoothed over them;
+    windows count by their `worth` (W,), the share `even` of residuals with either sign."""
     known = ~residual.isnan()
-    size = torch.where(known, residual.abs(), 0.0).sum(0) / known.sum(0).clamp_min(1)  # (H,)
+    weight = known * (torch.ones_like(residual[:, :1]) if worth is None else worth[:, None])
+    size = (torch.where(known, residual.abs(), 0.0) * weight).sum(0) / weight.sum(0).clamp_min(1e-9)  # (H,)
     h = len(size)
     reach = max(1, h // 8)
     near = (torch.arange(h)[:, None] - torch.arange(h)).abs().le(reach).to(size)
     size = (near @ size / near.sum(1)).clamp_min(1e-9)
-    pool = (residual / size)[known]
+    pool, weight = (residual / size)[known], weight[known]
     if not len(pool):
-        pool = torch.zeros(1, device=residual.device)
-    # torch.quantile takes 16 million numbers at most.
-    shape = torch.quantile(pool[:: max(1, len(pool) // 10**6)].float(), levels.to(pool))
+        pool, weight = residual.new_zeros(1), residual.new_ones(1)
+    shape = quantiles_of(pool, weight, levels.tolist(), even)
     half = len(levels) // 2
     sides = torch.cat([shape[:half].clamp_max(0), torch.zeros_like(shape[:1]), shape[half + 1 :].clamp_min(0)])
     return size[:, None] * sides
@@ -102,54 +131,70 @@ def losses(mixed: Tensor, target: Tensor, unit: Tensor, levels: Tensor, metric: 
     return each.sum(1), known.sum(1)
 
 
-def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str]) -> list[float]:
+def blend(members: Tensor, judged: tuple, group: Tensor, names: list[str], worth: Tensor | None = None) -> list[float]:
     """Weights of the members (M, W, H, Q), which add up to 1: the mean of those with the least loss on DRAWS draws of the groups.
 
     `judged` is what `losses` takes behind the quantiles. Windows of one group (W,) say one thing, so that groups are drawn, not
     windows (bagged stacking: Breiman, 1996; the draws: Rubin, 1981). Members that validation cannot tell apart share the
     weight, and what it rejects has none. Of the network's weight TRUST is kept: the same windows chose its last update, so
     that they speak too well of it. Among few groups the step from the best member alone has to be sure where it was not chosen.
+    With `worth` (W,), what windows count of which some are of times before validation, MARGIN of what it gains is not believed:
+    a path that learnt without those times leaves more to be gained from others than the one that learnt from them.
     """
     target, unit, levels, metric = judged
+    if metric == "mse":
+        # The median is all that squared errors go by.
+        members = members[..., members.shape[-1] // 2, None]
     most = max(FEWEST, NUMBERS // members[0, 0].numel())
     some = torch.arange(min(most, len(target)), device=members.device) * len(target) // min(most, len(target))
     part, given = members[:, some], (target[some], unit[some], levels, metric)
+    counts = torch.ones_like(unit[some, 0]) if worth is None else worth[some]
     steps = STEPS if len(names) <= 4 else STEPS // 2
     shares = torch.tensor([c for c in itertools.product(range(steps + 1), repeat=len(names)) if sum(c) == steps])
     shares = shares.double() / steps  # (C, M)
     total = [losses(torch.einsum("m,mwhq->whq", c.to(part), part), *given) for c in shares]
-    loss, count = torch.stack([x for x, _ in total], 1).double().cpu(), total[0][1].double().cpu()  # (W, C), (W,)
+    known = total[0][1] * counts
+    loss = (torch.stack([x for x, _ in total], 1) * counts[:, None]).double().cpu()  # (W, C)
+    count = known.double().cpu()  # (W,)
     ids, place = group[some].cpu().unique(return_inverse=True)
     loss = torch.zeros(len(ids), loss.shape[1], dtype=torch.float64).index_add_(0, place, loss)
     count = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, place, count)
-    plain = torch.ones(len(shares), dtype=torch.bool)
-    if "network" in names and len(names) > 1:
-        plain = shares[:, names.index("network")] == 0
+    learnt = "network" in names and len(names) > 1
+    plain = shares[:, names.index("network")] == 0 if learnt else torch.ones(len(shares), dtype=torch.bool)
     found = _chosen(loss, count, shares, plain)
-    if len(ids) < SPANS:
-        # The step never begins at the network: among so few spans the least loss may be its by chance.
-        single = plain & (shares == 1).any(1)
-        alone = shares[single][loss[:, single].sum(0).argmin()]
+    # The step never begins at the network: among few spans the least loss may be its by chance.
+    single = plain & (shares == 1).any(1)
+    alone = shares[single][loss[:, single].sum(0).argmin()]
+
+    def lost(mix: Tensor, at=slice(None)) -> Tensor:
+        mixed = torch.einsum("m,mwhq->whq", mix.to(part), part[:, at])
+        return losses(mixed, target[some][at], unit[some][at], levels, metric)[0] * counts[at]
+
+    share = 1.0
+    if worth is not None:
+        before = lost(alone).sum().clamp_min(1e-12)
+        share = max(0.0, 1 - MARGIN / max(1e-12, float((before - lost(found).sum()) / before)))
+    elif len(ids) < SPANS:
         apart = (ids[:, None] - ids).abs() > 1  # (G, G)
         if apart.any():
-            gain = losses(torch.einsum("m,mwhq->whq", alone.to(part), part), *given)[0]
+            gain = lost(alone)
             # Weights of windows that share no target with a group's; among many groups one more or less is no matter.
             for k in range(len(ids)) if len(ids) < OTHERS else ():
                 mine, others = (place == k).to(part.device), apart[k]
                 mix = _chosen(loss[others], count[others], shares, plain) if others.any() else alone
-                mixed = torch.einsum("m,mwhq->whq", mix.to(part), part[:, mine])
-                gain[mine] -= losses(mixed, target[some][mine], unit[some][mine], levels, metric)[0]
-            if len(ids) >= OTHERS:
-                gain -= losses(torch.einsum("m,mwhq->whq", found.to(part), part), *given)[0]
-            share = backed(gain, total[0][1], group[some])
+                gain[mine] -= lost(mix, mine)
+            gain = gain - lost(found) if len(ids) >= OTHERS else gain
+            share = backed(gain, known, group[some])
         else:
             found, share = _drawn(loss[:, plain], count, shares[plain]), 0.5
-        found = share * found + (1 - share) * alone
+    found = share * found + (1 - share) * alone
     found = torch.where(found < LEAST, 0.0, found)
     return (found / found.sum()).tolist()
 
 
-def steadied(weights: list[float], members: Tensor, judged: tuple, spans: int, names: list[str]) -> list[float]:
+def steadied(
+    weights: list[float], members: Tensor, judged: tuple, spans: int, names: list[str], worth: Tensor | None = None
+) -> list[float]:
     """Weights that `spans`, counted in every series by itself, have found, drawn to those of the inverse squared error where
     spans are few: one or two of a single short series find a winner, and it is seldom the next one's.
 
@@ -158,7 +203,8 @@ def steadied(weights: list[float], members: Tensor, judged: tuple, spans: int, n
     some = torch.tensor([name not in ("naive", "network") for name in names])
     if not some.any():
         return weights
-    total = [torch.stack(losses(member, *judged)).sum(1) for member in members]
+    counts = torch.ones_like(judged[1][:, 0]) if worth is None else worth
+    total = [(torch.stack(losses(member, *judged)) * counts).sum(1) for member in members]
     error = torch.stack([a / b.clamp_min(1) for a, b in total]).double().cpu().clamp_min(1e-12)
     prior = torch.where(some, error.pow(-1 if judged[3] == "mse" else -2), 0.0)
     share = spans**3 / (spans**3 + DOUBTED**3)
@@ -214,9 +260,9 @@ def student(level: float, degrees: float) -> float:
     return math.tan((k - 1 + part) * math.pi / 2 / ANGLES) * degrees**0.5
 
 
-def stretch(quantiles: Tensor, target: Tensor, levels: Tensor, windows: int = 0) -> Tensor:
+def stretch(quantiles: Tensor, target: Tensor, levels: Tensor, windows: int = 0, even: float = 0.0) -> Tensor:
     """(Q,): the factor by which each level's distance to the median grows, so that validation (W, H) lies below it as often;
-    for the next one as if there were so many `windows`, where not 0."""
+    for the next one as if there were so many `windows`, where not 0; the share `even` of errors counts with either sign."""
     half, n = quantiles.shape[-1] // 2, windows or len(target)
     away = target - quantiles[..., half]
     known = ~away.isnan()
@@ -227,11 +273,11 @@ def stretch(quantiles: Tensor, target: Tensor, levels: Tensor, windows: int = 0)
             continue
         distance = quantiles[..., k] - quantiles[..., half]
         ratio = (away / torch.where(distance.abs() > 1e-12, distance, torch.full_like(distance, 1e-12)))[known]
-        ratio = ratio[:: max(1, len(ratio) // 10**6)].float()
         share = level if k > half else 1 - level
         # With n windows the next one lies outside with probability 1 / (n + 1) even beyond the furthest.
         share = min(1.0, share * (1 + 1 / n))
-        factors.append(float(torch.quantile(ratio, share).clamp(*STRETCH)) if len(ratio) else 1.0)
+        found = quantiles_of(ratio, torch.ones_like(ratio), [share], even) if len(ratio) else ratio.new_ones(1)
+        factors.append(float(found.clamp(*STRETCH)))
     return torch.tensor(factors, dtype=quantiles.dtype, device=quantiles.device)
 
 

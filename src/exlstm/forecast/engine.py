@@ -11,8 +11,9 @@ from torch import Tensor
 
 from exlstm.data.panel import Panel
 from exlstm.data.windows import Batch, Windows, last, statistics_of
-from exlstm.forecast import arcsinh, baselines, combine, drift, fitting, ridges, training
+from exlstm.forecast import arcsinh, baselines, combine, drift, fitting, judged, ridges, training
 from exlstm.forecast.config import FitConfig
+from exlstm.forecast.judged import offsets
 from exlstm.models.config import ForecasterConfig
 from exlstm.models.forecaster import ForecasterNetwork, pinball
 from exlstm.models.linear import LinearPath
@@ -20,8 +21,6 @@ from exlstm.models.linear import LinearPath
 LEVELS = ForecasterConfig().quantiles
 FINETUNE_ALPHA = 1e-3
 EVALUATIONS = training.EVALUATIONS
-# Numbers of validation quantiles that weights and calibration are chosen by.
-HELD = 8 * 10**6
 # Steps at least that the spread of a window goes by.
 MOVED = 32
 
@@ -146,12 +145,6 @@ class Engine:
         return len(windows.panel) if grouped and self.weights.get("network", 0) > 0 else 1
 
 
-def offsets(windows: Windows, series: Tensor) -> Tensor:
-    """(B, 1): where the zero of each series lies in its units."""
-    norms = torch.from_numpy(windows.norms).to(windows.device, torch.float32)
-    return (-norms[:, 0] / norms[:, 1])[series][:, None]
-
-
 def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None) -> Engine:
     """The whole procedure: split, linear path, network, blend, calibration, refit. `report(text)` hears of it."""
     say = report or (lambda text: None)
@@ -186,7 +179,7 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
             engine.network = None
             engine.notes.append("the network found nothing that the linear path misses, and is left out")
             say(engine.notes[-1])
-    _combine(engine, found, recipe)
+    _combine(engine, found, recipe, bent)
     if config.refit:
         if bent:
             engine.bent = ridges.fit(*bent, config, whole=True)[0]
@@ -206,94 +199,92 @@ def _told(recipe: ridges.Recipe, tried: int) -> str:
 
 
 @torch.no_grad()
-def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None = None):
-    """Spreads, weights, calibration and scores from the validation windows; `recipe`: other times have a say in the spread."""
-    w, config = found.windows, engine.config
-    val = found.val(config.horizon)
-    most = max(64, HELD // (config.horizon * len(LEVELS) * len(config.members)))
-    numbers = val.some(min(4096, most))
-    n = engine.network is not None and engine.network.config.grouped and len(w.panel)
-    if n:
-        cuts = val.some(max(1, min(4096, most) // n) * n)[::n] // n
-        numbers = (torch.arange(n, device=w.device) * int(val.counts[0]) + cuts[:, None] % int(val.counts[0])).flatten()
-    engine.spreads = {}
-    mixed_in = engine.made
+def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None = None, bent: tuple | None = None):
+    """Spreads, weights, calibration and scores from the validation windows; with `recipe`, and `bent`, split and recipe on the
+    scale of arcsinh, times before validation have a say."""
+    engine.spreads, levels = {}, engine.levels
     # The simplest are measured even where they may not enter the blend.
-    names = list(dict.fromkeys((*mixed_in, "naive", "ridge", "linear")))
-    stacked, batches = _held(engine, found, numbers, names, n)
-    target, unit, scale, moved, group, series = (torch.cat(column) for column in zip(*batches))
-    levels = engine.levels
-    for name, quantiles in stacked.items():
-        if name == "network":
-            engine.spreads[name] = combine.stretch(quantiles, target, levels)
-            stacked[name] = combine.stretched(quantiles, engine.spreads[name])
-        else:
-            point = quantiles[..., len(LEVELS) // 2]
-            residual = (target - point) / scale
-            fitted = combine.fit_width(residual, moved)
-            wide = combine.width(moved, fitted)
-            engine.spreads[f"{name}.width"] = fitted
-            engine.spreads[name] = combine.residual_spread(residual / wide, levels)
-            stacked[name] = quantiles + (scale * wide)[..., None] * engine.spreads[name]
-    whole = torch.stack([stacked[m] for m in mixed_in])
-    judged = target, unit, levels, config.metric
-    weights = combine.blend(whole, judged, group, mixed_in)
-    apart = torch.stack([group, series]).unique(dim=1).shape[1]
-    weights = combine.steadied(weights, whole, judged, apart, mixed_in)
-    engine.weights = dict(zip(mixed_in, weights))
-    mixed = torch.einsum("m,mwhq->whq", torch.tensor(weights, device=w.device), whole)
-    engine.factors = combine.stretch(mixed, target, levels)
-    other, more = _other_times(engine, found, recipe, stacked, target)
-    spans = len(group.unique()) + max(more / 2, min(drift.MEMORIES[-1], 2 * len(w.panel)))
+    val = judged.validation(engine, found, list(dict.fromkeys((*engine.made, "naive", "ridge", "linear"))))
+    recipes = {"linear": (found, recipe)} if recipe else {}
+    recipes |= {"arcsinh": bent} if recipe and engine.bent is not None else {}
+    past = judged.earlier(engine, found, recipes, val) if recipes else None
+    even = combine.evenness(val.spans + (past.spans if past else 0.0))
+    for name in val.quantiles:
+        _spread(engine, name, [part for part in (val, past) if part and name in part.quantiles], even)
+    engine.weights = dict(zip(engine.made, _weights(engine, val, past)))
+    mixed = val.mixed(engine.weights)
+    engine.factors = combine.stretch(mixed, val.target, levels, even=even)
+    other, more = _other_times(engine, found, val, past, even) if recipe else (engine.plain, 0)
+    spans = val.spans + max(more / 2, min(drift.MEMORIES[-1], 2 * len(found.windows.panel)))
     engine.factors = engine.factors * other * combine.unsure(levels, spans)
-    engine.drift = drift.fit(engine, found, stacked, target, other)
-    for name, quantiles in {**stacked, "blend": combine.stretched(mixed, engine.factors)}.items():
-        engine.scores[name] = _score(quantiles, target, unit, levels)
+    engine.drift = drift.fit(engine, found, val.quantiles, val.target, other)
+    for name, quantiles in {**val.quantiles, "blend": combine.stretched(mixed, engine.factors)}.items():
+        engine.scores[name] = _score(quantiles, val.target, val.unit, levels)
 
 
-def _held(engine: Engine, found: fitting.Split, numbers: Tensor, names: list[str], n: int):
-    """Quantiles (W, H, Q) of every member named of the validation windows numbered, and of parts of them the targets, units,
-    scales, moves, spans and series; `n` series at a time where they see each other."""
-    w, h, gathered, rest = found.windows, engine.config.horizon, {m: [] for m in names}, []
-    val = found.val(h)
-    for part in numbers.split(max(n, 512 // n * n) if n else 512):
-        series, at = val.at(part)
-        batch = w.batch(series, at, engine.longest, h, dates="network" in names)
-        for name, q in engine.members(batch, offsets(w, series), names, n or 1).items():
-            gathered[name].append(q)
-        scale = engine.linear.units(batch)[1]
-        told = fitting.spans(found, series, at, h), series
-        rest.append((batch.target, found.unit[series], scale, engine.moves(batch, scale), *told))
-    return {m: torch.cat(q) for m, q in gathered.items()}, rest
+def _spread(engine: Engine, name: str, parts: list[judged.Judged], even: float):
+    """Finds the spread of a member by its residuals in all parts, and gives it to their quantiles."""
+    val, levels = parts[0], engine.levels
+    if name == "network":
+        engine.spreads[name] = combine.stretch(val.quantiles[name], val.target, levels)
+        val.quantiles[name] = combine.stretched(val.quantiles[name], engine.spreads[name])
+        return
+    residuals = [part.residual(name) for part in parts]
+    fitted = combine.fit_width(torch.cat(residuals), torch.cat([part.moved for part in parts]))
+    engine.spreads[f"{name}.width"] = fitted
+    wide = [residual / combine.width(part.moved, fitted) for residual, part in zip(residuals, parts)]
+    worth = torch.cat([part.worth for part in parts])
+    engine.spreads[name] = combine.residual_spread(torch.cat(wide), levels, worth, even)
+    for part in parts:
+        part.spread(name, engine.spreads)
 
 
-def _other_times(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None, held: dict, target: Tensor):
-    """(Q,): what the spread of validation is stretched by so that it holds before validation too, by quantiles `held` (W, H, Q)
-    for `target` (W, H) and by forecasts of windows that they did not learn from; and the number of spans that say so.
+def _weights(engine: Engine, val: judged.Judged, past: judged.Judged | None) -> list[float]:
+    """Weights of the members by validation and, where its spans are few, but for the network's, by times before it."""
 
-    The linear path's, where a block of time may be left out; with too little data for that, the theta method's, which learns
-    from its window alone, over the later half of what is learnt from.
+    def chosen(names: list[str], held: judged.Judged, worth: Tensor | None) -> list[float]:
+        given, members = (held.target, held.unit, engine.levels, engine.config.metric), held.stacked(names)
+        apart = torch.stack([held.group, held.series]).unique(dim=1).shape[1]
+        weights = combine.blend(members, given, held.group, names, *([] if worth is None else [worth]))
+        return combine.steadied(weights, members, given, apart, names, worth)
+
+    names = engine.made
+    closed = [name for name in names if name != "network"]
+    if past is None or not closed or (val.spans >= combine.SPANS and not past.whole):
+        return chosen(names, val, None)
+    both = judged.together([val, past], closed)
+    weights = dict(zip(closed, chosen(closed, both, both.worth)))
+    network = chosen(names, val, None)[names.index("network")] if closed != names else 0.0
+    return [network if name == "network" else (1 - network) * weights[name] for name in names]
+
+
+def _other_times(engine: Engine, found: fitting.Split, val: judged.Judged, past: judged.Judged | None, even: float):
+    """(Q,): what the spread of validation is stretched by so that it holds before validation too; and the number of spans that
+    say so.
+
+    By the blend's errors, the linear path's in place of the network's; with too little data to leave a block of time out, by
+    those of the theta method, which learns from its window alone, over the later half of what is learnt from.
     """
-    w, h, levels, name = found.windows, engine.config.horizon, engine.levels, "linear"
-    quantiles, targets, more, n = [held[name]], [target], fitting.learnt_spans(found, h), 0
-    for batch, point in ridges.out_of_fold(found, recipe, engine.config, len(target), engine.longest) if recipe else ():
-        _, scale = engine.linear.units(batch)
-        wide = scale * combine.width(engine.moves(batch, scale), engine.spreads["linear.width"])
-        quantiles.append(point[..., None] + wide[..., None] * engine.spreads["linear"])
+    h, levels = engine.config.horizon, engine.levels
+    more = fitting.learnt_spans(found, h)
+    if past is not None:
+        shares = {name: share for name, share in engine.weights.items() if name != "network"}
+        shares["linear"] = shares.get("linear", 0.0) + engine.weights.get("network", 0.0)
+        now, before = (combine.stretch(p.mixed(shares), p.target, levels, even=even) for p in (val, past))
+        return (before / now) ** (past.spans / (val.spans + past.spans)), more
+    if "theta" not in val.quantiles:
+        return engine.plain, 0
+    # Of few windows the next one is beyond all more often: for both alike.
+    n, cuts = len(val.target), fitting.Cuts((found.begins // 2).clamp_min(1), found.begins - h)
+    quantiles, targets = [val.quantiles["theta"]], [val.target]
+    for batch, series in fitting.batches(found.windows, cuts, cuts.some(2 * n), engine.longest, h):
+        quantiles += engine.members(batch, offsets(found.windows, series), ["theta"]).values()
         targets.append(batch.target)
-    if recipe and len(targets) == 1 and "theta" in held:
-        # Of few windows the next one is beyond all more often: for both alike.
-        name, more, n = "theta", more / 2, len(target)
-        cuts = fitting.Cuts((found.begins // 2).clamp_min(1), found.begins - h)
-        quantiles = [held[name]]
-        for batch, series in fitting.batches(w, cuts, cuts.some(2 * n), engine.longest, h):
-            quantiles += engine.members(batch, offsets(w, series), [name]).values()
-            targets.append(batch.target)
     if len(targets) == 1:
         return engine.plain, 0
-    whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels, n)
+    whole = combine.stretch(torch.cat(quantiles), torch.cat(targets), levels, n, even)
     # Of late counts as much as ever.
-    return (whole / combine.stretch(held[name], target, levels, n)).sqrt(), more
+    return (whole / combine.stretch(val.quantiles["theta"], val.target, levels, n, even)).sqrt(), more / 2
 
 
 def _score(quantiles: Tensor, target: Tensor, unit: Tensor, levels: Tensor) -> dict:

@@ -201,24 +201,27 @@ def _mean(gram: Gram, parts: tuple[Part, ...]) -> Tensor:
     return sum(part.share * gram.solve([part.alpha], part.lookback, part.season)[0] for part in parts)
 
 
-def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int, longest: int):
-    """Yields (batch, forecast (B, H)) of windows to learn from, forecast by a path that learnt without their block in time,
+def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(series, cuts, forecast (W, H)) of windows to learn from, forecast by a path that learnt without their block in time,
     as many for their time as validation has, twice as many at most: as honest as those of validation, of other times.
 
-    Nothing where windows are few: a block less would make a worse path.
+    None where windows are few: a block less would make a worse path.
     """
-    h = config.horizon
-    cuts = found.train(max(recipe.settings.lookback, recipe.settings.past), h)
+    h, longest = config.horizon, max(recipe.settings.lookback, recipe.settings.past)
+    cuts = found.train(longest, h)
     if cuts.total < FEW * recipe.settings.features:
-        return
+        return None
     span = (found.windows.lengths - found.begins).sum().clamp_min(1)
     numbers = cuts.some(max(1, int(min(2 * most, most * (found.begins.sum() / span)))))
     # Own weights stand only where half of the windows is plenty.
     blocks = 2 if recipe.own else BLOCKS
+    block, points = _block(cuts, numbers, blocks), torch.empty(len(numbers), h, device=found.windows.device)
     for k in range(blocks):
         path, _ = fit(found, recipe, config, whole=False, without=(k, blocks))
-        for batch, _ in batches(found.windows, cuts, numbers[_block(cuts, numbers, blocks) == k], longest, h):
-            yield batch, path.predict(batch)
+        mine = numbers[block == k]
+        made = [path.predict(batch) for batch, _ in batches(found.windows, cuts, mine, longest, h)]
+        points[block == k] = torch.cat([points[:0], *made])
+    return *cuts.at(numbers), points
 
 
 def _block(cuts, numbers: Tensor, blocks: int) -> Tensor:
