@@ -250,7 +250,7 @@ def _weights(engine: Engine, val: judged.Judged, past: judged.Judged | None) -> 
 
     names = engine.made
     closed = [name for name in names if name != "network"]
-    if past is None or not closed or (val.spans >= combine.SPANS and not past.whole):
+    if past is None or not closed or val.spans >= combine.SPANS:
         return chosen(names, val, None)
     both = judged.together([val, past], closed)
     weights = dict(zip(closed, chosen(closed, both, both.worth)))

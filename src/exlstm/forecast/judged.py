@@ -40,7 +40,6 @@ class Judged:
     series: Tensor  # (W,)
     worth: Tensor  # (W,) what a window counts
     spans: float = 0.0  # of validation, that they count as
-    whole: bool = True  # whether they see as much of every series as later ones
 
     def residual(self, name: str) -> Tensor:
         """(W, H) in units of the window."""
@@ -96,7 +95,6 @@ def earlier(engine, found: fitting.Split, recipes: dict, val: Judged) -> Judged 
     for name, point in points.items():
         held.quantiles[name] = point[..., None].expand(-1, -1, len(engine.levels))
     held.spans = min(EARLIER * fitting.learnt_spans(found, engine.config.horizon), max(val.spans, LEAST))
-    held.whole = int(at.min()) >= engine.longest
     known, here = ((~part.target.isnan()).sum().clamp_min(1) for part in (held, val))
     held.worth = held.worth * (held.spans / val.spans * here / known)
     return held
