@@ -19,11 +19,12 @@ TOGETHER = 2**27
 
 def orthogonalised(x: Tensor) -> Tensor:
     """U Vᵀ of x = U S Vᵀ, its singular values between .7 and 1.2; x (..., n, m) of any float dtype, n ≤ m is cheaper."""
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    shape = x.shape
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).reshape(-1, *shape[-2:])
     for _ in range(TURNS):
         a = x @ x.mT
-        x = A * x + (B * a + C * (a @ a)) @ x
-    return x
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=B, alpha=C), x, beta=A)
+    return x.reshape(shape)
 
 
 class Muon(torch.optim.Optimizer):
