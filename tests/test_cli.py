@@ -18,6 +18,7 @@ from exlstm.data.config import DataConfig
 from exlstm.models.config import SIZES
 from exlstm.ops import mlstm
 from exlstm.recipes import default_folder, sized
+from exlstm.train.config import TrainConfig
 
 TINY = ["--model.d-model", "16", "--model.n-layers", "2", "--model.n-heads", "2", "--model.blocks", "mlstm", "slstm"]
 SHORT = ["--data.context", "16", "--data.batch-size", "2", "--train.eval-batches", "2", "--train.save-every", "2"]
@@ -244,6 +245,8 @@ def test_size_is_one_dial_and_fields_go_first(settled):
         model = settled("--size", size).model
         assert {name: getattr(model, name) for name in fields} == fields
     assert settled().model == sized("tiny").model
+    tuned = [settled(*given).train for given in ((), ("--size", "nano"), ("--train.optimizer", "adamw"))]
+    assert [(train.optimizer, train.lr) for train in tuned] == [("muon", 5e-3), ("adamw", 1e-3), ("adamw", 5e-3)]
     model = settled("--size", "nano", "--model.n-layers", "5").model
     assert (model.d_model, model.n_layers) == (SIZES["nano"]["d_model"], 5)
 
@@ -258,7 +261,10 @@ def test_a_config_file_lies_below_size_and_fields(settled, tmp_path, trained):
     marked = tmp_path / "marked.json"
     marked.write_text(part.read_text(), encoding="utf-8-sig")
     assert settled("--config", str(marked)) == settled("--config", str(part))
-    timed = settled("--config", str(part), "--minutes", "3").train
+    # A run of before there was a choice of optimizers goes on with the one it had.
+    part.write_text(json.dumps({"version": 1, "train": {"steps": 7}}))
+    assert settled("--config", str(part)).train == TrainConfig(steps=7)
+    timed = settled("--config", str(marked), "--minutes", "3").train
     assert (timed.steps, timed.minutes) == (None, 3.0)
     run, _ = trained
     whole = settled("--config", str(run / "run.json"))

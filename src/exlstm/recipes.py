@@ -20,8 +20,8 @@ from exlstm.train.config import TrainConfig
 VERSION = 1
 SETTINGS = "run.json"
 DEFAULT_SIZE = "tiny"
-# Highest learning rate of the size that was tuned for the default run; the others take TrainConfig's.
-RATES = {"tiny": 5e-3}
+# How the size is trained that was tuned for the default run; the others take TrainConfig's defaults.
+TRAINED = {"tiny": {"lr": 5e-3, "optimizer": "muon"}}
 ROOMS = {"model": LanguageConfig, "data": DataConfig, "train": TrainConfig}
 # What a run.json says beside the settings.
 WRITTEN = ("version", "exlstm", "corpus")
@@ -45,8 +45,9 @@ def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
         if name is not None and name not in SIZES:
             raise ValueError(f"unknown size {name!r}{nearest(name, SIZES)}")
     chosen = size or values.get("size", DEFAULT_SIZE)
-    rate = {"lr": RATES[chosen]} if chosen in RATES else {}
-    values["train"] = {**rate, **values.get("train", {})}
+    # The file of a run holds all of it: what it lacks had the default of its time.
+    tuned = {} if "version" in values else TRAINED.get(chosen, {})
+    values["train"] = {**tuned, **values.get("train", {})}
     parts = {name: from_dict(kind, values.get(name, {}), f"{name}.") for name, kind in ROOMS.items()}
     below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
     parts["model"] = from_dict(LanguageConfig, {**below, **values.get("model", {}), **above}, "model.")

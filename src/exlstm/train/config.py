@@ -41,7 +41,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the mean and of the square of the gradients"""
     optimizer: str = "adamw"
-    """adamw, or muon: Muon moves the matrices of the blocks, AdamW what is left, both at the one learning rate"""
+    """adamw, or muon: Muon moves the matrices of blocks from 16 x 16 on, AdamW what is left, both at the one learning rate"""
     momentum: float = 0.95
     """Muon's decay of the mean of the gradients"""
     clip: float = 1.0

@@ -63,8 +63,6 @@ class Optimizer:
         if not rule:
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
         turned = orthogonal(model) if config.optimizer == "muon" else set()
-        if config.optimizer == "muon" and not turned:
-            raise ValueError(f"{type(model).__name__} has no matrix for muon, whose least is 16 x 16; wanted adamw")
         self.names = [n for n in rule if rule[n]] + [n for n in rule if not rule[n]]
         self.parameters = [named[n] for n in self.names]
         parts = ([n for n in self.names if rule[n] and n not in turned], [n for n in self.names if not rule[n]])
