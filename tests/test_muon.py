@@ -67,6 +67,15 @@ def test_matrices_move_alike_alone_and_together(together, monkeypatch):
         torch.testing.assert_close(torch.stack(list(single)).reshape(p.shape), m, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_axes_between_the_counted_and_the_last_are_rows(axes):
+    p = nn.Parameter(drawn(2, 3, 16, 24))
+    rows = nn.Parameter(p.detach().clone().reshape(*p.shape[:axes], -1, 24))
+    (moved,) = stepped(Muon([{"params": [p], "axes": axes}], lr=0.02), [p])
+    (wanted,) = stepped(Muon([rows], lr=0.02), [rows])
+    torch.testing.assert_close(moved, wanted.reshape(p.shape), rtol=1e-9, atol=1e-12)
+
+
 def model(blocks=("mlstm", "slstm"), seed=0):
     torch.manual_seed(seed)
     return LanguageModel(LanguageConfig(d_model=32, n_layers=len(blocks), n_heads=2, blocks=blocks, vocab_size=16))
@@ -84,7 +93,10 @@ def test_it_moves_the_matrices_of_blocks_and_nothing_else():
     for wanted in ("0.mixer.q", "0.mixer.out", "0.ffn.gate", "1.mixer.r", "1.mixer.w", "2.mixer.k", "3.mixer.out"):
         assert [n for n in moved if wanted in n]
     assert "stack.blocks.0.mixer.gate.weight" in left
-    assert [g["weight_decay"] for g in optimizer.muon.param_groups] == [0.1]
+    assert {g["weight_decay"] for g in optimizer.muon.param_groups} == {0.1}
+    # The four gates of an sLSTM are rows of one map a head.
+    axes = {names[id(p)]: group["axes"] for group in optimizer.muon.param_groups for p in group["params"]}
+    assert [axes[f"stack.blocks.{n}"] for n in ("1.mixer.r", "1.mixer.w", "0.mixer.q.weight")] == [1, 1, None]
 
 
 def learn(net, optimizer, config, steps):

@@ -53,6 +53,8 @@ class sLSTM(nn.Module):
         self.b = nn.Parameter(torch.empty(n_heads, 4, head, **new))
         self.r = nn.Parameter(torch.empty(n_heads, 4, head, head, **new))
         self.norm = HeadNorm(n_heads, head, eps=1e-5, **new)
+        # The gates are rows of one map: of a head, or of all heads where they read the same.
+        self.matrices = {"w": 0 if dense else 1, "r": 1}
         self.shapes = ((conv - 1, d_model),) * bool(conv) + ((n_heads, head),) * 4  # of a row's state
         self.reset_parameters()
 

@@ -6,6 +6,7 @@ arXiv 2502.16982: the root mean square of an update is about .2, as AdamW's, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,13 +31,14 @@ def orthogonalised(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon over parameters of two and more axes; the last two are a matrix, the others count matrices.
 
+    In a group with `axes` so many leading axes count matrices, and all between them and the last are rows of one.
     `lr` may be a tensor of one number on the parameters' device: a step can then be recorded as a CUDA graph. It computes in
     bfloat16 on a GPU, where such products are quickest, in the parameters' dtype on a CPU. ValueError: a parameter has less
     than two axes.
     """
 
     def __init__(self, params, lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "axes": None})
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
@@ -50,7 +52,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameters in _alike(group["params"]):
+            for parameters in _alike(group["params"], group["axes"]):
                 self._move(parameters, group)
         return loss
 
@@ -61,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         grads, momenta = [p.grad for p in parameters], [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-        n, m = parameters[0].shape[-2:]
+        n, m = matrix(parameters[0].shape, group["axes"])
         stacked = torch.cat([g.reshape(-1, n, m) for g in ahead])
         stacked = stacked.bfloat16() if stacked.is_cuda else stacked
         moved = orthogonalised(stacked.mT if n > m else stacked).to(parameters[0].dtype)
@@ -71,12 +73,17 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, [u.reshape(p.shape) for u, p in zip(moved, parameters)])
 
 
-def _alike(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+def matrix(shape: tuple[int, ...], axes: int | None = None) -> tuple[int, int]:
+    """(rows, columns) of a parameter's matrices, which `axes` leading axes count; None: all but the last two."""
+    return math.prod(shape[len(shape) - 2 if axes is None else axes : -1]), shape[-1]
+
+
+def _alike(parameters: list[Tensor], axes: int | None) -> Iterator[list[Tensor]]:
     """Those that have a gradient, by the shape of their matrices, in portions of at most TOGETHER numbers."""
     groups = {}
     for p in parameters:
         if p.grad is not None:
-            groups.setdefault((p.shape[-2:], p.dtype, p.device), []).append(p)
+            groups.setdefault((matrix(p.shape, axes), p.dtype, p.device), []).append(p)
     for group in groups.values():
         portion, numbers = [], 0
         for p in group:

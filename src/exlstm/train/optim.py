@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from exlstm.train.config import TrainConfig
-from exlstm.train.muon import Muon
+from exlstm.train.muon import Muon, matrix
 
 _FREE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
@@ -42,15 +42,20 @@ def decayed(model: nn.Module) -> dict[str, bool]:
     return {name: id(p) not in free for name, p in model.named_parameters() if p.requires_grad}
 
 
-def orthogonal(model: nn.Module) -> set[str]:
-    """Names of the parameters that Muon moves: those that decay, whose matrices have at least 16 rows and columns.
+def orthogonal(model: nn.Module) -> dict[str, int | None]:
+    """Names of the parameters that Muon moves, and how many of their leading axes count matrices (None: all but two): those that
+    decay, whose matrices have at least 16 rows and columns.
 
     Taps of convolutions and maps to a few gates are narrower; a map to the vocabulary (a module named head or lm_head) is an
-    embedding read backwards.
+    embedding read backwards. A module says in an attribute `matrices: dict[str, int]` which axes are rows of one map.
     """
     wide, shapes = decayed(model), {name: p.shape for name, p in model.named_parameters()}
+    axes = {}
+    for place, module in model.named_modules():
+        axes |= {f"{place}.{name}" if place else name: k for name, k in getattr(module, "matrices", {}).items()}
     heads = {"head", "lm_head"}
-    return {n for n, yes in wide.items() if yes and min(shapes[n][-2:]) >= 16 and not heads & set(n.split("."))}
+    names = [n for n, yes in wide.items() if yes and not heads & set(n.split("."))]
+    return {n: axes.get(n) for n in names if min(matrix(shapes[n], axes.get(n))) >= 16}
 
 
 class Optimizer:
@@ -62,7 +67,7 @@ class Optimizer:
         rule = decayed(model)
         if not rule:
             raise ValueError(f"{type(model).__name__} has no trainable parameter")
-        turned = orthogonal(model) if config.optimizer == "muon" else set()
+        turned = orthogonal(model) if config.optimizer == "muon" else {}
         self.names = [n for n in rule if rule[n]] + [n for n in rule if not rule[n]]
         self.parameters = [named[n] for n in self.names]
         parts = ([n for n in self.names if rule[n] and n not in turned], [n for n in self.names if not rule[n]])
@@ -72,7 +77,8 @@ class Optimizer:
         fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") and p.is_floating_point() for p in self.parameters)
         kind = {"fused": True} if fused else {"foreach": True}
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, **kind) if groups else None
-        matrices = [named[n] for n in self.names if n in turned]
+        ways = dict.fromkeys(turned.values())
+        matrices = [{"params": [named[n] for n in turned if turned[n] == way], "axes": way} for way in ways]
         settings = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
         self.muon = Muon(matrices, **settings) if matrices else None
         self.both = [optimizer for optimizer in (self.adamw, self.muon) if optimizer is not None]
