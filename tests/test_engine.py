@@ -52,6 +52,28 @@ def near(found, wanted):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rules", RULES)
+@each_kind
+def test_the_default_device_and_dtype_change_nothing(blocks, rules):
+    def written():
+        engine = Engine(model, 2)
+        sequences = engine.admit(*(Request(prompt, **settings) for prompt in prompts))
+        finish(engine)
+        return [sequence.tokens for sequence in sequences], model.generate(prompts, **settings)
+
+    model, prompts = build(blocks), [[1, 2, 3], [4] * 70]
+    settings = {"max_tokens": 6, "eos": 9, "seed": 1, **RULES[rules]}
+    wanted = written()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = written()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == wanted
+    assert written() == wanted
+
+
 @each_kind
 def test_a_slot_writes_what_generate_writes(blocks):
     """Every rule at once in one engine, prompts of unlike lengths read together."""

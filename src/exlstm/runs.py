@@ -20,7 +20,7 @@ REPORT_BYTES, REPORT_ROW, REPORT_TOKENS = 1 << 17, 4096, 1 << 14
 
 def bits_per_byte(model, batches, token_bytes) -> float:
     """Bits that `model` needs a byte of the targets in batches; `token_bytes` (V,) are the bytes of each token."""
-    sizes, bits, count = torch.as_tensor(token_bytes), 0.0, 0
+    sizes, bits, count = torch.as_tensor(token_bytes, device="cpu"), 0.0, 0
     for batch in batches:
         bits += _losses(model, batch).sum().item() / math.log(2)
         count += int(sizes[batch.targets[batch.targets >= 0]].sum())
@@ -32,8 +32,9 @@ def by_position(model, split) -> list[tuple[int, int, float]]:
 
     Documents are read from a fresh state, and again after every REPORT_ROW tokens. Bins end at 64, 256, 1024 ...
     """
-    sizes = torch.as_tensor(split.token_bytes)
-    nats, count = torch.zeros(REPORT_ROW, dtype=torch.float64), torch.zeros(REPORT_ROW, dtype=torch.int64)
+    sizes = torch.as_tensor(split.token_bytes, device="cpu")
+    nats = torch.zeros(REPORT_ROW, dtype=torch.float64, device="cpu")
+    count = torch.zeros_like(nats, dtype=torch.int64)
     for batch in documents(split, REPORT_ROW, REPORT_TOKENS // REPORT_ROW):
         length = batch.targets.shape[1]
         nats[:length] += _losses(model, batch).sum(0).cpu()

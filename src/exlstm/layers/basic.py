@@ -374,7 +374,8 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
         return mask
     if not isinstance(lengths, Tensor | list | tuple | np.ndarray):
         raise TypeError(f"lengths is {type(lengths).__name__}, wanted a tensor or list of whole numbers (B,)")
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise ValueError(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}, wanted whole numbers of (B,) = ({batch},)"

@@ -117,7 +117,8 @@ class mLSTM(nn.Module):
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():
             self.gate.bias[: self.n_heads].fill_(self.i_bias)
-            self.gate.bias[self.n_heads :].copy_(torch.linspace(*self.forget_bias, self.n_heads))
+            forget = self.gate.bias[self.n_heads :]
+            forget.copy_(torch.linspace(*self.forget_bias, self.n_heads, device=forget.device))
         self.norm.reset_parameters()
         if self.conv is not None:
             self.conv.reset_parameters()

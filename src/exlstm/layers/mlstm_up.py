@@ -139,7 +139,8 @@ class mLSTMUp(nn.Module):
         nn.init.zeros_(self.gate.weight)
         with torch.no_grad():
             nn.init.normal_(self.gate.bias[: self.n_heads], std=0.1)
-            self.gate.bias[self.n_heads :].copy_(torch.linspace(*self.forget_bias, self.n_heads))
+            forget = self.gate.bias[self.n_heads :]
+            forget.copy_(torch.linspace(*self.forget_bias, self.n_heads, device=forget.device))
 
     def maps(self, c, u):
         """q, k of c and v of u, each (B, T, inner), through small blocks on the diagonal."""

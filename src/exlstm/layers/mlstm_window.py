@@ -99,7 +99,8 @@ class mLSTMWindow(nn.Module):
         nn.init.zeros_(self.side.bias)
         with torch.no_grad():
             self.gate.bias[: self.n_heads].fill_(self.i_bias)
-            self.gate.bias[self.n_heads :].copy_(torch.linspace(*self.forget_bias, self.n_heads))
+            forget = self.gate.bias[self.n_heads :]
+            forget.copy_(torch.linspace(*self.forget_bias, self.n_heads, device=forget.device))
         for part in (self.memory_norm, self.window_norm, self.conv):
             if part is not None:
                 part.reset_parameters()

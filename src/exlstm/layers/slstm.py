@@ -67,7 +67,7 @@ class sLSTM(nn.Module):
             for gate in self.r.flatten(0, 1):
                 gate.copy_(1.5 * nn.init.orthogonal_(torch.empty_like(gate, dtype=torch.float32)))
             nn.init.zeros_(self.b)
-            self.b[:, 1].copy_(torch.linspace(*self.forget_bias, self.b.shape[-1]))
+            self.b[:, 1].copy_(torch.linspace(*self.forget_bias, self.b.shape[-1], device=self.b.device))
         self.norm.reset_parameters()
         if self.conv is not None:
             self.conv.reset_parameters()

@@ -26,7 +26,7 @@ class Chooser:
         self.eos, self.left = filled(-1, ENDS, dtype=torch.int64), filled(0, dtype=torch.int64)
         self.seen, self.drawn = filled(False, vocabulary, dtype=torch.bool), filled(0, dtype=torch.int64)
         self.uniform, self.out = filled(0, BLOCK), filled(-1, dtype=torch.int64)
-        self._random, self._generator = [None] * rows, torch.Generator()
+        self._random, self._generator = [None] * rows, torch.Generator("cpu")
 
     def seat(self, row: int, rules: Sampling, ends, left: int, limit: int):
         """Rules of a row that writes `left` tokens below `limit`; its `seen` and `drawn` are the caller's to fill."""
@@ -45,7 +45,7 @@ class Chooser:
         for name, value in settings.items():
             getattr(self, name)[row] = value
         single = sorted(ends.eos)[:ENDS]
-        self.eos[row] = torch.tensor(single + [-1] * (ENDS - len(single)))
+        self.eos[row] = torch.tensor(single + [-1] * (ENDS - len(single)), device=self.eos.device)
 
     def leave(self, row: int):
         """The row has no rules any more."""

@@ -215,7 +215,7 @@ class Engine:
         self._run(needs, lambda: chooser(step.logits, step.alive, step.tokens, needs))
         tokens, event = chooser.out, None
         if tokens.is_cuda:
-            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
             tokens.copy_(chooser.out, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

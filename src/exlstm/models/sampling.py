@@ -82,7 +82,7 @@ def numbers_of(seed: int, row: int, block: int, generator: torch.Generator) -> T
     """The random numbers (BLOCK,) of tokens from block · BLOCK on; `generator` is only a tool."""
     digest = hashlib.sha256(f"{int(seed)} {row} {block}".encode()).digest()
     generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(BLOCK, generator=generator)
+    return torch.rand(BLOCK, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class Uniform:
@@ -90,7 +90,7 @@ class Uniform:
 
     def __init__(self, seed: int, drawn: list[int]):
         self.seed, self.at = seed, drawn
-        self.generator = torch.Generator()
+        self.generator = torch.Generator("cpu")
         self.blocks = [self._block(row, at // BLOCK) for row, at in enumerate(drawn)]
 
     def _block(self, row, block) -> list[float]:
@@ -103,7 +103,7 @@ class Uniform:
             self.at[row] = at + 1
             if self.at[row] % BLOCK == 0:
                 self.blocks[row] = self._block(row, self.at[row] // BLOCK)
-        return torch.tensor(numbers)
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 class Ends:

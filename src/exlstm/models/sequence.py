@@ -55,7 +55,7 @@ class Sequence:
         self.limit = model.tokenizer.vocab_size if self.is_text else model.config.vocab_size
         self.seed = request.seed
         if self.seed is None and not self.rules.greedy:
-            self.seed = torch.randint(2**62, ()).item()
+            self.seed = torch.randint(2**62, (), device="cpu").item()
         self._tokenizer = model.tokenizer
         if row is None and (self.is_text or self.row.ends.strings):
             self.row.decoder = model.tokenizer.decoder()

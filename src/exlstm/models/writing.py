@@ -23,7 +23,7 @@ class Writing:
         self.max_tokens = int(max_tokens)
         if seed is None and not rules.greedy:
             # Without a seed the draws still follow torch.manual_seed.
-            seed = torch.randint(2**62, ()).item()
+            seed = torch.randint(2**62, (), device="cpu").item()
         self.seed = seed
         self.prompt = prompt
         self.is_text, self.is_one, rows = read_prompt(model, prompt)

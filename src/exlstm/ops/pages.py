@@ -29,7 +29,7 @@ def room(shape, dtype) -> torch.Tensor:
     """An uninitialised CPU tensor."""
     size = math.prod(shape) * dtype.itemsize
     if not KEEPS or size < LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     pages = _take(size) or _fresh(size)
     lent = np.frombuffer(pages, np.uint8, size)
     weakref.finalize(lent, _give, pages).atexit = False

@@ -88,7 +88,7 @@ class _Space(threading.local):
         if kept is None or kept.numel() < numbers:
             # What is born in inference mode could never be written outside of it.
             with torch.inference_mode(False):
-                kept = self.kept[name, like.dtype] = torch.empty(numbers, dtype=like.dtype)
+                kept = self.kept[name, like.dtype] = torch.empty(numbers, dtype=like.dtype, device="cpu")
         return kept[:numbers].view(shape)
 
 
