@@ -32,6 +32,7 @@ RULES = {
     "min p": {"seed": 5, "min_p": 0.1, "temperature": 1.2},
     "top k of all": {"seed": 6, "top_k": 1000, "top_p": 0.95},
     "likeliest": {"top_k": 1},
+    "beyond float32": {"seed": 7, "temperature": 1e300, "repetition_penalty": 1e300},
 }
 
 
@@ -518,6 +519,14 @@ def test_what_does_not_fit_is_one_sentence_and_seats_nobody(case):
         engine.admit(Request([1]), Request([99]))
     if case != "no text":
         assert engine.free == 2 and engine.step() == []
+
+
+def test_more_tokens_than_anybody_can_count():
+    model, settings = build(), {"max_tokens": 2**70, "seed": 8, "eos": [*range(0, 61, 3)]}
+    engine = Engine(model, 1)
+    (sequence,) = engine.admit(Request([1, 2], **settings))
+    finish(engine)
+    assert sequence.tokens == model.generate([1, 2], **settings) and sequence.done == "stop"
 
 
 def test_weights_may_change_in_place():

@@ -6,10 +6,13 @@ A row also ends here: after its last token, or with one of its `eos`; then it is
 import torch
 from torch import Tensor
 
-from exlstm.models.sampling import BLOCK, Sampling, numbers_of
+from exlstm.models.sampling import BLOCK, LARGEST, Sampling, numbers_of
 
 # Single tokens that end a row and are looked for on the device; of more, the rest waits for the host to see it.
 ENDS = 8
+
+# What the count of a row can hold; more means the same.
+LONGEST = torch.iinfo(torch.int64).max
 
 
 class Chooser:
@@ -34,13 +37,13 @@ class Chooser:
         self.rules[row], self.limits[row], self._random[row] = rules, limit, None
         settings = {
             # A greedy row takes the likeliest token whatever else is asked of it.
-            "temperature": 0.0 if greedy else max(rules.temperature, 1e-30),
+            "temperature": 0.0 if greedy else min(max(rules.temperature, 1e-30), LARGEST),
             "top_k": 0 if greedy or rules.top_k >= limit else rules.top_k,
             "top_p": 1.0 if greedy else rules.top_p,
             "min_p": 0.0 if greedy else rules.min_p,
-            "penalty": rules.repetition_penalty,
+            "penalty": min(rules.repetition_penalty, LARGEST),
             "limit": limit,
-            "left": left,
+            "left": min(left, LONGEST),
         }
         for name, value in settings.items():
             getattr(self, name)[row] = value

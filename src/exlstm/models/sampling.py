@@ -16,6 +16,9 @@ from torch import Tensor
 # Random numbers are drawn by this many at once.
 BLOCK = 64
 
+# What a rule can be in float32; more means the same.
+LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,12 +44,12 @@ class Sampling:
     def choose(self, logits: Tensor, seen: Tensor | None, uniform) -> Tensor:
         """Tokens (B,) for logits (B, V); `seen` (B, V) bool loses, `uniform()` gives numbers (B, 1) in [0, 1)."""
         if seen is not None:
-            penalty = self.repetition_penalty
+            penalty = min(self.repetition_penalty, LARGEST)
             logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if self.greedy:
             return logits.argmax(-1)
         # The largest becomes 0 first: a temperature near 0 must not make inf - inf.
-        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
+        logits = (logits - logits.amax(-1, keepdim=True)) / min(max(self.temperature, 1e-30), LARGEST)
         order = None
         if 0 < self.top_k < logits.shape[-1]:
             logits, order = _largest(logits, self.top_k)
