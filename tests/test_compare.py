@@ -245,9 +245,28 @@ def test_a_text_read_in_pieces_loses_nothing(text, monkeypatch):
         wanted = reading.test(net, True)
         monkeypatch.setattr(feeds, "PIECE", 10)
         found = reading.test(net, True)
-        assert found == pytest.approx(wanted, rel=1e-5) and list(found) == ["validation", "test, context 64"]
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert list(found) == ["validation", "test, context 64", "test, context 64, 4 of it before"]
         assert 7 < found["validation"] < 9
         monkeypatch.undo()
+
+
+def test_every_token_behind_the_first_window_is_told_once_after_as_many_as_wanted(text):
+    whole = feeds.open_text("enwik8", text, text.parent)
+    case = replace(rows.toy(ROWS["enwik8"]).cases[0], test=((64, 64, 48),))
+    reading = feeds.Reading(whole, case, 4, 0, "cpu")
+    net = contenders.build("xlstm[1:1]", case, rows.toy(ROWS["enwik8"]), 256).eval()
+    tokens = torch.from_numpy(whole.test[: feeds.ALL_TOKENS + 1]).long()
+    nats, last = [], 0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 64, 16):
+            window = tokens[start : start + 65][None]
+            losses, _ = net.read(window[:, :-1], window[:, 1:])
+            nats += losses[0, last - start :].tolist()
+            last = start + 64
+    assert len(nats) == last and last > len(tokens) - 17
+    found = reading.test(net, True)["test, context 64, 48 of it before"]
+    assert found == pytest.approx(sum(nats) / len(nats) / math.log(2), rel=1e-5)
 
 
 def test_code_counts_the_bytes_of_its_tokens(text, monkeypatch):
@@ -398,6 +417,14 @@ def test_every_optimizer_is_a_line_of_its_own(tmp_path):
     assert len(records) == 2 and losses["adamw"] != losses["muon"]
 
 
+def test_every_last_learning_rate_is_a_line_of_its_own(tmp_path, text):
+    settings = config(tmp_path, quick=True, models=("lstm",), text=text, final_lrs=(0.0, 0.1, 0.5))
+    lines = compare.run("enwik8", settings)
+    assert [line["final lr"] for line in lines] == [0.0, 0.1, 0.5]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "enwik8-quick" / "records").glob("*.json")]
+    assert len({record["scores"]["validation"] for record in records}) == 3
+
+
 @pytest.mark.parametrize("evaluations", [4, 10])
 def test_a_row_says_how_often_it_is_evaluated(evaluations, tmp_path):
     plan = plan_of()
@@ -480,6 +507,7 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
         (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
         (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
         (["state", "--dropouts", "0.1", "1.5"], "a dropout is 1.5, wanted 0 ≤ dropout < 1"),
+        (["state", "--final-lrs", "2"], "a final_lr is 2.0, wanted 0 ≤ final_lr ≤ 1"),
         (["state", "--optimizers", "moun"], "unknown optimizer 'moun', did you mean 'muon'?"),
         (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),
         (["state", "--step", "1"], "unknown field --step, did you mean --steps?"),

@@ -35,6 +35,8 @@ from exlstm.train.progress import clock
 
 # Tokens of a step × width × layers that share a GPU, and runs at most; seconds between saves and between lines.
 SHARED, MOST, SAVE, TELL = 1 << 28, 32, 60.0, 5.0
+# What a row may have several of, and what each of them is for a run.
+_WAYS = {"widths": "d_model", "dropouts": "dropout", "optimizers": "optimizer", "final_lrs": "final_lr"}
 
 
 def run(name: str, config: CompareConfig) -> list[dict]:
@@ -95,10 +97,13 @@ def chosen(name: str, config: CompareConfig) -> Row:
     for dropout in config.dropouts:
         if not 0 <= dropout < 1:
             raise ValueError(f"a dropout is {dropout}, wanted 0 ≤ dropout < 1")
+    for part in config.final_lrs:
+        if not 0 <= part <= 1:
+            raise ValueError(f"a final_lr is {part}, wanted 0 ≤ final_lr ≤ 1")
     for optimizer in config.optimizers:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}{nearest(optimizer, OPTIMIZERS)}")
-    kept = ("models", "lrs", "seeds", "steps", "batch", "widths", "dropouts", "optimizers", "n_layers", "n_heads")
+    kept = ("models", "lrs", "seeds", "steps", "batch", "n_layers", "n_heads", *_WAYS)
     given = {field: getattr(config, field) for field in kept if getattr(config, field)}
     # What is named twice is trained once.
     row = replace(row, **{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in given.items()})
@@ -128,11 +133,10 @@ def planned(row: Row, config: CompareConfig, speeds: Speeds) -> list[Plan]:
 
 
 def _sizes(row: Row) -> list[Row]:
-    """The row at each of its widths, dropouts and optimizers."""
-    several = {"d_model": row.widths, "dropout": row.dropouts, "optimizer": row.optimizers}
-    ways = [values or (getattr(row, name),) for name, values in several.items()]
-    alone = replace(row, widths=(), dropouts=(), optimizers=())
-    return [replace(alone, **dict(zip(several, way))) for way in itertools.product(*ways)]
+    """The row at each of its widths, dropouts, optimizers and last learning rates."""
+    ways = [getattr(row, many) or (getattr(row, one),) for many, one in _WAYS.items()]
+    alone = replace(row, **dict.fromkeys(_WAYS, ()))
+    return [replace(alone, **dict(zip(_WAYS.values(), way))) for way in itertools.product(*ways)]
 
 
 class Speeds:
@@ -257,7 +261,7 @@ class _Supervisor:
             return
         plan = self.plans[key]
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
-        sizes = ("d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer")
+        sizes = ("d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer", "final_lr")
         facts |= {field: getattr(plan.row, field) for field in sizes}
         facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps, "stop_at": plan.row.stop_at}
         self.records[key] = {**facts, **record, **self.facts}

@@ -298,6 +298,8 @@ class CompareConfig:
     """dropouts, each a line of the table of its own; empty: the row's"""
     optimizers: tuple[str, ...] = ()
     """adamw, muon (for the matrices of the blocks), each a line of its own; empty: the row's"""
+    final_lrs: tuple[float, ...] = ()
+    """last learning rates as parts of the highest, each a line of its own; empty: the row's"""
     n_layers: int = 0
     """number of blocks; 0: the row's"""
     n_heads: int = 0

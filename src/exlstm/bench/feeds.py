@@ -133,34 +133,38 @@ class Reading:
         """Loss of the validation part, the score of a run on the way; with `last` also of the test part in every context."""
         scores = {"validation": self._loss(model, self.text.validation, self.context, ALL_TOKENS if last else TOKENS)}
         if last:
-            for context, *_ in self.case.test:
+            for context, _, before in self.case.test:
                 if len(self.text.test) > context and (context == self.context or hasattr(model, "remember")):
-                    tokens = ALL_TOKENS if context == self.context else 2 * TOKENS
-                    scores[f"test, context {context}"] = self._loss(model, self.text.test, context, tokens)
+                    name = f"test, context {context}" + (f", {before} of it before" if before else "")
+                    scores[name] = self._loss(model, self.text.test, context, ALL_TOKENS, before)
         return scores
 
-    def _loss(self, model, tokens: np.ndarray, context: int, limit: int) -> float:
+    def _loss(self, model, tokens: np.ndarray, context: int, limit: int, before: int = 0) -> float:
+        """Of the first `limit` tokens in windows one behind the other; all but the first window begin `before` tokens earlier,
+        and those tokens are only read."""
         sizes = torch.from_numpy(self.text.token_bytes).to(self.device)
         nats, size = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for inputs, targets in _windows(tokens[: limit + 1], context, max(1, AT_ONCE // 4 // context)):
+        # A piece at a time, the state handed on: the logits and masks of long windows would not fit.
+        rows = max(1, AT_ONCE // 4 // min(context, 4 * PIECE))
+        for number, windows in enumerate(_windows(tokens[: limit + 1], context, context - before, rows)):
             state = None
             for start in range(0, context, PIECE):
-                # A piece at a time, the state handed on: the logits and masks of long windows would not fit.
-                piece = [
-                    torch.from_numpy(t[:, start : start + PIECE]).to(self.device).long() for t in (inputs, targets)
-                ]
+                piece = [torch.from_numpy(t[:, start : start + PIECE]).to(self.device).long() for t in windows]
                 losses, state = model.read(*piece, state)
-                nats += losses.double().sum()
-                size += sizes[piece[1]].sum() if self.text.unit != "nats" else piece[1].numel()
+                told = torch.arange(start, start + losses.shape[1], device=self.device) >= before  # (T,)
+                told = told.expand_as(losses).clone()
+                if number == 0:
+                    told[0] = True
+                nats += losses[told].double().sum()
+                size += (sizes[piece[1][told]] if self.text.unit != "nats" else told).sum()
         return nats.item() / int(size) / (1 if self.text.unit == "nats" else math.log(2))
 
 
-def _windows(tokens: np.ndarray, context: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets (rows, context) of whole windows one behind the other."""
-    count = (len(tokens) - 1) // context
-    inputs, targets = (tokens[i : i + count * context].reshape(count, context) for i in (0, 1))
-    for start in range(0, count, rows):
-        yield inputs[start : start + rows], targets[start : start + rows]
+def _windows(tokens: np.ndarray, context: int, step: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and targets (rows, context) of whole windows, each `step` tokens behind the other."""
+    inputs, targets = (np.lib.stride_tricks.sliding_window_view(t, context)[::step] for t in (tokens[:-1], tokens[1:]))
+    for start in range(0, len(inputs), rows):
+        yield tuple(np.array(t[start : start + rows]) for t in (inputs, targets))
 
 
 def open_text(name: str, path: Path, cache: Path) -> Text:

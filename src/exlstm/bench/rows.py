@@ -80,7 +80,7 @@ class Case:
     shares: tuple[int, ...] = (1,)
     """how often each of `train` is drawn, in relation"""
     test: tuple[tuple[int, int, int], ...] = ((40, 256, 0),)
-    """the first is the score; a text: (context, context, 0)"""
+    """the first is the score; a text: (context, context, tokens of it that are only read)"""
     grow: int = 0
     """a curriculum: the longest words of the first step; they are train's longest after half of the steps. 0: none"""
 
@@ -110,6 +110,8 @@ class Row:
     """or muon, for the matrices of the blocks"""
     optimizers: tuple[str, ...] = ()
     """several optimizers in place of the one"""
+    final_lrs: tuple[float, ...] = ()
+    """several last learning rates, as parts of the highest, in place of the one"""
     evaluations: int = 10
     """on the way, evenly; a row whose score is a loss reports the best of them"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -175,7 +177,9 @@ _TEXT = {
     "lower": True,
 }
 _TEXT |= {"precision": "bfloat16", "seeds": (0,)}
-_ENWIK8 = Case("enwik8", "enwik8", train=((2048, 2048, 0),), test=((2048, 2048, 0), (32768, 32768, 0)))
+_ENWIK8 = Case(
+    "enwik8", "enwik8", train=((2048, 2048, 0),), test=((2048, 2048, 0), (2048, 2048, 1536), (32768, 32768, 0))
+)
 _CODE = Case(
     "code",
     "code",

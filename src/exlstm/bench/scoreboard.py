@@ -17,7 +17,20 @@ from exlstm.bench import timing
 from exlstm.bench.rows import Row
 
 # What the runs of one line of the table share.
-LINE = ("case", "model", "d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer", "steps", "equal", "stop_at")
+LINE = (
+    "case",
+    "model",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "batch",
+    "dropout",
+    "optimizer",
+    "final_lr",
+    "steps",
+    "equal",
+    "stop_at",
+)
 
 
 def told(scores: dict[str, float]) -> str:
@@ -29,7 +42,8 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
     """Prints and writes what the folder's records hold, those of earlier commands too: runs.csv, table.csv, table.md and
     table.png; returns the rows of the table. `keys` are the runs of this command."""
     # Where a run does not say under which rule it ended, it is the row's; those that name no optimizer had AdamW.
-    records = {key: {"stop_at": row.stop_at, "optimizer": "adamw", **record} for key, record in records.items()}
+    usual = {"stop_at": row.stop_at, "optimizer": "adamw", "final_lr": row.final_lr}
+    records = {key: {**usual, **record} for key, record in records.items()}
     ended = [record for record in records.values() if record.get("scores")]
     failed = [record for record in records.values() if record.get("failed")]
     rows = table(row, ended, failed)
@@ -73,9 +87,10 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
         first, scores = best[0], [score(row, record) for record in best]
         failures = lost[_line(first), first["lr"]]
         made = [record["curve"][-1]["step"] for record in best]
+        tests = dict.fromkeys(test for record in best for test in list(record["scores"])[1:])
         others = {
-            test: _median([record["scores"][test] for record in best], failures, row.lower)
-            for test in list(first["scores"])[1:]
+            test: _median([r["scores"][test] for r in best if test in r["scores"]], failures, row.lower)
+            for test in tests
         }
         rows.append(
             {
@@ -99,6 +114,7 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "batch": first["batch"],
                 "dropout": first.get("dropout") or None,
                 "optimizer": first.get("optimizer"),
+                "final lr": first.get("final_lr"),
                 "ms a step": round(1e3 * first["pace"], 3),
                 "seconds": round(statistics.median(r["pace"] * steps for r, steps in zip(best, made)), 1),
                 "equal": first["equal"],
