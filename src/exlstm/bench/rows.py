@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+# Attention of the hybrids: without positions, and as far as the longest text that any row learns from, so that a token of a
+# longer one never sees more than it has learnt to.
+_BOUNDED = {"attention": {"rope_base": 0.0, "window": 2048}}
 # name -> (blocks in turn, settings of the kinds beside the defaults); "matrix" is the row's kind of mLSTM block.
 MODELS = {
     "xlstm[1:0]": (("matrix",), {}),
     "xlstm[0:1]": (("slstm",), {}),
     "xlstm[1:1]": (("matrix", "slstm"), {}),
     "xlstm[7:1]": (("matrix", "slstm", *["matrix"] * 6), {}),
-    "hybrid[3:1]": (("matrix", "matrix", "matrix", "attention"), {"attention": {"rope_base": 0.0}}),
-    "hybrid[1:1]": (("matrix", "attention"), {"attention": {"rope_base": 0.0}}),
-    "hybrid[7:1]": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
-    "hybrid[7:1]-early": (
-        ("matrix", "matrix", "attention", *["matrix"] * 5),
-        {"attention": {"rope_base": 0.0}},
-    ),
+    "hybrid[3:1]": (("matrix", "matrix", "matrix", "attention"), _BOUNDED),
+    "hybrid[1:1]": (("matrix", "attention"), _BOUNDED),
+    "hybrid[7:1]": ((*["matrix"] * 7, "attention"), _BOUNDED),
+    "hybrid[7:1]-unbounded": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
+    "hybrid[7:1]-early": (("matrix", "matrix", "attention", *["matrix"] * 5), _BOUNDED),
     "hybrid[7:1]-window": (
         (*["matrix"] * 7, "attention"),
         {"attention": {"rope_base": 0.0, "window": 1024, "sinks": 4}},

@@ -243,6 +243,8 @@ class Heads(nn.Module):
             size = self._most()
             if torch.compiler.is_exporting():
                 keys, values, positions = longer(keys, values, positions, positions.shape[1] + size)
+            elif positions.shape[1] <= size:
+                return AttentionState(keys, values, positions, length)  # All of it is seen again.
             kept = (positions >= 0) & self._seen_again(positions, length)
             keys, values, positions = packed(keys, values, positions, kept, size)
         return AttentionState(keys, values, positions, length)
