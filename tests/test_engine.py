@@ -271,6 +271,53 @@ def test_a_failed_step_ends_who_was_writing_and_the_engine_goes_on(blocks, monke
     assert again.tokens == whole and fork.tokens == whole[4:]
 
 
+# (object, method, at which call) of what takes part in seating
+SEATING = {
+    "reading": (engines, "read", 2),
+    "a state": (steps.Step, "seat", 2),
+    "rules": (engines.Chooser, "seat", 2),
+    "rules of the first": (engines.Chooser, "seat", 1),
+}
+
+
+@pytest.mark.parametrize("case", SEATING)
+def test_whoever_fails_half_way_to_a_seat_leaves_the_engine_as_it_was(case, monkeypatch):
+    model, requests = build(), [Request([5, 6, 7], 6, seed=1, top_p=0.9), Request([1], 6, temperature=0)]
+    engine, (place, name, bad) = Engine(model, 3), SEATING[case]
+    (writing,) = engine.admit(Request([2, 3], 6, seed=2))
+    sequences, calls, real = [Sequence(model, request) for request in requests], [], getattr(place, name)
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == bad:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.enter(sequences)
+    assert len(calls) == bad and engine.free == 2
+    assert engine.step() == [writing]
+    engine.enter(sequences)
+    finish(engine)
+    for sequence, request in zip((writing, *sequences), (writing.request, *requests), strict=True):
+        wanted = model.generate(
+            request.prompt, 6, temperature=request.temperature, seed=request.seed, top_p=request.top_p
+        )
+        assert sequence.tokens == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_of_another_dtype_takes_a_seat(dtype):
+    model = build()
+    _, state = copy.deepcopy(model).to(dtype).generate([1, 2, 3], 0, return_state=True)
+    engine = Engine(model, 1)
+    (sequence,) = engine.admit(Request([], 9, temperature=0, state=state))
+    finish(engine)
+    assert sequence.tokens == model.generate([], 9, temperature=0, state=state)
+
+
 # Attention's rooms
 
 
@@ -311,6 +358,29 @@ def test_rooms_double_and_shrink(small):
     (again,) = engine.admit(Request([1, 2], 12, temperature=0))
     finish(engine)
     assert again.tokens == short.tokens
+
+
+def test_rooms_that_find_no_memory_lose_nothing(small, monkeypatch):
+    """To shrink, and then to grow: one layer has moved, and the other has not."""
+    model, long = build(("attention",)), Request(list(range(40)), 9, temperature=0)
+    engine, real, calls = Engine(model, 2), steps._resized, []
+    first, short = engine.admit(long, Request([1, 2], 40, temperature=0))
+
+    def scarce(*arguments):
+        calls.append(1)
+        return real(*arguments) if len(calls) % 2 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_resized", scarce)
+        with pytest.raises(ZeroDivisionError):
+            engine.remove(first)
+        assert len(calls) == 2
+        with pytest.raises(ZeroDivisionError):
+            engine.admit(long)
+    (again,) = engine.admit(long)
+    finish(engine)
+    for sequence in (short, again):
+        assert sequence.tokens == model.generate(sequence.prompt, sequence.request.max_tokens, temperature=0)
 
 
 def test_small_rooms_stay(monkeypatch):
@@ -487,6 +557,16 @@ BAD = {
     "a batch": (lambda e, m: e.admit(Request([[1], [2]])), "prompt holds 2 rows, wanted a single one"),
     "nothing": (lambda e, m: e.admit(Request([])), "prompt is empty"),
     "a foreign token": (lambda e, m: e.admit(Request([61])), "prompt holds token 61, wanted 0 to 60"),
+    "a state of another width": (
+        lambda e, m: e.admit(Request([1]), after(d_model=64)),
+        "state.0.0 has shape (1, 3, 64)",
+    ),
+    "a state of one head": (
+        lambda e, m: e.admit(Request([1]), after(n_heads=1)),
+        "state.0.1.c has shape (1, 1, 16, 32)",
+    ),
+    "a state of fewer blocks": (lambda e, m: e.admit(after(blocks=["mlstm"], n_layers=1)), "state has 1 parts"),
+    "a state of other blocks": (lambda e, m: e.admit(after(("attention", "slstm"))), "state.0 has 4 parts, wanted 2"),
     "half a token": (lambda e, m: e.admit(Request([1], 1.5)), "max_tokens is 1.5"),
     "a seed": (lambda e, m: e.admit(Request([1], seed="x")), "seed is 'x'"),
     "a rule": (lambda e, m: e.admit(Request([1], top_p=0)), "top_p is 0"),
@@ -499,6 +579,12 @@ BAD = {
     "no sequence": (lambda e, m: e.remove("a"), "sequence is str, wanted a Sequence"),
     "no slots": (lambda e, m: Engine(m, 0), "slots is 0, wanted a whole number of at least 1"),
 }
+
+
+def after(*blocks, **settings):
+    """A request that goes on from another model's state, with nothing to read before."""
+    _, state = build(*blocks, **settings).generate([1], 0, return_state=True)
+    return Request([], 3, state=state)
 
 
 def removed(engine):

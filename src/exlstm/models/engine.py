@@ -88,8 +88,15 @@ class Engine:
             states = self._read(sequences)
             for state in states:
                 check_finite(state)
-            for sequence, state in zip(sequences, states, strict=True):
-                self.seat([sequence], state)
+                self._step.check(state.layers)
+            try:
+                for sequence, state in zip(sequences, states, strict=True):
+                    self.seat([sequence], state)
+            except BaseException:
+                for sequence in sequences:
+                    self.remove(sequence)
+                    sequence.entered = False
+                raise
         return sequences
 
     def remove(self, sequence: Sequence):
@@ -310,6 +317,7 @@ class Engine:
     def seat(self, sequences: list[Sequence], state: GenerationState):
         """Puts sequences whose prompts were read, with their state, a row each, into free slots."""
         self._check_room(len(sequences))
+        self._step.check(state.layers)
         slots = [i for i, s in enumerate(self.sequences) if s is None][: len(sequences)]
         index = torch.tensor(slots, device=state.logits.device)
         with torch.inference_mode():
@@ -319,10 +327,10 @@ class Engine:
             self._step.seat(index, state.layers, state.logits)
             self._chooser.seen[index], self._chooser.drawn[index] = state.seen, state.drawn
             for sequence, slot, drawn in zip(sequences, slots, state.drawn.tolist(), strict=True):
+                most = sequence.request.max_tokens
+                self._chooser.seat(slot, sequence.rules, sequence.row.ends, most, sequence.limit)
                 sequence.slot, sequence.drawn, self.sequences[slot] = slot, drawn, sequence
                 sequence.entered = True
-                request = sequence.request
-                self._chooser.seat(slot, sequence.rules, sequence.row.ends, request.max_tokens, sequence.limit)
                 self._step.alive[slot] = not sequence.done
 
     def _check_room(self, count: int):

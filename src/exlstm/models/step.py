@@ -69,8 +69,12 @@ class Step:
 
     def seat(self, index: Tensor, layers, logits: Tensor):
         """State and logits of further rows, at the rows `index`."""
-        self.logits[index] = logits
+        self.logits[index] = backends.cast(logits, self.logits.dtype)
         _seat(index, self.state, layers)
+
+    def check(self, layers):
+        """ValueError where a state is not one of this model: behind an empty prompt no block has looked at it."""
+        _check("state", self.state, layers)
 
     def held(self, layers) -> list[int]:
         """How many places of a room that grows each row of a state takes."""
@@ -82,6 +86,8 @@ class Step:
     def resize(self, size: int):
         """Moves rooms that grow, one after the other, to others of `size` places: no graph holds the step any more."""
         grows = iter(self._grows)
+        # Where there is no memory for one of them, all hold the smaller size still.
+        self.size = self.reach = min(size, self.size)
         for i, state in enumerate(self.state):
             self.state[i] = mapped(lambda x: _resized(x, size) if next(grows) else x, state, kind=AttentionRoom)
         self.size = self.reach = size
@@ -339,10 +345,25 @@ def _reached(room, size: int):
     return AttentionRoom(*(x[:, :size] for x in room[:3]), room.length)
 
 
+def _check(name: str, old, new, axis: int = 1):
+    """ValueError where a state has not the parts of the buffers, or not their shape from `axis` on."""
+    if isinstance(old, Tensor):
+        if not isinstance(new, Tensor) or new.shape[axis:] != old.shape[axis:] or new.device != old.device:
+            came = f"shape {tuple(new.shape)} on {new.device}" if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(f"{name} has {came}, wanted {tuple(old.shape[axis:])} behind its rows, on {old.device}")
+    elif isinstance(old, tuple | list):
+        if not isinstance(new, tuple | list) or len(new) != len(old):
+            came = f"{len(new)} parts" if isinstance(new, tuple | list) else type(new).__name__
+            raise ValueError(f"{name} has {came}, wanted {len(old)} parts; it is of another model")
+        for part, a, b in zip(getattr(old, "_fields", range(len(old))), old, new, strict=True):
+            # Places of attention are as many as the text had tokens.
+            _check(f"{name}.{part}", a, b, 2 if isinstance(old, AttentionRoom) else 1)
+
+
 def _seat(index, old, new):
     """Writes rows of a state into the rows `index` of buffers."""
     if isinstance(old, Tensor):
-        old[index] = new
+        old[index] = backends.cast(new, old.dtype)
     elif isinstance(old, tuple | list):
         new = _resized(new, old.keys.shape[1]) if isinstance(old, AttentionRoom) else new
         for a, b in zip(old, new, strict=True):
