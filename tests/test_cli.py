@@ -165,7 +165,17 @@ def test_evaluate_agrees_with_the_model_itself(trained, text, capsys):
 def test_evaluate_takes_the_held_out_text_and_a_limit(trained, capsys):
     run, _ = trained
     assert main(["evaluate", str(run), "--limit", "100"]) == 0
-    assert f"held-out text of {run}, 100 bytes" in capsys.readouterr().out
+    whole = capsys.readouterr().out
+    assert f"held-out text of {run}, 100 bytes" in whole
+    checkpoint = run / "checkpoints" / "step-00000006"
+    assert main(["evaluate", str(checkpoint), "--limit", "100"]) == 0
+    assert capsys.readouterr().out == whole.replace(str(run), str(checkpoint))
+
+
+def test_metrics_that_are_damaged_are_passed_over(tmp_path):
+    lines = [b'{"step": 1, "loss": 2.0}', b"null", b'{"loss": 1}', b"\xff\x00", b'{"step": 2, "lo']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert runs._metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_plot_draws_loss_and_gates(trained, capsys):

@@ -67,11 +67,14 @@ def report(model, split, title: str) -> float:
 def evaluate(
     run: Path, files: Sequence[str] = (), limit: int = REPORT_BYTES, device: str = "auto", int8: bool = False
 ) -> float:
-    """`report` on files (the run's held-out text without any), on at most `limit` bytes of them, 0 for all."""
+    """`report` on files, without any on the held-out text of the run, also of one that `run` is a checkpoint of.
+
+    At most `limit` bytes are read, 0 for all.
+    """
     if limit < 0:
         raise ValueError(f"limit is {limit}, wanted a number of bytes, or 0 for all")
     model = load(run, device, int8)
-    split = load_text(files, model.tokenizer) if files else _corpus(run).held_out
+    split = load_text(files, model.tokenizer) if files else _corpus(_run_of(run)).held_out
     title = f"{', '.join(files[:3])}{' ...' * (len(files) > 3)}" if files else f"held-out text of {run}"
     return report(model, split.head(limit) if limit else split, title)
 
@@ -153,6 +156,12 @@ def load(run: Path, device: str = "auto", int8: bool = False) -> LanguageModel:
     return quantized.int8(model) if int8 else model
 
 
+def _run_of(folder: Path) -> Path:
+    """The run that a checkpoint lies in; any other folder is taken as it is."""
+    checkpoints = folder.resolve().parent
+    return checkpoints.parent if checkpoints.name == "checkpoints" else folder
+
+
 def _corpus(run: Path):
     if not (run / "run.json").is_file():
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no run.json")
@@ -162,8 +171,8 @@ def _corpus(run: Path):
 def _metrics(run: Path) -> list[dict]:
     records = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             # The last line may be torn by a kill.
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "step" in record]
