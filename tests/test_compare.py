@@ -137,6 +137,21 @@ def test_a_run_that_fails_is_told_and_tried_again(tmp_path, monkeypatch, capsys)
     assert {line["model"] for line in compare.run("state", settings)} == {"lstm", "mamba2"}
 
 
+def test_what_is_damaged_is_told_and_made_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scoreboard, "_picture", lambda *_: None)
+    settings = config(tmp_path, quick=True, cases=("parity",), models=("lstm",), seeds=(0, 1))
+    wanted = compare.run("state", settings)
+    folder = tmp_path / "state-quick"
+    files = [folder / "speeds.json", min((folder / "records").iterdir())]
+    for file, damage in zip(files, ('{"a": 1', "null"), strict=True):
+        file.write_text(damage)
+    capsys.readouterr()
+    found = compare.run("state", settings)
+    told = capsys.readouterr().out
+    assert "2 runs, 1 of them done" in told and all(f"{file} is damaged and is made anew" in told for file in files)
+    assert [line["median"] for line in found] == [line["median"] for line in wanted]
+
+
 def test_a_loss_that_is_not_finite_ends_a_run(tmp_path, monkeypatch):
     plan = plan_of(model="lstm")
     monkeypatch.setattr(trial.Trial, "_work", lambda self, *_: torch.tensor(math.nan))
@@ -507,6 +522,12 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
         (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
         (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
         (["state", "--dropouts", "0.1", "1.5"], "a dropout is 1.5, wanted 0 ≤ dropout < 1"),
+        (["state", "--quick", "--minutes", "nan"], "minutes is nan, wanted at least 0"),
+        (["state", "--quick", "--minutes-each", "inf"], "minutes_each is inf, wanted at least 0"),
+        (["state", "--quick", "--lrs", "0.01", "nan"], "an lr is nan, wanted 0 < lr < ∞"),
+        (["state", "--quick", "--lrs", "0"], "an lr is 0.0, wanted 0 < lr < ∞"),
+        (["state", "--quick", "--seeds", "3", "-1"], "a seed is -1, wanted 0 ≤ seed"),
+        (["state", "--quick", "--seeds", "9223372036854775808"], "a seed is 9223372036854775808, wanted 0 ≤ seed"),
         (["state", "--final-lrs", "2"], "a final_lr is 2.0, wanted 0 ≤ final_lr ≤ 1"),
         (["state", "--optimizers", "moun"], "unknown optimizer 'moun', did you mean 'muon'?"),
         (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),

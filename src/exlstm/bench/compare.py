@@ -37,6 +37,13 @@ from exlstm.train.progress import clock
 SHARED, MOST, SAVE, TELL = 1 << 28, 32, 60.0, 5.0
 # What a row may have several of, and what each of them is for a run.
 _WAYS = {"widths": "d_model", "dropouts": "dropout", "optimizers": "optimizer", "final_lrs": "final_lr"}
+# Numbers that are given as several: what each is called, and which fit.
+_FITTING = {
+    "lrs": ("an lr", lambda x: 0 < x < float("inf"), "0 < lr < ∞"),
+    "seeds": ("a seed", lambda x: 0 <= x < 2**63, "0 ≤ seed < 2⁶³"),
+    "dropouts": ("a dropout", lambda x: 0 <= x < 1, "0 ≤ dropout < 1"),
+    "final_lrs": ("a final_lr", lambda x: 0 <= x <= 1, "0 ≤ final_lr ≤ 1"),
+}
 
 
 def run(name: str, config: CompareConfig) -> list[dict]:
@@ -84,7 +91,7 @@ def chosen(name: str, config: CompareConfig) -> Row:
         if case not in known:
             raise ValueError(f"row {name} has no case {case!r}{nearest(case, known)}")
     for field in ("steps", "batch", "n_layers", "n_heads", "minutes", "minutes_each", "at_once"):
-        if getattr(config, field) < 0:
+        if not 0 <= getattr(config, field) < float("inf"):
             raise ValueError(f"{field} is {getattr(config, field)}, wanted at least 0")
     if config.steps and config.minutes_each:
         raise ValueError(
@@ -94,12 +101,10 @@ def chosen(name: str, config: CompareConfig) -> Row:
         raise ValueError(f"row {name} reads a text, give its file with --text")
     if config.quick:
         row = rows.toy(row)
-    for dropout in config.dropouts:
-        if not 0 <= dropout < 1:
-            raise ValueError(f"a dropout is {dropout}, wanted 0 ≤ dropout < 1")
-    for part in config.final_lrs:
-        if not 0 <= part <= 1:
-            raise ValueError(f"a final_lr is {part}, wanted 0 ≤ final_lr ≤ 1")
+    for field, (name, fits, wanted) in _FITTING.items():
+        for value in getattr(config, field):
+            if not fits(value):
+                raise ValueError(f"{name} is {value}, wanted {wanted}")
     for optimizer in config.optimizers:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}{nearest(optimizer, OPTIMIZERS)}")
@@ -144,7 +149,7 @@ class Speeds:
 
     def __init__(self, path: Path, device: str, texts: dict, graphs: bool):
         self.path, self.device, self.texts, self.graphs = path, device, texts, graphs
-        self.known = json.loads(path.read_text()) if path.is_file() else {}
+        self.known = _read(path)
         self.failed = {}
 
     def key(self, plan: Plan) -> str:
@@ -363,16 +368,28 @@ def _texts(row: Row, path: Path | None, folder: Path) -> dict:
     if texts:
         # Runs are known by their settings: of another text they would be taken for done.
         told = {name: [zlib.crc32(part.tobytes()) for part in text[:3]] for name, text in texts.items()}
-        known = folder / "texts.json"
-        if not known.is_file():
-            _write(known, told)
-        elif json.loads(known.read_text()) != told:
+        known = _read(folder / "texts.json")
+        if not known:
+            _write(folder / "texts.json", told)
+        elif known != told:
             raise ValueError(f"the runs in {folder} read another text than {path}; choose another folder with --out")
     return texts
 
 
 def _records(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
+    found = ((path.stem, _read(path)) for path in sorted((folder / "records").glob("*.json")))
+    return {key: record for key, record in found if record}
+
+
+def _read(path: Path) -> dict:
+    """What `_write` wrote, empty where there is nothing; what is damaged is told, and made anew."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        print(f"{path} is damaged and is made anew", flush=True)
+        return {}
 
 
 def _write(path: Path, values: dict):
