@@ -186,7 +186,7 @@ def test_the_mlstm_bench_restricts_itself_and_keeps_to_its_time(tmp_path, monkey
     toy = toys(tmp_path)["mlstm"]
     rows = on_gpu.run(replace(toy, only=("ours",), quick=True))
     assert [row["case"] for row in rows] == ["B2 T16 2×8/4"]
-    assert on_gpu.run(replace(toy, seconds=-1.0)) == []
+    assert on_gpu.run(replace(toy, seconds=0.0)) == []
     assert "ours: left out, the time is up (--seconds)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="side 'theirs' is not one of ours, cudnn"):
         on_gpu.run(replace(toy, only=("theirs",)))
@@ -258,6 +258,11 @@ def test_a_busy_machine_is_told(monkeypatch, capsys):
     [
         ("training", {"threads": 0}, "threads is 0"),
         ("training", {"rounds": 0}, "rounds is 0"),
+        ("training", {"length": -3}, "length is -3, wanted at least 0"),
+        ("kernels", {"slstm": ((1, 8, 1, -8),)}, r"slstm is \(\(1, 8, 1, -8\),\), wanted at least 0"),
+        ("decoding", {"tokens": -1}, "tokens is -1"),
+        ("parity", {"seeds": (0, -1)}, r"seeds is \(0, -1\)"),
+        ("parity", {"seconds": math.nan}, "seconds is nan"),
         ("decoding", {"device": "abacus"}, "device 'abacus' cannot be used here"),
         ("parity", {"seeds": ()}, "seeds is empty"),
         ("parity", {"block": "slstn"}, "did you mean 'slstm'"),
@@ -270,6 +275,12 @@ def test_wrong_settings_are_one_sentence(name, wrong, told, tmp_path):
     with pytest.raises(ValueError, match=told) as error:
         import_module(BENCHES[name][0]).run(settings)
     assert "\n" not in str(error.value)
+
+
+def test_parity_refuses_a_test_before_it_trains(tmp_path, capsys):
+    with pytest.raises(ValueError, match="lengths are 5 to 4"):
+        parity.run(replace(toys(tmp_path)["parity"], test_lengths=(5, 4)))
+    assert "step" not in capsys.readouterr().out
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch, capsys):

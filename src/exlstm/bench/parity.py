@@ -29,6 +29,8 @@ def run(config: ParityConfig) -> list[dict]:
         raise ValueError("seeds is empty, wanted at least one")
     rows, curves = [], {}
     with timing.cores(config):
+        # What the test cannot ask is refused before anything has learnt.
+        TaskBatches("parity", 1, *config.test_lengths, seed=TEST_SEED)
         for seed in config.seeds:
             model, spent = train(config, seed)
             predictions, targets, lengths = answers(model, config, config.test_lengths, TEST_STRINGS, TEST_SEED)

@@ -126,7 +126,12 @@ def version(package: str) -> str | None:
 
 @contextmanager
 def cores(config):
-    """A run on `config.threads` CPU threads; refuses a device that is not here, says so when others keep the machine busy."""
+    """A run on `config.threads` CPU threads; refuses numbers below 0 and a device that is not here, says so when others keep
+    the machine busy."""
+    for name, value in vars(config).items():
+        # Not a number is not fine either.
+        if not all(number >= 0 for number in _numbers(value)):
+            raise ValueError(f"{name} is {value}, wanted at least 0")
     if config.threads < 1:
         raise ValueError(f"threads is {config.threads}, wanted at least 1")
     device_of(config.device)
@@ -138,6 +143,13 @@ def cores(config):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _numbers(value) -> list:
+    """The numbers of a setting, which may stand in tuples of tuples."""
+    if isinstance(value, tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def wants_gpu(config, name: str):
