@@ -258,6 +258,10 @@ def test_what_cannot_be_exported_is_told(tmp_path, monkeypatch):
         export(build(("mlstm",)), tmp_path / "out", "onx")
     with pytest.raises(ValueError, match="no step of attention: its state grows"):
         export(build(("attention", "lstm")), tmp_path / "out", "pt2")
+    with pytest.raises(TypeError, match="model is Stack, wanted a LanguageModel"):
+        export(build(("mlstm",)).stack, tmp_path / "out", "pt2")
+    with pytest.raises(ValueError, match="on the meta device and has no values to export"):
+        export(build(("mlstm",)).to("meta"), tmp_path / "out", "pt2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other things than an export"):

@@ -251,6 +251,8 @@ def test_losses_by_position():
     losses = model.token_losses((inputs, targets))
     assert losses.shape == (2, 8) and not losses.requires_grad and losses[0, 2] == 0
     torch.testing.assert_close(losses.sum() / 15, model.loss((inputs, targets)).detach())
+    log_p = model(inputs)[0].log_softmax(-1)[:, :-1].gather(-1, inputs[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(-model.token_losses(inputs), torch.nn.functional.pad(log_p.detach(), (0, 1)))
 
 
 @each_kind

@@ -112,6 +112,10 @@ def _wanted(model, format: str) -> list[str]:
     """Of "step" and "forward" those that this format and the model's blocks allow."""
     if format == "onnx" and find_spec("onnxscript") is None:
         raise ModuleNotFoundError("ONNX needs the package onnxscript: pip install 'exlstm[onnx]'")
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"model is {type(model).__name__}, wanted a LanguageModel")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError("the model is on the meta device and has no values to export")
     dtype = model.embedding.weight.dtype
     if format == "onnx" and dtype not in (torch.float32, torch.float16):
         raise ValueError(f"the model is {dtype}, for which ONNX Runtime lacks operators; wanted model.float()")

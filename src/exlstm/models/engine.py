@@ -38,7 +38,8 @@ IDLE_BYTES = 64 << 20
 class Engine:
     """`slots` sequences of one model at a time.
 
-    Weights may change in place between steps; after moving or replacing them, build a new engine.
+    Weights may change in place between steps; after moving or replacing them, build a new engine. An engine is for one thread
+    at a time, with its sequences: whoever serves many clients hands their requests to the thread that steps.
 
     >>> from exlstm import LanguageConfig, LanguageModel
     >>> engine = Engine(LanguageModel(LanguageConfig(d_model=64, n_layers=1)), slots=4)

@@ -129,7 +129,15 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, batch) -> Tensor:
-        """Cross-entropy of every target (B, T) in nats, without gradient; 0 where the target does not count."""
+        """Cross-entropy of every target (B, T) in nats, without gradient; 0 where the target does not count.
+
+        `batch` as in `loss`. Of tokens alone: minus the log-probability of the token that follows each one, and 0 at the end.
+
+        >>> model = LanguageModel(LanguageConfig(d_model=64, n_layers=1)).eval()
+        >>> tokens = torch.tensor([[72, 101, 108, 108, 111]])
+        >>> of_each = -model.token_losses(tokens)[:, :-1]  # log p(tokens[:, 1:])
+        >>> of_the_text = of_each.sum(1)
+        """
         return self._loss(batch, "none")
 
     def _loss(self, batch, reduction: str) -> Tensor:
