@@ -232,8 +232,10 @@ def test_hidden_states(blocks):
         assert len(head(model.config)(tokens).hidden_states) == n + 1
 
 
-def test_what_does_not_fit_is_told():
+def test_what_does_not_fit_is_told(tmp_path):
     model, tokens = wrapped(), tokens_of(2, 9)
+    # With the sizes of a fresh config every weight would fit.
+    LanguageModel(LanguageConfig(logit_cap=2.0)).save_pretrained(tmp_path / "ours")
     for call, told in (
         (lambda: model(), "one of input_ids and inputs_embeds"),
         (lambda: model(tokens, attention_mask=torch.ones(2, 5)), r"attention_mask has shape \(2, 5\), wanted \(2, 9\)"),
@@ -241,6 +243,7 @@ def test_what_does_not_fit_is_told():
         (lambda: model(tokens, past_key_values=transformers.DynamicCache()), "DynamicCache, wanted an ExlstmCache"),
         (lambda: model(tokens, output_attentions=True), "are not offered"),
         (lambda: hf.ExlstmConfig(network={"d_modle": 3}), "did you mean 'd_model'"),
+        (lambda: hf.ExlstmForCausalLM.from_pretrained(tmp_path / "ours"), r"which ExlstmForCausalLM.from_exlstm\("),
         (lambda: write(model, tokens[:1], assistant_model=wrapped()), "assist"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
 
 from exlstm.hf.cache import CACHE, ExlstmCache
 from exlstm.layers.basic import LayerNorm, RMSNorm, init_linear, soft_cap
+from exlstm.models.checkpoint import FORMAT
 from exlstm.models.config import LanguageConfig, from_dict
 from exlstm.models.language import LanguageModel
 from exlstm.models.stack import Stack, make_norm, set_eps
@@ -37,6 +38,9 @@ class ExlstmConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(self, network: LanguageConfig | Mapping | None = None, use_cache: bool = True, **others):
+        if others.get("format") == FORMAT:
+            told = "ExlstmForCausalLM.from_exlstm(LanguageModel.from_pretrained(...))"
+            raise ValueError(f"this config.json is of LanguageModel.save_pretrained, which {told} reads")
         given = asdict(network) if isinstance(network, LanguageConfig) else dict(network or {})
         language = from_dict(LanguageConfig, given)
         # What transformers asks for by these names; the vocabulary and the tie may be changed from outside.
