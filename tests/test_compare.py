@@ -415,6 +415,23 @@ def test_runs_of_another_text_are_not_taken_for_done(tmp_path, text, capsys):
         compare.run("enwik8", replace(settings, text=other))
 
 
+def test_a_text_that_no_run_has_read_does_not_count(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(scoreboard, "_picture", lambda *_: None)
+    settings = config(tmp_path, quick=True, models=("lstm",), text=text)
+    (tmp_path / "short.txt").write_text("ab")
+    with pytest.raises(ValueError, match="too short"):
+        compare.run("enwik8", replace(settings, text=tmp_path / "short.txt"))
+    assert len(compare.run("enwik8", settings)) == 1
+
+
+def test_a_text_of_the_same_size_is_another_text(tmp_path, text):
+    other = tmp_path / text.name
+    other.write_text(text.read_text())
+    other.with_name("text.txt.val").write_text(TEXT)
+    read, held = (feeds.open_text("code", file, tmp_path).test for file in (text, other))
+    assert read.tolist() != held.tolist()
+
+
 def test_every_width_and_dropout_is_a_line_of_its_own(tmp_path):
     settings = config(tmp_path, quick=True, models=("lstm",), cases=("parity",), widths=(8, 16), dropouts=(0.0, 0.5))
     lines = compare.run("state", settings)
@@ -519,6 +536,7 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
         (["state", "--cases", "pairity"], "row state has no case 'pairity', did you mean 'parity'?"),
         (["enwik8"], "row enwik8 reads a text, give its file with --text"),
         (["enwik8", "--text", "nowhere.txt"], "there is no file nowhere.txt with the text of enwik8"),
+        (["tinyshakespeare", "--text", sys.executable], "is no text in UTF-8"),
         (["state", "--steps", "5", "--minutes-each", "1"], "one of the two fixes a run"),
         (["state", "--steps", "-1"], "steps is -1, wanted at least 0"),
         (["state", "--dropouts", "0.1", "1.5"], "a dropout is 1.5, wanted 0 ≤ dropout < 1"),

@@ -369,10 +369,9 @@ def _texts(row: Row, path: Path | None, folder: Path) -> dict:
         # Runs are known by their settings: of another text they would be taken for done.
         told = {name: [zlib.crc32(part.tobytes()) for part in text[:3]] for name, text in texts.items()}
         known = _read(folder / "texts.json")
-        if not known:
-            _write(folder / "texts.json", told)
-        elif known != told:
+        if known not in ({}, told) and any((folder / part).is_dir() for part in ("records", "checkpoints")):
             raise ValueError(f"the runs in {folder} read another text than {path}; choose another folder with --out")
+        _write(folder / "texts.json", told)
     return texts
 
 
@@ -385,10 +384,9 @@ def _read(path: Path) -> dict:
     """What `_write` wrote, empty where there is nothing; what is damaged is told, and made anew."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError):
-        print(f"{path} is damaged and is made anew", flush=True)
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        if not isinstance(error, FileNotFoundError):
+            print(f"{path} is damaged and is made anew", flush=True)
         return {}
 
 

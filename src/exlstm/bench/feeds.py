@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -176,7 +177,10 @@ def open_text(name: str, path: Path, cache: Path) -> Text:
         cuts = len(whole) * 90 // 100, len(whole) * 95 // 100
         return Text(*np.split(whole, cuts), np.ones(256, np.int64), "bits a byte")
     if name == "tinyshakespeare":
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is no text in UTF-8") from None
         tokenizer = TOKENIZERS["characters"].fit([text])
         whole = tokenizer.array(text).astype(np.int32)
         train, held = np.split(whole, [int(0.9 * len(whole))])
@@ -184,7 +188,9 @@ def open_text(name: str, path: Path, cache: Path) -> Text:
     held = path.with_name(path.name + ".val")
     if not held.is_file():
         raise ValueError(f"there is no file {held} with the held-out part of {path}")
-    store = cache / f"{path.name}-{path.stat().st_size}-{held.stat().st_size}.npz"
+    # Another text may have the same name and size.
+    sums = (f"{zlib.crc32(file.read_bytes()):08x}" for file in (path, held))
+    store = cache / f"{path.name}-{'-'.join(sums)}.npz"
     if not store.is_file():
         train, test = (file.read_text(encoding="utf-8", errors="replace") for file in (path, held))
         tokenizer = TOKENIZERS["bpe"].fit([train], VOCABULARY)
