@@ -1,12 +1,16 @@
 """The laws of data: tokens give the text back, splits part it, batches cover it and depend on (seed, step) alone."""
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from exlstm.data import files, text, tokenizer
+from exlstm.data import files, parts, text, tokenizer
 from exlstm.data.config import DataConfig
 from exlstm.data.text import Split, TextBatches, load_corpus, load_text, open_corpus, windows, xz_bits_per_byte
 from exlstm.data.tokenizer import BPE, TOKENIZERS, Bytes, Characters, tokenizer_from_dict
@@ -244,35 +248,35 @@ def test_a_fingerprint_is_names_and_contents_and_not_the_place(tmp_path):
 
 def test_a_text_that_changes_while_it_is_read_is_noticed(tmp_path):
     (document,), _ = files.find(write(tmp_path, a_txt="before"))
-    assert files.read(document) == b"before"
+    assert list(files.pieces(document)) == [(True, b"before")]
     document.path.write_text("behind")
     with pytest.raises(ValueError, match="changed while it was read"):
-        files.read(document)
+        list(files.pieces(document))
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 30])
 def test_the_parts_are_the_whole_text_once(tmp_path, count, share):
     documents, _ = files.find(many(tmp_path, count))
-    train, held = text.divide(documents, share, seed=1)
+    train, held = parts.divide(documents, share, seed=1)
     found = Counter()
     for part in train + held:
         assert part.begin < part.end
         found[part.document.name] += part.end - part.begin
     assert found == {d.name: d.size for d in documents}
-    if share in (0.1, 0.5) or count >= text.MANY:
+    if share in (0.1, 0.5) or count >= parts.MANY:
         assert train and held
-    if count >= text.MANY:
+    if count >= parts.MANY:
         assert not {p.document.name for p in train} & {p.document.name for p in held}
         if share in (0.1, 0.5):
             size = sum(p.document.size for p in held) / sum(d.size for d in documents)
             assert abs(size - share) < 0.05
-        assert text.divide(documents, share, seed=1)[1] == held
+        assert parts.divide(documents, share, seed=1)[1] == held
 
 
 def test_held_out_documents_follow_the_seed_and_the_names_alone(tmp_path):
     def held(folder, seed):
-        return [p.document.name for p in text.divide(files.find(folder)[0], 0.2, seed)[1]]
+        return [p.document.name for p in parts.divide(files.find(folder)[0], 0.2, seed)[1]]
 
     one, other = many(tmp_path / "one"), many(tmp_path / "two")
     assert held(one, 0) == held(other, 0)
@@ -282,7 +286,7 @@ def test_held_out_documents_follow_the_seed_and_the_names_alone(tmp_path):
 def test_one_large_document_is_not_held_out(tmp_path):
     folder = write(tmp_path, **{f"{i}_txt": "a few words" for i in range(20)}, large_txt="x" * 10000)
     for seed in range(10):
-        train, held = text.divide(files.find(folder)[0], 0.1, seed)
+        train, held = parts.divide(files.find(folder)[0], 0.1, seed)
         assert "large.txt" in {p.document.name for p in train} and held
 
 
@@ -322,6 +326,82 @@ def test_strange_bytes_and_line_ends_are_kept(tmp_path, name):
     corpus = load_corpus(DataConfig(files=folder, tokenizer=name, held_out=0.25), tmp_path / "c")
     wanted = value if name == "bytes" else value.decode("utf-8", "replace").encode()
     assert corpus.train.bytes() + corpus.held_out.bytes() == wanted
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", " ", "。\n", "\u3000\n", ""], ids=ascii)
+@every_tokenizer
+def test_the_size_of_what_is_read_at_once_changes_nothing(tmp_path, name, ending, monkeypatch):
+    value = "".join(f"line {i} für 2 €{ending}" for i in range(300)).encode() + b"\xff\xe2\x82 end\n"
+    config = DataConfig(files=write(tmp_path / "t", a_txt=value, b_txt="b" * 99), tokenizer=name)
+    whole = load_corpus(config, tmp_path / "whole")
+    monkeypatch.setattr(files, "BLOCK", 500)
+    monkeypatch.setattr(parts, "TAIL", 100)
+    pieces = load_corpus(config, tmp_path / "pieces")
+    for part in ("train", "held_out"):
+        one, other = getattr(whole, part), getattr(pieces, part)
+        assert one.bytes() == other.bytes() and one.names == other.names
+        if name != "bpe" or ending in ("\n", "\r\n", "。\n"):
+            assert one.tokens.tolist() == other.tokens.tolist() and one.counts.tolist() == other.counts.tolist()
+    tokens = load_text(config.files, whole.tokenizer).tokens
+    assert name == "bpe" or len(tokens) == len(whole.train) + len(whole.held_out)
+
+
+@pytest.mark.parametrize("name", ["bytes", "characters"])
+def test_a_large_file_is_not_read_into_memory(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 1 << 14)
+    large = tmp_path / "large.txt"
+    large.write_bytes(b"a line of text\n" * (1 << 16))
+    (tmp_path / "sparse.txt").touch()
+    os.truncate(tmp_path / "sparse.txt", 1 << 28)
+    config = DataConfig(files=str(large), tokenizer=name)
+    tracemalloc.start()
+    corpus = load_corpus(config, tmp_path / "c")
+    with pytest.raises(ValueError, match="binary"):
+        files.find(str(tmp_path / "sparse.txt"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < large.stat().st_size
+    assert corpus.train.n_bytes + corpus.held_out.n_bytes == large.stat().st_size
+
+
+def test_the_size_of_a_split_is_counted_in_little_memory():
+    split = Split(np.zeros(1 << 24, np.uint8), np.array([1 << 24]), ("a",), Bytes())
+    tracemalloc.start()
+    assert split.n_bytes == 1 << 24
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("end", PACKERS)
+def test_packed_files_are_read_as_what_they_hold(tmp_path, end):
+    plain, rows = SAMPLE * 9, "".join(json.dumps({"text": f"row {i}\n", "n": i}) + "\n" for i in range(9))
+    write(tmp_path, **{f"a_txt{end}": PACKERS[end](plain.encode()), f"b_jsonl{end}": PACKERS[end](rows.encode())})
+    corpus = load_corpus(DataConfig(files=(f"{tmp_path}/a.txt{end}", f"{tmp_path}/b.jsonl{end}")), tmp_path / "c")
+    held = corpus.held_out
+    assert corpus.train.bytes() + held.bytes() == plain.encode() + b"".join(b"row %d\n" % i for i in range(9))
+
+
+def test_every_row_of_a_table_is_a_document(tmp_path):
+    texts = ["one", "", "zwei €", "x", "a\nb\n", "\ud800", "tail"]
+    lines = [json.dumps({"text": t, "body": "B" + t}) for t in texts]
+    root = write(tmp_path / "t", a_jsonl="\ufeff" + "\r\n".join([*lines[:3], "", *lines[3:]]))
+    config = DataConfig(files=root, held_out=0.3)
+    corpus = load_corpus(config, tmp_path / "c")
+    # Rows with one byte predict nothing; no row is torn.
+    assert corpus.train.bytes() + corpus.held_out.bytes() == "onezwei €a\nb\ntail".encode()
+    assert corpus.train.counts.tolist() == [3, 8, 4] and corpus.held_out.counts.tolist() == [4]
+    assert corpus.train.names == ("a.jsonl",) * 3 and open_corpus(tmp_path / "c").train.names == corpus.train.names
+    assert TextBatches(corpus.train, 14, 1).batch(0).reset.sum() == 3
+    other = load_corpus(replace(config, field="body"), tmp_path / "c")
+    assert other.fingerprint != corpus.fingerprint and other.train.bytes().startswith("BoneBzwei €".encode())
+    assert load_text(root, Bytes()).counts.tolist() == [3, 8, 4, 4]
+    assert load_text(root, Bytes(), field="body").counts.tolist() == [4, 9, 2, 5, 2, 5]
+    # The same letters with other borders are another text.
+    write(tmp_path / "t", a_jsonl="\n".join(json.dumps({"text": t}) for t in ["onez", "wei €", "xa\nb\n", "?tail"]))
+    assert load_corpus(config, tmp_path / "c").fingerprint != corpus.fingerprint
 
 
 def test_a_prepared_corpus_is_reused_and_a_changed_one_made_anew(tmp_path):
@@ -431,7 +511,31 @@ BAD_FILES = {
     "few bytes": ("few.txt", ValueError, "few.txt is too short with 10 bytes: "),
     "binary": ("data.bin", ValueError, r"data.bin is binary \(with NUL bytes\), wanted text"),
     "UTF-16": ("wide.txt", ValueError, "wide.txt is binary .*, wanted text; it seems in UTF-16; save it in UTF-8$"),
-    "packed": ("ok.txt.gz", ValueError, "gz is binary .*, wanted text; it seems packed by gzip; unpack it$"),
+    "packed": (
+        "packed.txt",
+        ValueError,
+        "packed.txt is binary .*; it seems packed by gzip; unpack it, or let .* end in .gz$",
+    ),
+    "packed by zstd": ("ok.zst", ValueError, "zst is binary .*, wanted text; it seems packed by zstd; unpack it$"),
+    "parquet": ("ok.parquet", ValueError, "it seems a table of Parquet; write its rows to a .jsonl$"),
+    "packed and cut short": ("short.gz", ValueError, "short.gz is damaged: Compressed file ended"),
+    "gz in name alone": ("no.gz", ValueError, "no.gz is damaged: Not a gzipped file"),
+    "bz2 in name alone": ("no.bz2", ValueError, "no.bz2 is damaged: Invalid data stream"),
+    "xz in name alone": ("no.xz", ValueError, "no.xz is damaged: Input format not supported"),
+    "packed binary": ("data.gz", ValueError, r"data.gz is binary \(with NUL bytes\), wanted text$"),
+    "row that is not JSON": (
+        "torn.jsonl",
+        ValueError,
+        "torn.jsonl, line 2, is not JSON .*; wanted an object with a field 'text'$",
+    ),
+    "row without the field": (
+        "other.jsonl",
+        ValueError,
+        "line 1, has no field 'text', only 'body', 'n'; the setting field names",
+    ),
+    "row that is a list": ("list.jsonl", ValueError, "list.jsonl, line 3, holds list, wanted an object"),
+    "row with another thing": ("null.jsonl", ValueError, "null.jsonl, line 1, has 'text' of NoneType, wanted text$"),
+    "rows without text": ("none.jsonl", ValueError, "none.jsonl is empty, wanted text"),
     "folder without files": ("hollow", ValueError, "hollow holds no text"),
     "folder without text": ("blobs", ValueError, r"blobs holds no text: 1 binary \(with NUL bytes\), 1 empty"),
     "glob without text": ("blobs/*", ValueError, "holds no text: "),
@@ -446,11 +550,17 @@ def test_bad_files_are_refused_in_a_sentence_and_nothing_is_written(tmp_path, so
         tmp_path / "t", empty_txt="", one_txt="x", few_txt="ten bytes!", data_bin=b"\x7fELF\0\0", ok_txt="fine " * 99
     )
     write(tmp_path / "t", blobs__a=b"\0", blobs__b="", wide_txt="text".encode("utf-16"))
-    (tmp_path / "t" / "ok.txt.gz").write_bytes(gzip.compress(b"fine " * 99))
+    packed = gzip.compress(b"fine " * 99)
+    write(tmp_path / "t", packed_txt=packed, ok_zst=b"\x28\xb5\x2f\xfd\0", ok_parquet=b"PAR1\0", short_gz=packed[:-9])
+    write(tmp_path / "t", no_gz="text", no_bz2="text", no_xz="text", data_gz=gzip.compress(b"\0"))
+    write(tmp_path / "t", torn_jsonl='{"text": "a"}\n{"text": "b', other_jsonl='{"body": "a", "n": 1}')
+    write(
+        tmp_path / "t", list_jsonl='{"text": "a"}\n\n["a"]', null_jsonl='{"text": null}', none_jsonl='{"text": ""}\n\n'
+    )
     (tmp_path / "t" / "hollow").mkdir()
     os.mkfifo(tmp_path / "t" / "pipe")
     for sources in ([f"{root}/{source}"], [f"{root}/ok.txt", f"{root}/{source}"]):
-        if len(sources) == 2 and source in ("empty.txt", "one.txt", "few.txt"):
+        if len(sources) == 2 and source in ("empty.txt", "one.txt", "few.txt", "none.jsonl"):
             continue
         with pytest.raises(error, match=f"(?i){sentence}") as told:
             load_corpus(DataConfig(files=sources), tmp_path / "run" / "data")
@@ -655,6 +765,7 @@ BAD_SETTINGS = [
     ({"context": 2.5}, "context is 2.5"),
     ({"batch_size": True}, "batch_size is True"),
     ({"seed": -1}, "seed is -1"),
+    ({"field": ""}, "field is '', wanted the name of the field"),
     ({"held_out": 0}, "held_out is 0, wanted a share of the text between 0 and 1"),
     ({"held_out": 1.0}, "held_out is 1.0"),
     ({"held_out": float("nan")}, "held_out is nan"),

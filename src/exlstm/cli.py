@@ -51,7 +51,7 @@ class Train:
     """
 
     files: Files = ()
-    """files, folders or globs of text"""
+    """files, folders or globs of text, or of .jsonl; .gz, .bz2 and .xz are read as what they hold"""
     out: str = ""
     """run folder; left out: runs/<name of the first file>"""
     size: str = DEFAULT_SIZE
@@ -105,6 +105,8 @@ class Evaluate:
     """run folder, or one of its checkpoints"""
     files: Files = ()
     """files, folders or globs of text; left out: the run's held-out part"""
+    field: str = "text"
+    """the field of a .jsonl that holds the text"""
     limit: int = 131072
     """bytes that are read, at most; 0: all"""
     device: str = "auto"
@@ -174,7 +176,7 @@ def generate(command: Generate):
 
 
 def evaluate(command: Evaluate):
-    told = command.files, command.limit, command.device, command.int8
+    told = command.files, command.limit, command.device, command.int8, command.field
     import_module("exlstm.runs").evaluate(_run(command), *told)
 
 
@@ -230,9 +232,7 @@ def compare(argv: list[str]):
 
 
 def doctor(_):
-    from exlstm.doctor import report
-
-    return report()
+    return import_module("exlstm.doctor").report()
 
 
 # name -> (its arguments, what runs it and perhaps returns the exit code, what the arguments start from)

@@ -65,16 +65,21 @@ def report(model, split, title: str) -> float:
 
 
 def evaluate(
-    run: Path, files: Sequence[str] = (), limit: int = REPORT_BYTES, device: str = "auto", int8: bool = False
+    run: Path,
+    files: Sequence[str] = (),
+    limit: int = REPORT_BYTES,
+    device: str = "auto",
+    int8: bool = False,
+    field: str = "text",
 ) -> float:
     """`report` on files, without any on the held-out text of the run, also of one that `run` is a checkpoint of.
 
-    At most `limit` bytes are read, 0 for all.
+    At most `limit` bytes are read, 0 for all; rows of a .jsonl have their text in `field`.
     """
     if limit < 0:
         raise ValueError(f"limit is {limit}, wanted a number of bytes, or 0 for all")
     model = load(run, device, int8)
-    split = load_text(files, model.tokenizer) if files else _corpus(_run_of(run)).held_out
+    split = load_text(files, model.tokenizer, field) if files else _corpus(_run_of(run)).held_out
     title = f"{', '.join(files[:3])}{' ...' * (len(files) > 3)}" if files else f"held-out text of {run}"
     return report(model, split.head(limit) if limit else split, title)
 

@@ -14,7 +14,10 @@ class DataConfig:
     """Text, its tokens, its held-out part and its batches."""
 
     files: tuple[str, ...] = ()
-    """files, folders (every text file below) or globs; empty: the source of the Python standard library"""
+    """files, folders (every text file below) or globs, as text or as .jsonl, packed (.gz, .bz2, .xz) or not; empty: the source
+    of the Python standard library"""
+    field: str = "text"
+    """the field of a .jsonl that holds the text; every row is a document"""
     tokenizer: str = "bytes"
     """bytes, characters or bpe (a byte-level BPE trained on the text, needs exlstm[hf])"""
     vocab_size: int = 0
@@ -35,6 +38,8 @@ class DataConfig:
         for file in files:
             if not isinstance(file, str) or not file:
                 raise ValueError(f"files has {file!r}, wanted the name of a file or folder, or a glob")
+        if not isinstance(self.field, str) or not self.field:
+            raise ValueError(f"field is {self.field!r}, wanted the name of the field that holds the text")
         check_kind(self.tokenizer)
         for name, least in (("vocab_size", 0), ("context", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)

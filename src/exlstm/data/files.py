@@ -1,11 +1,19 @@
-"""Which documents a corpus has: files, folders, globs, or the standard library's source; a file is a document."""
+"""Which documents a corpus has: files, folders, globs, or the standard library's source, read a block at a time.
+
+A file is a document; so is every row of a .jsonl. A packed file is read as what it holds.
+"""
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
+import json
+import lzma
 import os
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,15 +22,20 @@ from typing import NamedTuple
 # Below the standard library, and not its source: what others installed, and tests, most of them tables.
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 BINARY = "binary (with NUL bytes)"
+# Bytes that are read at once, and the longest row of a table.
+BLOCK, LONGEST = 1 << 22, 1 << 28
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+TABLES = (".jsonl", ".ndjson")
 # How files begin that hold text in another form, and what to do about it.
 FORMS = {
     b"\xff\xfe": "in UTF-16; save it in UTF-8",
     b"\xfe\xff": "in UTF-16; save it in UTF-8",
-    b"\x1f\x8b": "packed by gzip; unpack it",
-    b"BZh": "packed by bzip2; unpack it",
-    b"\xfd7zXZ": "packed by xz; unpack it",
+    b"\x1f\x8b": "packed by gzip; unpack it, or let its name end in .gz",
+    b"BZh": "packed by bzip2; unpack it, or let its name end in .bz2",
+    b"\xfd7zXZ": "packed by xz; unpack it, or let its name end in .xz",
     b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it",
     b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "a table of Parquet; write its rows to a .jsonl",
 }
 
 
@@ -33,16 +46,22 @@ class Document(NamedTuple):
     """path below the folder that was named, with slashes: the same on every machine"""
     path: Path
     size: int
-    """bytes"""
+    """bytes of text"""
     digest: str
-    """sha256 of the bytes"""
+    """sha256 of them, and of where rows end"""
+    field: str = ""
+    """the field of its rows that holds the text; empty: the file itself is text"""
 
 
-def find(files: str | Sequence[str] = (), cache: Path | None = None) -> tuple[list[Document], list[str]]:
-    """The documents behind `files`, in their order and each once, and sentences about what was passed over.
+def find(
+    files: str | Sequence[str] = (), cache: Path | None = None, field: str = "text"
+) -> tuple[list[Document], list[str]]:
+    """The documents behind `files`, in their order and each once, and sentences about what was passed over; rows of a .jsonl
+    have their text in `field`.
 
     Folders and globs pass over files with NUL bytes, hidden ones, and the folders of our own runs, among them the one
-    that `cache` belongs to. FileNotFoundError, ValueError: something that was named is missing, binary or without text.
+    that `cache` belongs to. FileNotFoundError, ValueError: something that was named is missing, binary, damaged or without
+    text.
     """
     files = [os.path.expanduser(file) for file in ((files,) if isinstance(files, str | os.PathLike) else files)]
     cache = None if cache is None else Path(cache).resolve()
@@ -52,10 +71,9 @@ def find(files: str | Sequence[str] = (), cache: Path | None = None) -> tuple[li
         for name, path in _candidates(source, cache):
             real = os.path.realpath(path)
             if real not in kinds:
-                data = path.read_bytes()
-                kinds[real] = "empty" if not data else BINARY if b"\0" in data else "text"
+                kinds[real], size, digest = _summed(path, field)
                 if kinds[real] == "text":
-                    documents.append(Document(name, path, len(data), hashlib.sha256(data).hexdigest()))
+                    documents.append(Document(name, path, size, digest, field if _is_table(path) else ""))
             here[kinds[real]] += 1
         if not here["text"] and os.path.isfile(source):
             (kind,) = here
@@ -75,17 +93,89 @@ def find(files: str | Sequence[str] = (), cache: Path | None = None) -> tuple[li
 
 def _form(path: Path) -> str:
     """The rest of a sentence about a file that is no text as it stands."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         begin = file.read(8)
     return next((f"; it seems {told}" for mark, told in FORMS.items() if begin.startswith(mark)), "")
 
 
-def read(document: Document) -> bytes:
-    """The bytes of a document. ValueError: they are not those that were found."""
-    data = document.path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != document.digest:
+def _open(path: Path):
+    return PACKED.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _is_table(path: Path) -> bool:
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower() in TABLES
+
+
+def _summed(path: Path, field: str) -> tuple[str, int, str]:
+    """What a file holds (text, nothing, something binary), and the size and digest of its text."""
+    size, hashed, table = 0, hashlib.sha256(), _is_table(path)
+    for begins, piece in _read(path, field if table else ""):
+        if not table and b"\0" in piece:
+            return BINARY, 0, ""
+        size += len(piece)
+        hashed.update(_row_mark(piece) * (begins and table) + piece)
+    return "text" if size else "empty", size, hashed.hexdigest()
+
+
+def _row_mark(row: bytes) -> bytes:
+    return b"%d " % len(row)
+
+
+def pieces(document: Document) -> Iterator[tuple[bool, bytes]]:
+    """The text of a document in pieces, each with whether a row begins there: rows of a table, blocks of a file that is one.
+
+    ValueError, at the end: it is not what was found.
+    """
+    hashed = hashlib.sha256()
+    for begins, piece in _read(document.path, document.field):
+        hashed.update(_row_mark(piece) * (begins and bool(document.field)) + piece)
+        yield begins, piece
+    if hashed.hexdigest() != document.digest:
         raise ValueError(f"{document.path} changed while it was read; try again when it stands still")
-    return data
+
+
+def _read(path: Path, field: str) -> Iterator[tuple[bool, bytes]]:
+    """`pieces` of a file, whatever it holds."""
+    with _open(path) as stream:
+        try:
+            if field:
+                yield from ((True, row) for row in _rows(path, stream, field))
+                return
+            begins = True
+            while block := stream.read(BLOCK):
+                yield begins, block
+                begins = False
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        except OSError as error:
+            # How bz2 says it.
+            if error.errno is None:
+                raise ValueError(f"{path} is damaged: {error}") from None
+            raise
+
+
+def _rows(path: Path, stream, field: str) -> Iterator[bytes]:
+    """The texts of a file with a JSON object a line; empty ones and empty lines are left out."""
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}, is not JSON ({error}); wanted an object with a field {field!r}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}, holds {type(row).__name__}, wanted an object with a field {field!r}")
+        if field not in row:
+            told = ", ".join(map(repr, list(row)[:8])) or "none"
+            raise ValueError(
+                f"{where}, has no field {field!r}, only {told}; the setting field names the one with the text"
+            )
+        if not isinstance(row[field], str):
+            raise ValueError(f"{where}, has {field!r} of {type(row[field]).__name__}, wanted text")
+        if row[field]:
+            yield row[field].encode("utf-8", "replace")
 
 
 def fingerprint(documents: Iterable[Document]) -> str:

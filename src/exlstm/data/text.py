@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,11 @@ import torch
 from exlstm.data import files
 from exlstm.data.config import DataConfig
 from exlstm.data.files import Document
+from exlstm.data.parts import Part, divide, rank
 from exlstm.data.tokenizer import TOKENIZERS, tokenizer_from_dict
 
 VERSION = 1
 HEADER = "corpus.json"
-# From this many documents on, whole ones are held out.
-MANY = 10
 
 
 class TextBatch(NamedTuple):
@@ -75,8 +75,10 @@ class Split:
     @property
     def n_bytes(self) -> int:
         """Length of the text in bytes."""
-        sizes = self.token_bytes
-        return int(np.bincount(self.tokens, minlength=len(sizes)) @ sizes)
+        sizes, some = self.token_bytes, 1 << 22
+        # numpy would make 8 bytes of every token.
+        parts = (self.tokens[i : i + some] for i in range(0, len(self), some))
+        return sum(int(np.bincount(part, minlength=len(sizes)) @ sizes) for part in parts)
 
     def bytes(self) -> bytes:
         """The text, as UTF-8; as it was on disk if the tokens are bytes or the text was valid UTF-8."""
@@ -120,7 +122,7 @@ def load_corpus(
     written.
     """
     cache = Path(cache)
-    documents, notes = files.find(config.files, cache)
+    documents, notes = files.find(config.files, cache, config.field)
     found = files.fingerprint(documents)
     if expect is not None and found != expect:
         told = _difference(cache, documents)
@@ -155,22 +157,37 @@ def open_corpus(cache: Path | str, key: str | None = None) -> Corpus:
         splits, begin = [], 0
         for part in (header["train"], header["held_out"]):
             counts = np.array(part["counts"], np.int64)
-            splits.append(Split(tokens[begin : begin + counts.sum()], counts, tuple(part["names"]), tokenizer))
+            names = (name for name, k in zip(part["names"], part.get("rows") or repeat(1)) for _ in range(k))
+            splits.append(Split(tokens[begin : begin + counts.sum()], counts, tuple(names), tokenizer))
             begin += counts.sum()
         return Corpus(tokenizer, *splits, header["fingerprint"])
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{cache} holds no corpus that can be read ({type(error).__name__}: {error})") from None
 
 
-def load_text(sources: str | Sequence[str], tokenizer) -> Split:
+def load_text(sources: str | Sequence[str], tokenizer, field: str = "text") -> Split:
     """All text behind files, folders or globs, in memory, as tokens of a tokenizer that stands."""
-    documents, _ = files.find(sources)
-    read = [(document.name, tokenizer.array(files.read(document))) for document in documents]
-    kept = [(name, tokens) for name, tokens in read if len(tokens) > 1]
-    if not kept:
-        raise ValueError(f"{documents[0].path} has one token, wanted at least two: the first predicts the second")
-    counts = np.array([len(tokens) for _, tokens in kept])
-    return Split(np.concatenate([t for _, t in kept]), counts, tuple(name for name, _ in kept), tokenizer)
+    found, _ = files.find(sources, field=field)
+    read, names, counts = [], [], []
+    for document in found:
+        for begins, tokens in _tokenized(Part(document, 0, document.size), tokenizer):
+            read.append(tokens)
+            if begins:
+                names.append(document.name)
+                counts.append(0)
+            counts[-1] += len(tokens)
+    if not read:
+        raise ValueError(f"{found[0].path} has one token, wanted at least two: the first predicts the second")
+    return Split(np.concatenate(read), np.array(counts), tuple(names), tokenizer)
+
+
+def _tokenized(part: Part, tokenizer) -> Iterator[tuple[bool, np.ndarray]]:
+    """The tokens of a part in pieces, each with whether a document begins there."""
+    for begins, piece in part.pieces():
+        tokens = tokenizer.array(piece)
+        # One token alone predicts nothing.
+        if len(tokens) > 1 or not begins:
+            yield begins, tokens
 
 
 def xz_bits_per_byte(data: bytes) -> float:
@@ -184,61 +201,13 @@ def _tokens(cache: Path, key: str) -> Path:
     return cache / f"tokens-{key}.bin"
 
 
-class Part(NamedTuple):
-    """Bytes `begin` to `end` of a document."""
-
-    document: Document
-    begin: int
-    end: int
-
-    def read(self) -> bytes:
-        return files.read(self.document)[self.begin : self.end]
-
-
-def divide(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Part], list[Part]]:
-    """What is trained on, and about `share` of the bytes that is held out: documents in the order of a seeded hash of
-    their names, which is the same wherever they lie; with fewer than MANY, the end of the whole text."""
-    total = sum(d.size for d in documents)
-    if len(documents) < MANY:
-        return _cut(documents, int((1 - share) * total))
-    ranked = sorted(documents, key=lambda d: _rank(d.name, seed))
-    goal, size, held = share * total, 0, []
-    # The first is always trained on.
-    for document in ranked[1:]:
-        nearer = size + document.size / 2 <= goal
-        if nearer:
-            held.append(document)
-            size += document.size
-    held = held or [min(ranked, key=lambda d: abs(d.size - goal))]
-    paths = {d.path for d in held}
-    train = [d for d in documents if d.path not in paths]
-    return [Part(d, 0, d.size) for d in train], [Part(d, 0, d.size) for d in held]
-
-
-def _rank(name: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
-
-
-def _cut(documents: Sequence[Document], place: int) -> tuple[list[Part], list[Part]]:
-    """The text before byte `place` and the text from there on; a character that it would tear goes to the former."""
-    before, after = [], []
-    for document in documents:
-        cut = min(max(place, 0), document.size)
-        if 0 < cut < document.size:
-            data = files.read(document)
-            while cut < document.size and data[cut] & 0xC0 == 0x80:
-                cut += 1
-        before.append(Part(document, 0, cut))
-        after.append(Part(document, cut, document.size))
-        place -= document.size
-    return [p for p in before if p.begin < p.end], [p for p in after if p.begin < p.end]
-
-
 def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress):
     """Writes the tokens and the header that describes them."""
     train, held = divide(documents, config.held_out, config.seed)
-    ranked = sorted(train, key=lambda part: _rank(part.document.name, config.seed))
-    texts = [(part.read().decode("utf-8", "replace") for part in parts) for parts in (ranked, held)]
+    ranked = sorted(train, key=lambda part: rank(part.document.name, config.seed))
+    texts = [
+        (piece.decode("utf-8", "replace") for part in parts for _, piece in part.pieces()) for parts in (ranked, held)
+    ]
     tokenizer = TOKENIZERS[config.tokenizer].fit(texts[0], config.vocab_size, texts[1])
     size = tokenizer.vocab_size
     dtype = np.dtype("u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
@@ -247,15 +216,16 @@ def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, hea
     with _aside(cache) as folder:
         with open(folder / "tokens", "wb") as stream:
             for name, parts in (("train", train), ("held_out", held)):
-                counts = {"names": [], "counts": []}
+                counts = {"names": [part.document.name for part in parts], "rows": [], "counts": []}
                 for part in parts:
-                    tokens = tokenizer.array(part.read()).astype(dtype, copy=False)
-                    # One token alone predicts nothing.
-                    if len(tokens) > 1:
+                    before = len(counts["counts"])
+                    for begins, tokens in _tokenized(part, tokenizer):
+                        tokens = tokens.astype(dtype, copy=False)
                         stream.write(tokens)
                         hashed.update(tokens)
-                        counts["names"].append(part.document.name)
-                        counts["counts"].append(len(tokens))
+                        counts["counts"] += [0] * begins
+                        counts["counts"][-1] += len(tokens)
+                    counts["rows"].append(len(counts["counts"]) - before)
                     done += part.end - part.begin
                     if progress is not None:
                         progress(done, total)

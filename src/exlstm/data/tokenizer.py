@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 BPE_SIZE = 4096
 # A text is given to the BPE in slices of about this many characters: bounded memory, and work for every core.
 SLICE = 1 << 16
-LINE_END = re.compile(r"(?<=\S)\n")
+LINE_END = re.compile(r"(?<=\S)\r?\n")
 # Characters that a BPE learns from: more teach it little.
 FIT = 1 << 26
 PROBE = "für 2 €\n\n  x"
@@ -101,7 +101,10 @@ class Characters:
     @classmethod
     def fit(cls, texts: Iterable[str], vocab_size: int = 0, held_out: Iterable[str] = ()) -> Characters:
         """All characters of the texts, the held-out ones among them: it knows no other way to write them."""
-        return cls("".join(set().union(*texts, *held_out)))
+        found = set()
+        for text in itertools.chain(texts, held_out):
+            found |= set(text)
+        return cls("".join(found))
 
     @property
     def vocab_size(self) -> int:
