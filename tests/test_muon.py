@@ -1,6 +1,7 @@
 """Muon: what it does to a matrix, which parameters it moves, and that a run with it stops and goes on as any other."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -130,6 +131,16 @@ def test_its_state_survives_and_is_told_from_another_s():
 def test_what_it_cannot_move():
     with pytest.raises(ValueError, match=r"Muon moves matrices, a parameter has shape \(3,\)"):
         Muon([nn.Parameter(torch.zeros(3))])
+    optimizer = Muon([nn.Parameter(torch.zeros(3, 4))])
+    for values, sentence in (
+        ({}, r"a parameter has shape \(3,\)"),
+        ({"lr": -1.0}, "lr is -1.0, wanted a number from 0"),
+        ({"momentum": 1.0}, "momentum is 1.0, wanted a number from 0 to below 1$"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            optimizer.add_param_group({"params": nn.Parameter(torch.zeros((3, 4) if values else 3)), **values})
+    assert len(optimizer.param_groups) == 1
     narrow = Optimizer(nn.Linear(8, 8), TrainConfig(steps=1, optimizer="muon"))
     assert narrow.muon is None and len(narrow.adamw.param_groups) == 2
 

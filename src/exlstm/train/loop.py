@@ -170,11 +170,16 @@ class _Run:
             self._evaluate()
         if self._due("sample") and self.sample and not self.signals.received:
             self._sample()
-        if self._due("save"):
+        if self._save_due():
             self._save()
 
     def _due(self, kind: str) -> bool:
         return self.step == self.steps or self.step % self.config.every(kind, self.steps) == 0
+
+    def _save_due(self) -> bool:
+        """Not among steps that are not finite: what they leave must not take the place of the checkpoints before them."""
+        every = self.config.every("save", self.steps)
+        return self.step == self.steps or (self.step // every > self.saved // every and not self.skipped_in_a_row)
 
     def _update(self, step: int) -> tuple[dict, int]:
         """Loss, gradient and update of one step: its record and its tokens. Not finite: no update, and a reason why."""

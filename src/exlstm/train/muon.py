@@ -33,16 +33,23 @@ class Muon(torch.optim.Optimizer):
 
     In a group with `axes` so many leading axes count matrices, and all between them and the last are rows of one.
     `lr` may be a tensor of one number on the parameters' device: a step can then be recorded as a CUDA graph. It computes in
-    bfloat16 on a GPU, where such products are quickest, in the parameters' dtype on a CPU. ValueError: a parameter has less
-    than two axes.
+    bfloat16 on a GPU, where such products are quickest, in the parameters' dtype on a CPU.
     """
 
     def __init__(self, params, lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "axes": None})
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim < 2:
-                    raise ValueError(f"Muon moves matrices, a parameter has shape {tuple(p.shape)}")
+
+    def add_param_group(self, param_group: dict):
+        """Adds a group with settings of its own. ValueError: a parameter of less than two axes, or settings out of range."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        told = [f"Muon moves matrices, a parameter has shape {tuple(p.shape)}" for p in group["params"] if p.ndim < 2]
+        for name, below in (("lr", math.inf), ("momentum", 1), ("weight_decay", math.inf)):
+            if not isinstance(group[name], Tensor) and not 0 <= group[name] < below:
+                told.append(f"{name} is {group[name]}, wanted a number from 0 to below {below}")
+        if told:
+            self.param_groups.pop()
+            raise ValueError(told[0])
 
     @torch.no_grad()
     def step(self, closure=None):
