@@ -294,6 +294,7 @@ def test_every_field_can_be_reached(settled):
     [
         ((), "runs/stdlib"),
         (("texts/my book.txt", "x.txt"), "runs/my book"),
+        (("texts/my book.txt.gz",), "runs/my book"),
         (("texts/",), "runs/texts"),
         (("texts/**/*.md",), "runs/texts"),
         (("*.py",), "runs/text"),

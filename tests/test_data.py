@@ -583,6 +583,16 @@ def test_only_empty_files_are_refused(tmp_path):
         files.find([f"{root}/a.txt", f"{root}/b.txt"])
 
 
+@every_tokenizer
+def test_no_more_text_is_taken_than_asked_for(tmp_path, name, monkeypatch):
+    root = write(tmp_path, a_txt=SAMPLE, b_txt=SAMPLE * 99, c_txt=SAMPLE)
+    whole = load_text(root, FITTED[name])
+    monkeypatch.setattr(files, "BLOCK", 500)
+    some = load_text(root, FITTED[name], limit=1000)
+    assert some.names == ("a.txt", "b.txt") and 1000 <= len(some) < 1600 < len(whole)
+    assert some.head(1000).bytes() == whole.head(1000).bytes()
+
+
 def test_text_for_a_tokenizer_that_stands(tmp_path):
     root = write(tmp_path, a_txt="abcab", b_txt="c", c_txt="ba\n", one__x_txt="x")
     split = load_text([f"{root}/*.txt"], Characters("abc\n"))

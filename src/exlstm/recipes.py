@@ -14,6 +14,7 @@ from pathlib import Path
 
 from exlstm import __version__
 from exlstm.data.config import DataConfig
+from exlstm.data.files import PACKED
 from exlstm.models.config import SIZES, LanguageConfig, from_dict, nearest
 from exlstm.train.config import TrainConfig
 
@@ -170,7 +171,8 @@ def default_folder(data: DataConfig) -> str:
         return "runs/stdlib"
     path = Path(data.files[0])
     plain = [part for part in path.parts if not set("*?[") & set(part)]
-    name = path.stem if path.parts and path.parts[-1:] == tuple(plain[-1:]) else (plain or [""])[-1]
+    stem = Path(path.stem).stem if path.suffix.lower() in PACKED else path.stem
+    name = stem if path.parts and path.parts[-1:] == tuple(plain[-1:]) else (plain or [""])[-1]
     return f"runs/{''.join(c for c in name if c.isalnum() or c in '-_ ').strip() or 'text'}"
 
 

@@ -79,7 +79,7 @@ def evaluate(
     if limit < 0:
         raise ValueError(f"limit is {limit}, wanted a number of bytes, or 0 for all")
     model = load(run, device, int8)
-    split = load_text(files, model.tokenizer, field) if files else _corpus(_run_of(run)).held_out
+    split = load_text(files, model.tokenizer, field, limit) if files else _corpus(_run_of(run)).held_out
     title = f"{', '.join(files[:3])}{' ...' * (len(files) > 3)}" if files else f"held-out text of {run}"
     return report(model, split.head(limit) if limit else split, title)
 

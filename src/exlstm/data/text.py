@@ -165,17 +165,21 @@ def open_corpus(cache: Path | str, key: str | None = None) -> Corpus:
         raise ValueError(f"{cache} holds no corpus that can be read ({type(error).__name__}: {error})") from None
 
 
-def load_text(sources: str | Sequence[str], tokenizer, field: str = "text") -> Split:
-    """All text behind files, folders or globs, in memory, as tokens of a tokenizer that stands."""
+def load_text(sources: str | Sequence[str], tokenizer, field: str = "text", limit: int = 0) -> Split:
+    """All text behind files, folders or globs, in memory, as tokens of a tokenizer that stands; with a limit, as little more
+    than so many tokens as it is read at once."""
     found, _ = files.find(sources, field=field)
-    read, names, counts = [], [], []
-    for document in found:
-        for begins, tokens in _tokenized(Part(document, 0, document.size), tokenizer):
-            read.append(tokens)
-            if begins:
-                names.append(document.name)
-                counts.append(0)
-            counts[-1] += len(tokens)
+    read, names, counts, total = [], [], [], 0
+    pieces = ((d.name, *piece) for d in found for piece in _tokenized(Part(d, 0, d.size), tokenizer))
+    for name, begins, tokens in pieces:
+        read.append(tokens)
+        if begins:
+            names.append(name)
+            counts.append(0)
+        counts[-1] += len(tokens)
+        total += len(tokens)
+        if limit and total >= limit:
+            break
     if not read:
         raise ValueError(f"{found[0].path} has one token, wanted at least two: the first predicts the second")
     return Split(np.concatenate(read), np.array(counts), tuple(names), tokenizer)
