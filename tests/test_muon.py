@@ -128,6 +128,27 @@ def test_its_state_survives_and_is_told_from_another_s():
         Optimizer(part, config).load(other.state())
 
 
+@pytest.fixture
+def half():
+    """A mesh of two processes of which this is one; the other says nothing."""
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield distributed.init_device_mesh("cpu", (2,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((1, 192, 48), None), ((3, 2, 16, 48), 1), ((17, 32), None)])
+def test_a_matrix_in_parts_stays_in_them(shape, axes, half):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    parameter = nn.Parameter(distribute_tensor(torch.ones(shape), half, [Shard(0)]))
+    parameter.grad = distribute_tensor(drawn(*shape).float(), half, [Shard(0)])
+    Muon([{"params": [parameter], "axes": axes}]).step()
+    assert parameter.placements == (Shard(0),) and parameter.shape == shape
+
+
 def test_what_it_cannot_move():
     with pytest.raises(ValueError, match=r"Muon moves matrices, a parameter has shape \(3,\)"):
         Muon([nn.Parameter(torch.zeros(3))])

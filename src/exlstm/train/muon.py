@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, momenta = [p.grad for p in parameters], [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+        ahead = [_whole(g) for g in torch._foreach_lerp(grads, momenta, group["momentum"])]
         n, m = matrix(parameters[0].shape, group["axes"])
         stacked = torch.cat([g.reshape(-1, n, m) for g in ahead])
         stacked = stacked.bfloat16() if stacked.is_cuda else stacked
@@ -77,7 +77,24 @@ class Muon(torch.optim.Optimizer):
         moved = (moved.mT if n > m else moved) * (-0.2 * max(n, m) ** 0.5 * group["lr"])
         moved = moved.split([g.numel() // (n * m) for g in ahead])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, [u.reshape(p.shape) for u, p in zip(moved, parameters)])
+        torch._foreach_add_(parameters, [_laid_as(p, u.reshape(p.shape)) for u, p in zip(moved, parameters)])
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor, together again if processes hold a part of it each (FSDP): a matrix is turned as a whole."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def _laid_as(parameter: Tensor, x: Tensor) -> Tensor:
+    """x, which every process has whole, in the parts that the parameter is in."""
+    if not hasattr(parameter, "full_tensor"):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=parameter.placements
+    )
 
 
 def matrix(shape: tuple[int, ...], axes: int | None = None) -> tuple[int, int]:
