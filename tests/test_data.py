@@ -409,7 +409,7 @@ def test_a_prepared_corpus_is_reused_and_a_changed_one_made_anew(tmp_path):
     config, seen = DataConfig(files=folder), []
     first = load_corpus(config, cache, progress=lambda done, total: seen.append((done, total)))
     size = first.train.n_bytes + first.held_out.n_bytes
-    assert len(seen) == 30 and seen == sorted(seen) and seen[-1] == (size, size)
+    assert len(seen) == 31 and seen == sorted(seen) and (seen[0], seen[-1]) == ((0, size), (size, size))
     assert sorted(p.suffix for p in cache.iterdir()) == [".bin", ".json"]
     stamps = {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}
     again = load_corpus(

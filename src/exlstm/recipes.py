@@ -272,12 +272,17 @@ def _memory_told():
 
 
 class _Preparing:
-    """Says once that a corpus is being prepared."""
+    """Says that a corpus is being prepared, and every few seconds how much of it is."""
 
     def __init__(self, folder: Path):
-        self.folder, self.said = folder, False
+        self.folder, self.pace = folder, None
 
     def __call__(self, done: int, total: int):
-        if not self.said:
-            self.said = True
+        from exlstm.train.progress import Pace
+
+        if not done:
             print(f"prepares {total:,} bytes of text in {self.folder}/data", flush=True)
+            return
+        # What comes before the first bytes, learning a vocabulary, says nothing about the others.
+        self.pace = self.pace or Pace("bytes of text", total, lambda text: print(text, flush=True))
+        self.pace.add(done - self.pace.done)

@@ -171,7 +171,7 @@ def load_text(sources: str | Sequence[str], tokenizer, field: str = "text", limi
     found, _ = files.find(sources, field=field)
     read, names, counts, total = [], [], [], 0
     pieces = ((d.name, *piece) for d in found for piece in _tokenized(Part(d, 0, d.size), tokenizer))
-    for name, begins, tokens in pieces:
+    for name, begins, tokens, _ in pieces:
         read.append(tokens)
         if begins:
             names.append(name)
@@ -185,13 +185,13 @@ def load_text(sources: str | Sequence[str], tokenizer, field: str = "text", limi
     return Split(np.concatenate(read), np.array(counts), tuple(names), tokenizer)
 
 
-def _tokenized(part: Part, tokenizer) -> Iterator[tuple[bool, np.ndarray]]:
-    """The tokens of a part in pieces, each with whether a document begins there."""
+def _tokenized(part: Part, tokenizer) -> Iterator[tuple[bool, np.ndarray, int]]:
+    """The tokens of a part in pieces, each with whether a document begins there and with its bytes."""
     for begins, piece in part.pieces():
         tokens = tokenizer.array(piece)
         # One token alone predicts nothing.
         if len(tokens) > 1 or not begins:
-            yield begins, tokens
+            yield begins, tokens, len(piece)
 
 
 def xz_bits_per_byte(data: bytes) -> float:
@@ -207,6 +207,9 @@ def _tokens(cache: Path, key: str) -> Path:
 
 def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress):
     """Writes the tokens and the header that describes them."""
+    hashed, done, total = hashlib.sha256(), 0, sum(d.size for d in documents)
+    progress = progress or (lambda done, total: None)
+    progress(done, total)
     train, held = divide(documents, config.held_out, config.seed)
     ranked = sorted(train, key=lambda part: rank(part.document.name, config.seed))
     texts = [
@@ -216,23 +219,21 @@ def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, hea
     size = tokenizer.vocab_size
     dtype = np.dtype("u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
     header |= {"dtype": dtype.str, "tokenizer": tokenizer.to_dict(), "sources": {d.name: d.digest for d in documents}}
-    hashed, done, total = hashlib.sha256(), 0, sum(d.size for d in documents)
     with _aside(cache) as folder:
         with open(folder / "tokens", "wb") as stream:
             for name, parts in (("train", train), ("held_out", held)):
                 counts = {"names": [part.document.name for part in parts], "rows": [], "counts": []}
                 for part in parts:
                     before = len(counts["counts"])
-                    for begins, tokens in _tokenized(part, tokenizer):
+                    for begins, tokens, n_bytes in _tokenized(part, tokenizer):
                         tokens = tokens.astype(dtype, copy=False)
                         stream.write(tokens)
                         hashed.update(tokens)
                         counts["counts"] += [0] * begins
                         counts["counts"][-1] += len(tokens)
-                    counts["rows"].append(len(counts["counts"]) - before)
-                    done += part.end - part.begin
-                    if progress is not None:
+                        done += n_bytes
                         progress(done, total)
+                    counts["rows"].append(len(counts["counts"]) - before)
                 header[name] = counts
         if not (header["train"]["counts"] and header["held_out"]["counts"]):
             raise ValueError(
