@@ -544,6 +544,24 @@ BAD_FILES = {
 }
 
 
+def test_a_folder_passes_over_tables_of_other_things_and_says_so(tmp_path):
+    rows, good = '{"loss": 1.5}\n{"loss": 1.25}\n', tmp_path / "t" / "good.jsonl"
+    root = write(tmp_path / "t", a_txt="fine " * 9, log_jsonl=rows, more_jsonl=rows, good_jsonl='{"text": "x"}')
+    documents, notes = files.find(root)
+    assert [d.name for d in documents] == ["a.txt", "good.jsonl"]
+    assert notes == ["passed over 2 tables without a field 'text'"]
+    good.write_text('{"text": "x"}\n{"loss": 2}\n')
+    for named in ([root], [f"{root}/a.txt", f"{root}/log.jsonl"], [f"{root}/*.jsonl"]):
+        with pytest.raises(ValueError, match=r"jsonl, line [12], has no field 'text', only 'loss'; the setting field"):
+            files.find(named)
+    good.unlink()
+    with pytest.raises(ValueError, match=r"log.jsonl, line 1, has no field"):
+        files.find([root, f"{root}/log.jsonl"])
+    (tmp_path / "t" / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"holds no text: 2 without a field 'text'$"):
+        files.find(root)
+
+
 @pytest.mark.parametrize(("source", "error", "sentence"), BAD_FILES.values(), ids=BAD_FILES)
 def test_bad_files_are_refused_in_a_sentence_and_nothing_is_written(tmp_path, source, error, sentence):
     root = write(

@@ -226,6 +226,28 @@ def test_a_ridge_drawn_to_the_season_is_what_its_penalty_says():
     assert torch.allclose(path.predict(batch).double(), last + x @ wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("lookback, season", [(None, 0), (9, 0), (None, 3), (9, 3)])
+@pytest.mark.parametrize("center", ["mean", "last"])
+@pytest.mark.parametrize("alphas", [[0.1], [0.1, 2.0]])
+def test_a_ridge_without_the_constant_is_that_of_the_other_numbers(center, lookback, season, alphas):
+    torch.manual_seed(0)
+    w = windows()
+    batch = w.batch(torch.arange(3).repeat_interleave(20), torch.arange(20, 40).repeat(3), 14, 7)
+    gram = Gram(LinearPath(LinearConfig(7, 14, center=center, scale="series")))
+    gram.add(batch)
+    bare = Gram(gram.path)
+    bare.xx, bare.xy = gram.xx.clone(), gram.xy.clone()
+    # A number that goes with nothing has no weight.
+    bare.xx[-1, :-1], bare.xx[:-1, -1], bare.xy[-1] = 0.0, 0.0, 0.0
+    both = gram.solve(alphas, lookback, season, (True, False))
+    assert len(both) == 2 * len(alphas)
+    usual, without = both[: len(alphas)], both[len(alphas) :]
+    for weight, wanted in zip(usual, gram.solve(alphas, lookback, season), strict=True):
+        assert torch.equal(weight, wanted) and weight[-1].abs().max() > 1e-3
+    for weight, wanted in zip(without, bare.solve(alphas, lookback, season), strict=True):
+        assert torch.allclose(weight, wanted, atol=1e-5) and weight[-1].abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("season", [0, 3])
 def test_a_strength_alone_gives_what_it_gives_among_others(season):
     w = windows()

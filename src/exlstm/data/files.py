@@ -39,6 +39,10 @@ FORMS = {
 }
 
 
+class OtherTable(ValueError):
+    """The first row of a table lacks the field."""
+
+
 class Document(NamedTuple):
     """A file with text, as it was when it was found."""
 
@@ -60,18 +64,23 @@ def find(
     have their text in `field`.
 
     Folders and globs pass over files with NUL bytes, hidden ones, and the folders of our own runs, among them the one
-    that `cache` belongs to. FileNotFoundError, ValueError: something that was named is missing, binary, damaged or without
-    text.
+    that `cache` belongs to; folders also tables whose first row lacks the field. FileNotFoundError, ValueError: something
+    that was named is missing, binary, damaged or without text.
     """
     files = [os.path.expanduser(file) for file in ((files,) if isinstance(files, str | os.PathLike) else files)]
     cache = None if cache is None else Path(cache).resolve()
-    documents, kinds, notes = [], {}, []
+    documents, kinds, notes, other = [], {}, [], f"without a field {field!r}"
     for source in files or ("",):
         here = Counter()
         for name, path in _candidates(source, cache):
             real = os.path.realpath(path)
-            if real not in kinds:
-                kinds[real], size, digest = _summed(path, field)
+            if kinds.get(real, other) == other:
+                try:
+                    kinds[real], size, digest = _summed(path, field)
+                except OtherTable:
+                    if not os.path.isdir(source):
+                        raise
+                    kinds[real] = other
                 if kinds[real] == "text":
                     documents.append(Document(name, path, size, digest, field if _is_table(path) else ""))
             here[kinds[real]] += 1
@@ -86,8 +95,10 @@ def find(
             raise ValueError(f"{source or 'the standard library'} holds no text" + (f": {told}" if told else ""))
     if not documents:
         raise ValueError(f"all {len(files)} files are empty, wanted text")
-    if count := list(kinds.values()).count(BINARY):
-        notes.append(f"passed over {count} binary file{'s' * (count > 1)}")
+    counts = Counter(kinds.values())
+    for count, kind in ((counts[BINARY], "binary file"), (counts[other], "table")):
+        if count:
+            notes.append(f"passed over {count} {kind}{'s' * (count > 1)}{f' {other}' * (kind == 'table')}")
     return documents, notes
 
 
@@ -156,6 +167,7 @@ def _read(path: Path, field: str) -> Iterator[tuple[bool, bytes]]:
 
 def _rows(path: Path, stream, field: str) -> Iterator[bytes]:
     """The texts of a file with a JSON object a line; empty ones and empty lines are left out."""
+    found = False
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if not line.strip():
@@ -169,9 +181,9 @@ def _rows(path: Path, stream, field: str) -> Iterator[bytes]:
             raise ValueError(f"{where}, holds {type(row).__name__}, wanted an object with a field {field!r}")
         if field not in row:
             told = ", ".join(map(repr, list(row)[:8])) or "none"
-            raise ValueError(
-                f"{where}, has no field {field!r}, only {told}; the setting field names the one with the text"
-            )
+            error = ValueError if found else OtherTable
+            raise error(f"{where}, has no field {field!r}, only {told}; the setting field names the one with the text")
+        found = True
         if not isinstance(row[field], str):
             raise ValueError(f"{where}, has {field!r} of {type(row[field]).__name__}, wanted text")
         if row[field]:

@@ -54,6 +54,8 @@ class Part:
     share: float
     season: int = 0
     """of the pattern that it is drawn to, counted from the last value; 0: to the level of the path"""
+    constant: bool = True
+    """whether it adds a number that is the same for all windows: the mean move of what was learnt from"""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def _without_own(path: LinearPath) -> LinearPath:
 
 
 def _mean(gram: Gram, parts: tuple[Part, ...]) -> Tensor:
-    return sum(part.share * gram.solve([part.alpha], part.lookback, part.season)[0] for part in parts)
+    maps = (gram.solve([p.alpha], p.lookback, p.season, [p.constant])[0] for p in parts)
+    return sum(part.share * map for part, map in zip(parts, maps))
 
 
 def out_of_fold(found: Split, recipe: Recipe, config: FitConfig, most: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -275,12 +278,13 @@ def _held(found: Split, path: LinearPath, config: FitConfig) -> Held:
 
 
 def _rows(gram: Gram, held: Held, looks: list[int], season: int = 0) -> list[tuple[float, Part, Tensor]]:
-    """Of every look-back the ridge with its best strength: its error, itself, and its map."""
-    rows = []
+    """Of every look-back the ridge with its best strength, with and without the constant: its error, itself, and its map."""
+    rows, n = [], len(ALPHAS)
     for look in looks:
-        solved = gram.solve(ALPHAS, look, season)
-        error, k = min((held.error(held.x @ weight), k) for k, weight in enumerate(solved))
-        rows.append((error, Part(look, ALPHAS[k], 1.0, season), solved[k]))
+        solved = gram.solve(ALPHAS, look, season, (True, False))
+        for constant, maps in zip((True, False), (solved[:n], solved[n:])):
+            error, k = min((held.error(held.x @ weight), k) for k, weight in enumerate(maps))
+            rows.append((error, Part(look, ALPHAS[k], 1.0, season, constant), maps[k]))
     return rows
 
 
@@ -298,8 +302,9 @@ def _attempt(found: Split, settings: LinearConfig, looks: list[int], config: Fit
     held = _held(found, path, config)
     gram = _grams(found, path, config, CHOOSE_FROM)[0]
     rows = _rows(gram, held, looks)
-    least = min(error for error, _, _ in rows)
-    near = [part for error, part, _ in rows if error <= least * (1 + GAIN)] or [rows[0][1]]
+    usual = [(error, part) for error, part, _ in rows if part.constant]
+    least = min(error for error, _ in usual)
+    near = [part for error, part in usual if error <= least * (1 + GAIN)] or [usual[0][1]]
     return _trial(settings, near[-1], rows, gram, held)
 
 

@@ -196,9 +196,10 @@ class Gram:
             setattr(whole, name, sum((getattr(g, name) for g in others), getattr(self, name)))
         return whole
 
-    def solve(self, alphas, lookback: int | None = None, season: int = 0) -> list[Tensor]:
+    def solve(self, alphas, lookback: int | None = None, season: int = 0, constants=(True,)) -> list[Tensor]:
         """The weights of each α, in float32 on the path's device, as maps of the whole window; `lookback`: of ridges that see
-        only as many steps; `season`: that count them from the last value and are drawn to the pattern of the season."""
+        only as many steps; `season`: that count them from the last value and are drawn to the pattern of the season;
+        `constants`: for each of them all α, of ridges with the constant or without."""
         c, home = self.path.config, self.home
         n, center = c.lookback if lookback is None else lookback, "last" if season else c.center
         kept = torch.arange(c.lookback - n, c.features, device=home)
@@ -215,7 +216,7 @@ class Gram:
             share = ((aim * xy).sum() / (aim * drawn).sum().clamp_min(1e-30)).clamp(0, 1)
             aim, xy, xx = share * aim, ease * (xy - share * drawn), ease * xx * ease.T
         found = []
-        for w in _solved(xx, xy, alphas):
+        for w in _solved(xx, xy, alphas, constants):
             w = aim + ease * w
             if moved:
                 w[:n] += torch.outer(level, 1 - w[:n].sum(0))
@@ -225,17 +226,25 @@ class Gram:
         return found
 
 
-def _solved(xx: Tensor, xy: Tensor, alphas) -> list[Tensor]:
-    """(XᵀX + α t I)⁻¹ XᵀY of every α from one eigendecomposition; of a single α by Cholesky, in a tenth of the time."""
+def _solved(xx: Tensor, xy: Tensor, alphas, constants) -> list[Tensor]:
+    """(XᵀX + α t I)⁻¹ XᵀY of every α from one eigendecomposition; of a single α by Cholesky, in a tenth of the time.
+
+    Without the constant, the last number, for a False among `constants`: W - k W[-1] / k[-1] with k what solves for e, the
+    unit vector of the constant, in place of XᵀY.
+    """
     # Directions that the windows do not have at all stay out, at any α.
     costs = [max(alpha, 1e-9) * xx.diagonal().mean().clamp_min(1e-30) for alpha in alphas]
+    eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    both = torch.cat([xy, eye[:, -1:]], 1)
+    found = None
     if len(costs) == 1:
-        factor, failed = torch.linalg.cholesky_ex(xx + costs[0] * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
-        if not failed:
-            return [torch.cholesky_solve(xy, factor)]
-    values, vectors = torch.linalg.eigh(xx)
-    turned, values = vectors.T @ xy, values.clamp_min(0)[:, None]
-    return [vectors @ (turned / (values + cost)) for cost in costs]
+        factor, failed = torch.linalg.cholesky_ex(xx + costs[0] * eye)
+        found = None if failed else [torch.cholesky_solve(both, factor)]
+    if found is None:
+        values, vectors = torch.linalg.eigh(xx)
+        turned, values = vectors.T @ both, values.clamp_min(0)[:, None]
+        found = [vectors @ (turned / (values + cost)) for cost in costs]
+    return [w[:, :-1] if yes else w[:, :-1] - w[:, -1:] * (w[-1:, :-1] / w[-1, -1]) for yes in constants for w in found]
 
 
 def _pattern(n: int, season: int, horizon: int, like: Tensor) -> Tensor:
