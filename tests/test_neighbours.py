@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exlstm.layers import basic
+from exlstm.layers import basic, lstm
 from exlstm.layers.attention import Attention
 from exlstm.layers.lstm import LSTM, LSTMState
 from exlstm.layers.mamba2 import Mamba2
@@ -686,3 +686,35 @@ def test_peers_refuse_in_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_no_autocast_reaches_the_recurrence_of_the_lstm(monkeypatch):
+    """On a GPU too: cuDNN would take any autocast for float16."""
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda")
+
+    def piece(_, x, h, c):
+        seen.append(torch.is_autocast_enabled("cuda"))
+        return x, h, c
+
+    seen = []
+    monkeypatch.setattr(lstm, "check_input", lambda *_: None)
+    monkeypatch.setattr(LSTM, "_piece", piece)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        LSTM(8)(torch.ones(2, 3, 8).as_subclass(OnGPU))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [False]
+
+
+@pytest.mark.gpu
+def test_gradients_under_autocast_do_not_vanish_in_the_lstm():
+    """Where they are smaller than anything that float16 holds."""
+    layer, x, found = LSTM(64).cuda(), draw(4, 40, 64, dtype=torch.float32).detach().cuda(), []
+    for on in (True, False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=on):
+            y, _ = layer(x)
+        found.append(torch.autograd.grad(1e-9 * y[:, -1].float().sum(), [layer.w, layer.r]))
+    close(*found, limit=1e-2)

@@ -3,7 +3,6 @@
 i, f, g, o = W x_t + R h_{t-1} + b      c_t = σ(f) c_{t-1} + σ(i) tanh(g)      h_t = σ(o) tanh(c_t)
 """
 
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,8 +73,8 @@ class LSTM(nn.Module):
         else:
             backends.check_state(state, dict.fromkeys(LSTMState._fields, (batch, self.d_model)), x.device)
             h, c = (s.to(dtype) for s in state)
-        # oneDNN has no LSTM for autocast.
-        with backends.exact(x.device) if x.device.type == "cpu" else nullcontext():
+        # oneDNN has no LSTM for autocast, and cuDNN's is in float16 whatever dtype autocast has: memory and gradients with it.
+        with backends.exact(x.device):
             ys = []
             for start, stop in pairwise(_cuts(time, mask, reset)):
                 if reset is not None:
