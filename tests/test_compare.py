@@ -331,6 +331,67 @@ def test_a_failure_is_the_worst_of_the_seeds():
     assert (line["median"], line["long"], line["failed"], line["spread"]) == (0.65, 0.325, 1, 0.4)
 
 
+def test_a_failure_and_a_score_that_is_no_number_count_at_equal_seconds_too():
+    ended = [record(seed=s, last=v) for s, v in enumerate((0.9, 0.8))]
+    lost = [record(seed=s, scores=None, failed="OutOfMemoryError: full") for s in (2, 3)]
+    (line,) = scoreboard.table(ROWS["state"], ended, lost)
+    assert line["median"] is line["at equal seconds"] is None and line["failed"] == 2
+    (line,) = scoreboard.table(ROWS["state"], ended, lost[:1])
+    assert line["median"] == line["at equal seconds"] == 0.8
+    strange = [record(seed=s, scores={"40–256": 0.9, "long": v}) for s, v in enumerate((0.5, math.nan, 0.7))]
+    assert scoreboard.table(ROWS["state"], strange)[0]["long"] == 0.5
+
+
+def test_schedules_of_equal_seconds_count_whole():
+    """Runs of a second say nothing about those of ten, nor does a third of a step that one model has less."""
+    ended = []
+    for name, pace in (("quick", 0.01), ("slow", 0.03)):
+        for seconds in (1, 10):
+            steps = round(seconds / pace)
+            curve = [{"step": steps * n // 4, "loss": 1.0, "scores": {"40–256": seconds * n}} for n in (1, 2, 3, 4)]
+            ended.append(record(name, pace=pace, steps=steps, equal="seconds", curve=curve))
+    lines = scoreboard.table(ROWS["state"], ended)
+    assert {line["steps"]: line["at equal seconds"] for line in lines} == {100: 4, 1000: 40, 33: 4, 333: 40}
+
+
+def test_the_picture_shows_the_rates_of_the_table(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    ended = [record(seed=s, last=v) for s, v in enumerate((0.5, 0.9, 0.8))] + [record(lr=1e-2, last=1.0)]
+    lost = [record(lr=1e-2, seed=s, scores=None, failed="FloatingPointError: nan") for s in (1, 2)]
+    drawn, draw = [], scoreboard._draw_curve
+
+    def listened(line, row, group, name_width):
+        drawn.extend(run["lr"] for run in group)
+        draw(line, row, group, name_width)
+
+    monkeypatch.setattr(scoreboard, "_draw_curve", listened)
+    records = {str(i): run for i, run in enumerate([*ended, *lost])}
+    (line,) = scoreboard.report(tmp_path, "state", ROWS["state"], [], records, {})
+    assert set(drawn) == {line["lr"]} == {1e-3}
+
+
+def test_a_run_whose_score_is_no_number_has_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr(feeds.Reading, "_loss", lambda *_: math.nan)
+    text = feeds.Text(*[np.zeros(1000, np.uint8)] * 3, np.ones(256, np.int64), "bits a byte")
+    plan = plan_of("enwik8", model="lstm")
+    (found,) = finished([plan], tmp_path, texts={"enwik8": text}).values()
+    assert found["failed"].startswith("FloatingPointError: the score is nan at step") and found["scores"] is None
+
+
+def test_validation_reads_the_same_tokens_on_the_way_and_at_the_end():
+    """Else the best of a curve, and what stands at equal seconds, would compare one part of the text with another."""
+    quarters = np.repeat(np.arange(4, dtype=np.uint8), 1 << 10)
+    text = feeds.Text(*[quarters] * 3, np.ones(256, np.int64), "bits a byte")
+    feed = feeds.Reading(text, Case("enwik8", "enwik8", train=((64, 64, 0),), test=((64, 64, 0),)), 2, 0, "cpu")
+
+    class Counts:
+        def read(self, inputs, targets, state):
+            return targets.float(), state
+
+    way, end = feed.test(Counts(), last=False), feed.test(Counts(), last=True)
+    assert way["validation"] == end["validation"] < end["test, context 64"]
+
+
 def test_a_table_says_which_runs_ended_early_and_where(tmp_path):
     row = replace(ROWS["state"], stop_at=0.99)
     early = [{"step": 5, "loss": 1.0, "scores": {"40–256": 1.0}, "last": True}]

@@ -131,8 +131,9 @@ class Reading:
 
     @torch.no_grad()
     def test(self, model, last: bool) -> dict[str, float]:
-        """Loss of the validation part, the score of a run on the way; with `last` also of the test part in every context."""
-        scores = {"validation": self._loss(model, self.text.validation, self.context, ALL_TOKENS if last else TOKENS)}
+        """Loss of the validation part, on the way and at the end of the same tokens, so that one is comparable with the other;
+        with `last` also of the test part in every context."""
+        scores = {"validation": self._loss(model, self.text.validation, self.context, TOKENS)}
         if last:
             for context, _, before in self.case.test:
                 if len(self.text.test) > context and (context == self.context or hasattr(model, "remember")):

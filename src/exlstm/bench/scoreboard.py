@@ -61,7 +61,7 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
     (folder / "table.md").write_text(markdown(name, row, rows, facts, left, losses), encoding="utf-8")
     print(f"table: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'runs.csv'}")
     if ended:
-        _picture(folder / "table.png", row, ended)
+        _picture(folder / "table.png", row, ended, _lost(failed))
     return rows
 
 
@@ -79,9 +79,14 @@ def _line(record: dict) -> tuple:
     return tuple(record.get(name) or 0 for name in LINE)
 
 
+def _lost(failed) -> Counter:
+    """How many runs of a line failed at a learning rate."""
+    return Counter((_line(record), record["lr"]) for record in failed)
+
+
 def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
     """A row a case, model, size and length of training, from the records of the runs that ended and of those that failed."""
-    rows, lost = [], Counter((_line(record), record["lr"]) for record in failed)
+    rows, lost = [], _lost(failed)
     for group in _groups(row, ended):
         best = _best(row, group, lost)
         first, scores = best[0], [score(row, record) for record in best]
@@ -104,7 +109,7 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "median": _median(scores, failures, row.lower),
                 "best": round((min if row.lower else max)(scores), 4),
                 "spread": round(max(scores) - min(scores), 4),
-                "at equal seconds": _in_time(row, ended, best),
+                "at equal seconds": _in_time(row, ended, best, failures),
                 "measured": next(iter(first["scores"])),
                 **others,
                 "steps": first["steps"],
@@ -125,8 +130,9 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
 
 
 def _median(values: list[float], failures: int, lower: bool) -> float | None:
-    """Median of the values and of as many failures, worse than all of them; None where it is a failure."""
-    middle = statistics.median([*values, *[math.inf if lower else -math.inf] * failures])
+    """Median of the values and of as many failures, worse than all of them, as NaN is; None where it is a failure."""
+    worst = math.inf if lower else -math.inf
+    middle = statistics.median([*(worst if math.isnan(v) else v for v in values), *[worst] * failures])
     return round(middle, 4) if math.isfinite(middle) else None
 
 
@@ -167,19 +173,21 @@ def _best(row: Row, group: list[dict], lost=None) -> list[dict]:
     return max(rates.values(), key=rank)
 
 
-def _in_time(row: Row, ended: list[dict], best: list[dict]) -> float | None:
+def _in_time(row: Row, ended: list[dict], best: list[dict], failures: int = 0) -> float | None:
     """Median of the scores when the quickest model of the case had finished; None without one in that time."""
     # Models are compared that differ in nothing else.
     shared = [name for name in (*LINE, "device") if name not in ("model", "n_layers")]
-    if best[0]["equal"] == "seconds":
-        shared.remove("steps")
     found = []
     for record in best:
+        if record["equal"] == "seconds":
+            # Its whole schedule takes as long as all others of the comparison, but for parts of a step.
+            found.append(score(row, record))
+            continue
         same = [r for r in ended if all(r.get(name) == record.get(name) for name in shared)]
         budget = min(r["pace"] * r["steps"] for r in same)
         found.append(score(row, record, int(1.001 * budget / record["pace"])))
     found = [value for value in found if value is not None]
-    return round(statistics.median(found), 4) if found else None
+    return _median(found, failures, row.lower) if found else None
 
 
 def markdown(name: str, row: Row, rows: list[dict], facts: dict, left: int, failed=()) -> str:
@@ -227,7 +235,7 @@ def _write_csv(path: Path, rows: list[dict]):
         writer.writerows(rows)
 
 
-def _picture(path: Path, row: Row, ended: list[dict]):
+def _picture(path: Path, row: Row, ended: list[dict], lost: Counter | None = None):
     """A line of panels a case: the score over steps and over seconds, and where there are several widths over the state."""
     try:
         from matplotlib.figure import Figure
@@ -239,7 +247,7 @@ def _picture(path: Path, row: Row, ended: list[dict]):
     figure = Figure(figsize=(5 * columns, 3.4 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), columns, squeeze=False)
     for line, case in zip(axes, cases):
-        groups = [_best(row, group) for group in _groups(row, ended) if group[0]["case"] == case]
+        groups = [_best(row, group, lost) for group in _groups(row, ended) if group[0]["case"] == case]
         for group in groups:
             _draw_curve(line, row, group, len(widths) > 1)
         if columns == 3:

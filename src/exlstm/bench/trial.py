@@ -183,8 +183,10 @@ class Trial:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {self.step}")
             scores = self.feed.test(self.model, last=(last := self.step == self.plan.steps))
-            enough = self.plan.row.stop_at
-            if enough and not last and next(iter(scores.values())) >= enough:
+            reached, enough = next(iter(scores.values())), self.plan.row.stop_at
+            if not math.isfinite(reached):
+                raise FloatingPointError(f"the score is {reached} at step {self.step}")
+            if enough and not last and reached >= enough:
                 scores, last = self.feed.test(self.model, last=True), True
         self.curve.append({"step": self.step, "loss": loss, "scores": scores, "last": last})
 
