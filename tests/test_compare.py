@@ -240,10 +240,23 @@ def test_the_state_of_attention_grows_and_that_of_xlstm_does_not():
     sizes = {}
     for model in ("xlstm[1:1]", "lstm", "transformer", "mlstm_window"):
         built = contenders.build(model, row.cases[0], row, 3).eval()
-        sizes[model] = [contenders.state_bytes(built, length) for length in (8, 64)]
+        sizes[model] = [contenders.state_size(built, length)["state_bytes"] for length in (8, 64)]
     assert sizes["lstm"] == [2 * 2 * 16 * 4] * 2
     assert sizes["xlstm[1:1]"][0] == sizes["xlstm[1:1]"][1]
     assert sizes["transformer"][1] > 7 * sizes["transformer"][0]
+
+
+@pytest.mark.parametrize("model", ["transformer", "xlstm[0:1]"])
+def test_a_state_is_counted_in_the_precision_of_its_row(model, tmp_path, monkeypatch):
+    """Keys and values are half as many bytes in bfloat16, a memory stays in float32."""
+    plan = plan_of("enwik8", model=model)
+    text = {"enwik8": feeds.Text(*[np.zeros(1000, np.uint8)] * 3, np.ones(256, np.int64), "bits a byte")}
+    (full,) = finished([plan], tmp_path / "full", texts=text).values()
+    monkeypatch.setattr(trial.Trial, "_precision", lambda _: torch.autocast("cpu", torch.bfloat16))
+    (half,) = finished([plan], tmp_path / "half", texts=text).values()
+    assert full["state_floats"] == half["state_floats"] > 0
+    fewer = 2 * full["state_floats"] if model == "transformer" else 0
+    assert half["state_bytes"] == full["state_bytes"] - fewer
 
 
 def test_a_text_read_in_pieces_loses_nothing(text, monkeypatch):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from exlstm.bench import contenders, rows, scoreboard, timing
+from exlstm.bench import rows, scoreboard, timing
 from exlstm.bench.config import CompareConfig
 from exlstm.bench.feeds import open_feed, open_text
 from exlstm.bench.rows import MODELS, ROWS, TEXTS, THEIRS, Row
@@ -351,9 +351,7 @@ def _forward(trial: Trial, tell) -> bool:
         if time.time() - trial.saved_at > SAVE:
             trial.save()
         return True
-    longest = max(end[1] for end in trial.plan.case.test)
-    facts = {"parameters": sum(p.numel() for p in trial.model.parameters())}
-    facts["state_bytes"] = contenders.state_bytes(trial.model.eval(), min(longest, trial.plan.case.test[0][1]))
+    facts = {"parameters": sum(p.numel() for p in trial.model.parameters())} | trial.state_size()
     tell(key, 1.0, {"scores": trial.curve[-1]["scores"], "curve": trial.curve, **facts, "note": trial.note})
     trial.forget()
     return False

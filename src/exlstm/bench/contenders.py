@@ -58,14 +58,15 @@ def _block_size(stack: LanguageConfig) -> int:
     return sum(p.numel() for p in Stack(stack, device="meta").parameters())
 
 
-def state_bytes(model: nn.Module, length: int) -> int | None:
-    """Bytes that a model of ours remembers of one sequence of `length` tokens; None where a peer does not tell."""
+def state_size(model: nn.Module, length: int) -> dict[str, int | None]:
+    """Bytes that a model of ours remembers of one sequence of `length` tokens, and how many floats they are: under autocast the
+    keys of attention take two bytes each, a memory four. Nones where a peer does not tell."""
     if isinstance(model, _Theirs):
-        return None
+        return {"state_bytes": None, "state_floats": None}
     with torch.no_grad():
-        inputs = model.blank(length)
-        state = model.remember(inputs)
-    return sum(t.numel() * t.element_size() for t in tree_leaves(state) if isinstance(t, Tensor))
+        kept = [t for t in tree_leaves(model.remember(model.blank(length))) if isinstance(t, Tensor)]
+    floats = sum(t.numel() for t in kept if t.is_floating_point())
+    return {"state_bytes": sum(t.numel() * t.element_size() for t in kept), "state_floats": floats}
 
 
 class _Ours(nn.Module):

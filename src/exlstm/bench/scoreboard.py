@@ -283,7 +283,8 @@ def _draw_states(axis, row: Row, groups: list[list[dict]]):
     lines = {}
     for group in groups:
         if group[0]["state_bytes"]:
-            point = group[0]["state_bytes"] / 4, statistics.median(score(row, record) for record in group)
+            floats = group[0].get("state_floats") or group[0]["state_bytes"] / 4
+            point = floats, statistics.median(score(row, record) for record in group)
             lines.setdefault(group[0]["model"], []).append(point)
     for model, points in lines.items():
         axis.plot(*zip(*sorted(points)), marker="o", label=model)

@@ -190,6 +190,11 @@ class Trial:
                 scores, last = self.feed.test(self.model, last=True), True
         self.curve.append({"step": self.step, "loss": loss, "scores": scores, "last": last})
 
+    def state_size(self) -> dict[str, int | None]:
+        """What it remembers of the first test's longest words, in the precision of its row."""
+        with self._precision():
+            return contenders.state_size(self.model.eval(), self.plan.case.test[0][1])
+
     def pace(self, steps: int) -> float:
         """Seconds of a step when nothing else is at work: the best of three times `steps`, after as many warm ones."""
         self.stops, times = [10**9], []
