@@ -367,7 +367,7 @@ def test_schedules_of_equal_seconds_count_whole():
     assert {line["steps"]: line["at equal seconds"] for line in lines} == {100: 4, 1000: 40, 33: 4, 333: 40}
 
 
-def test_the_picture_shows_the_rates_of_the_table(tmp_path, monkeypatch):
+def test_picture_and_head_show_the_rates_of_the_table(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     ended = [record(seed=s, last=v) for s, v in enumerate((0.5, 0.9, 0.8))] + [record(lr=1e-2, last=1.0)]
     lost = [record(lr=1e-2, seed=s, scores=None, failed="FloatingPointError: nan") for s in (1, 2)]
@@ -381,6 +381,8 @@ def test_the_picture_shows_the_rates_of_the_table(tmp_path, monkeypatch):
     records = {str(i): run for i, run in enumerate([*ended, *lost])}
     (line,) = scoreboard.report(tmp_path, "state", ROWS["state"], [], records, {})
     assert set(drawn) == {line["lr"]} == {1e-3}
+    # The row's own grid is another one.
+    assert "Learning rates 0.001, 0.01, seeds 0, 1, 2," in (tmp_path / "table.md").read_text()
 
 
 def test_a_run_whose_score_is_no_number_has_diverged(tmp_path, monkeypatch):

@@ -339,6 +339,8 @@ def test_bad_tasks_are_refused_in_a_sentence(arguments, options, sentence):
     ("arguments", "items", "sentence"),
     [
         (("mqar", 4, 64, 64), 17, "mqar of 17 pairs wants lengths of at least 68, the shortest is 64"),
+        (("mqar", 1, 16384, 16384), 4096, "mqar has 4095 keys, none of them twice, for 4096 pairs"),
+        (("nearest_neighbour", 4, 1, 1), 0, "asks nothing of 1 vector, wanted lengths of at least 2"),
         (("copy", 4, 10, 40), 11, "11 tokens to copy want lengths of at least 11, the shortest is 10"),
         (("listops", 4, 2, 3), 0, "no list of 2 to 3 tokens"),
     ],

@@ -11,6 +11,7 @@ import csv
 import math
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from exlstm.bench import timing
@@ -47,7 +48,7 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
     ended = [record for record in records.values() if record.get("scores")]
     failed = [record for record in records.values() if record.get("failed")]
     rows = table(row, ended, failed)
-    facts = _machines([*ended, *failed], facts)
+    facts, row = _machines([*ended, *failed], facts), _grid(row, [*ended, *failed])
     print(f"\n{name}: {row.about}\n{timing.table(rows)}")
     print(", ".join(f"{key} {value or 'not installed'}" for key, value in facts.items()))
     losses = [_failure(record) for record in failed]
@@ -67,6 +68,12 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
 
 def _failure(record: dict) -> str:
     return f"{record['case']}, {record['model']}, lr {record['lr']:g}, seed {record['seed']}: {record['failed']}"
+
+
+def _grid(row: Row, records: list[dict]) -> Row:
+    """The row with the learning rates and seeds of all its runs, those of earlier commands too."""
+    grid = {field: tuple(sorted({r[key] for r in records})) for field, key in (("lrs", "lr"), ("seeds", "seed"))}
+    return replace(row, **grid) if records else row
 
 
 def _machines(records: list[dict], facts: dict) -> dict:

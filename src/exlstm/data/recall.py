@@ -25,6 +25,8 @@ def mqar(draw: Draws, wanted: Wanted) -> TaskBatch:
             f"mqar of {pairs} pairs wants lengths of at least {4 * pairs}, the shortest is {wanted.shortest}"
         )
     half, lengths = VOCABULARY // 2, wanted.lengths - wanted.lengths % 2
+    if pairs >= half:
+        raise ValueError(f"mqar has {half - 1} keys, none of them twice, for {pairs} pairs")
     keys = draw.bits(half - 1).topk(pairs, 1).indices + 1  # (B, pairs)
     values = draw.bits(half).topk(pairs, 1).indices + half
     room = (wanted.longest - 2 * pairs) // 2
@@ -73,6 +75,8 @@ def nearest_neighbour(draw: Draws, wanted: Wanted) -> TaskBatch:
     The first vector is what is looked for, its value does not count, and nothing is asked there. Values are uniform in
     [0, 1); inputs and targets are real numbers, NaN where nothing is asked (arXiv 2405.04517, figure 2 and B.1).
     """
+    if wanted.shortest < 2:
+        raise ValueError(f"nearest_neighbour asks nothing of {wanted.shortest} vector, wanted lengths of at least 2")
     angle, value = draw.below(CIRCLE, wanted.longest), draw.below(1 << 24, wanted.longest)
     apart = (angle - angle[:, :1]).abs()
     apart = torch.minimum(apart, CIRCLE - apart)
