@@ -525,6 +525,18 @@ def test_every_optimizer_is_a_line_of_its_own(tmp_path):
     assert len(records) == 2 and losses["adamw"] != losses["muon"]
 
 
+def test_a_model_of_other_settings_is_not_taken_for_done(tmp_path, monkeypatch):
+    settings = config(tmp_path, quick=True, models=("xlstm[1:1]",), cases=("parity",))
+    compare.run("state", settings)
+    compare.run("state", settings)
+    records = tmp_path / "state-quick" / "records"
+    assert len([*records.iterdir()]) == 1
+    monkeypatch.setitem(rows.MODELS, "xlstm[1:1]", (("slstm", "matrix"), {}))
+    compare.run("state", settings)
+    assert len([*records.iterdir()]) == 2
+    assert len(json.loads((tmp_path / "state-quick" / "speeds.json").read_text())) == 2
+
+
 def test_every_last_learning_rate_is_a_line_of_its_own(tmp_path, text):
     settings = config(tmp_path, quick=True, models=("lstm",), text=text, final_lrs=(0.0, 0.1, 0.5))
     lines = compare.run("enwik8", settings)

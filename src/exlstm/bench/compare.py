@@ -159,7 +159,7 @@ class Speeds:
         kind = case.task if case.task in TEXTS or case.train != ((3, 40, 0),) else "words"
         sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout > 0, self.graphs)
         sizes = (*sizes, row.precision, row.optimizer)
-        return json.dumps([name, plan.model, kind, case.train, sizes])
+        return json.dumps([name, plan.model, MODELS.get(plan.model), kind, case.train, sizes])
 
     def of(self, plan: Plan) -> float | None:
         """Seconds a step; None, and a line that says why, where the model does not run."""
