@@ -61,18 +61,21 @@ def memories(state):
     return [state[layer][1].m for layer in GATED]
 
 
-@pytest.mark.parametrize("case", ["plain", "reset", "left padding", "right padding", "with a state"])
+@pytest.mark.parametrize("case", ["plain", "reset", "left padding", "right padding", "reset padding", "with a state"])
 def test_the_stabiliser_ends_where_the_state_does(case):
     """The last m follows from the recorded gates alone: were one of them wrong, it would end elsewhere."""
     model, x = stack(), draw(2, 20, 32)
     reset, mask = torch.zeros(2, 20, dtype=torch.bool), torch.ones(2, 20, dtype=torch.bool)
     reset[0, 7] = reset[1, 0] = True
     mask[0, :5] = False
+    hole, inside = torch.ones_like(mask), torch.zeros_like(reset)
+    hole[:, 16:19], inside[:, 17] = False, True
     settings = {
         "plain": {},
         "reset": {"reset": reset},
         "left padding": {"mask": mask},
         "right padding": {"lengths": torch.tensor([20, 11])},
+        "reset padding": {"mask": hole, "reset": inside},
         "with a state": {"state": model(draw(2, 3, 32))[1]},
     }[case]
     _, state, seen = watched(model, x, **settings)

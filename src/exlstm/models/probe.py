@@ -121,10 +121,14 @@ def _previous(h, hs, reset, mask):
     """h_{t-1} (B, T, H, D): the output at the last token that was no padding; before it the first h, 0 after a reset."""
     steps = torch.arange(hs.shape[1], device=hs.device).expand(hs.shape[:2])
     last = steps if mask is None else torch.where(mask, steps, -1).cummax(1).values
+    last = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)  # before t
     history = torch.cat([h[:, None], hs], 1)  # (B, 1 + T, H, D)
-    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1] + 1], 1)
-    previous = history[torch.arange(len(hs), device=hs.device)[:, None], before]
-    return previous if reset is None else previous.masked_fill(reset[..., None, None], 0)
+    previous = history[torch.arange(len(hs), device=hs.device)[:, None], last + 1]
+    if reset is None:
+        return previous
+    # Padding may be reset, too: the next token finds nothing.
+    emptied = torch.where(reset, steps, -1).cummax(1).values > last
+    return previous.masked_fill(emptied[..., None, None], 0)
 
 
 def _stabiliser(log_i, log_f, m, reset, empty):
