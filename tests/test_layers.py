@@ -76,6 +76,14 @@ def assert_same(found, wanted, limit=1e-9):
             assert (a - b).norm() <= limit * b.norm() + 1e-12
 
 
+def attend_to(part, change):
+    """Attention with a state of which a part is changed."""
+    mixer, x = build("attention").blocks[0].mixer, sample(2, 5)
+    state = list(mixer(x)[1])
+    state[part] = change(state[part])
+    return mixer(x, state)
+
+
 @every
 @pytest.mark.parametrize("with_flags", [False, True])
 def test_a_split_changes_nothing(name, with_flags):
@@ -688,6 +696,23 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
             )
         ),
         (lambda: build("lstm")(sample(2, 5), ((None, None),)), "state.h is NoneType, wanted a tensor"),
+        (lambda: build("lstm")(sample(2, 5), lengths=[None, 1]), "lengths is list, wanted a tensor or list of whole"),
+        (
+            lambda: build("lstm")(sample(2, 5), lengths=[[1], [2, 3]]),
+            "lengths is list, wanted a tensor or list of whole",
+        ),
+        *(
+            (lambda part=part, change=change: attend_to(part, change), sentence)
+            for part, change, sentence in (
+                (0, lambda _: None, "state.keys is NoneType, wanted a tensor"),
+                (0, torch.Tensor.tolist, "state.keys is list, wanted a tensor"),
+                (0, torch.Tensor.long, "state.keys is torch.int64, wanted a floating dtype"),
+                (1, lambda _: 3.0, "state.values is float, wanted a tensor"),
+                (1, lambda x: x + 1j, "state.values is torch.complex128, wanted a floating dtype"),
+                (2, torch.Tensor.double, "state.positions is torch.float64, wanted whole numbers"),
+                (3, torch.Tensor.double, "state.length is torch.float64, wanted whole numbers"),
+            )
+        ),
         (lambda: build("mlstm")(sample(2, 5), ()), "state has 0 entries, wanted one entry for each of the 1 blocks"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([6, 1])), "lengths go from 1 to 6"),
         (lambda: build("mlstm")(sample(2, 5), lengths=torch.tensor([1])), "lengths is torch.int64 of shape"),

@@ -291,17 +291,22 @@ def _attend_packed(q, k, v, reset, window: int):
 
 def _check_state(state, keys, values):
     """A state handed in: four tensors, as AttentionState says, that fit the new keys (B, T, H, D) and values (B, T, H, V)."""
-    if not isinstance(state, tuple | list) or len(state) != 4 or state[0].ndim != 4:
+    if not isinstance(state, tuple | list) or len(state) != 4 or getattr(state[0], "ndim", 4) != 4:
         raise ValueError(
             "state is not an AttentionState, wanted keys (B, S, H, D), values, positions (B, S), length (B,)"
         )
+    named = {f"state.{name}": tensor for name, tensor in zip(AttentionState._fields, state, strict=True)}
+    backends.check_tensors(**named)
     size = (keys.shape[0], state[0].shape[1])
     wanted = AttentionState((*size, *keys.shape[2:]), (*size, *values.shape[2:]), size, size[:1])
-    for tensor, name, shape in zip(state, AttentionState._fields, wanted, strict=True):
+    for (name, tensor), shape in zip(named.items(), wanted, strict=True):
         if tensor.shape != shape or tensor.device != keys.device:
             raise ValueError(
-                f"state.{name} has shape {tuple(tensor.shape)} on {tensor.device}, wanted {shape} on {keys.device}"
+                f"{name} has shape {tuple(tensor.shape)} on {tensor.device}, wanted {shape} on {keys.device}"
             )
+        floats = len(shape) == 4
+        if tensor.is_floating_point() != floats or tensor.is_complex():
+            raise TypeError(f"{name} is {tensor.dtype}, wanted {'a floating dtype' if floats else 'whole numbers'}")
 
 
 def _places(batch, time, state, mask, reset, device):

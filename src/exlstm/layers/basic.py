@@ -372,10 +372,10 @@ def valid_mask(lengths, mask: Tensor | None, batch: int, time: int, device) -> T
         )
     if lengths is None:
         return mask
-    if not isinstance(lengths, Tensor | list | tuple | np.ndarray):
-        raise TypeError(f"lengths is {type(lengths).__name__}, wanted a tensor or list of whole numbers (B,)")
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device="cpu")
+    try:
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"lengths is {type(lengths).__name__}, wanted a tensor or list of whole numbers (B,)") from None
     if lengths.shape != (batch,) or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
         raise ValueError(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}, wanted whole numbers of (B,) = ({batch},)"

@@ -78,7 +78,8 @@ class mLSTMUp(nn.Module):
         conv: width of the causal convolution in front of q and k.
         qkv_block: side of the small blocks of the q, k and v maps.
         eps: added to the stabilised denominator; only weights trained elsewhere want it.
-        m_start: stabiliser of an empty memory, in nats; with an eps of 0 it changes nothing.
+        m_start: stabiliser of an empty memory where there is no state, in nats; behind a reset it is 0. With an eps of 0 it
+            changes nothing.
         forget_bias, i_gate, normalize: as in mLSTM.
 
     >>> y, state = mLSTMUp(64)(torch.randn(2, 10, 64))
