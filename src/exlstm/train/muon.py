@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads, momenta = [p.grad for p in parameters], [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = [_whole(g) for g in torch._foreach_lerp(grads, momenta, group["momentum"])]
+        ahead = _ahead(grads, momenta, group["momentum"])
         n, m = matrix(parameters[0].shape, group["axes"])
         stacked = torch.cat([g.reshape(-1, n, m) for g in ahead])
         stacked = stacked.bfloat16() if stacked.is_cuda else stacked
@@ -80,9 +80,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, [_laid_as(p, u.reshape(p.shape)) for u, p in zip(moved, parameters)])
 
 
-def _whole(x: Tensor) -> Tensor:
-    """The tensor, together again if processes hold a part of it each (FSDP): a matrix is turned as a whole."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def _ahead(grads: list[Tensor], momenta: list[Tensor], momentum: float) -> list[Tensor]:
+    """Where momentum leads; whole again if processes hold a part of each (FSDP): a matrix is turned as a whole."""
+    if not hasattr(grads[0], "full_tensor"):
+        return torch._foreach_lerp(grads, momenta, momentum)
+    # Of tensors in parts older versions of PyTorch know this sum in place alone.
+    parts = [g.clone() for g in grads]
+    torch._foreach_lerp_(parts, momenta, momentum)
+    return [p.full_tensor() for p in parts]
 
 
 def _laid_as(parameter: Tensor, x: Tensor) -> Tensor:
