@@ -110,6 +110,7 @@ COMMANDS = {
     "forecast good.csv --target y --freq W-SUN": "is no step of frequency 'W-SUN'",
     "forecast good.csv --target y --horizon -1": "horizon is -1",
     "forecast good.csv --target y --horizon seven": "--horizon is 'seven', wanted a number",
+    "forecast good.csv --target y --level .8": "level holds 0.8, wanted percent, as 80 or 95",
     "forecast good.csv --target y --level 120": "level holds 120.0, wanted numbers between 0 and 100",
     "forecast good.csv --target y --level 80 ninety": "--level is 'ninety', wanted a number",
     "forecast good.csv --target y --horizon 1000000": "the longest series has 40 rows, a horizon of 1000000 wants",
@@ -251,6 +252,12 @@ CALLS = {
     "a season of none": (lambda m: Forecaster(3, season=0), "season is 0"),
     "further than fitted": (lambda m: m.predict(h=9), "h is 9, wanted 1 to 7"),
     "level and quantiles": (lambda m: m.predict(level=[80], quantiles=[0.1]), "are both given"),
+    "settings in a dict": (lambda m: Forecaster(3, config={"seed": 1}), "config is dict, wanted a FitConfig"),
+    "a level that is a share": (lambda m: m.predict(level=0.9), "level holds 0.9, wanted percent, as 80 or 95"),
+    "an evaluation without history": (
+        lambda m: Forecaster(3, config=LINEAR).evaluate(m.cross_validation()),
+        "has not been fitted; call fit(df) first, or give the whole data as df",
+    ),
     "a quantile of 2": (lambda m: m.predict(quantiles=[2]), "quantiles hold 2"),
     "no windows": (lambda m: m.cross_validation(n_windows=0), "n_windows is 0"),
     "more windows than rows": (

@@ -306,6 +306,7 @@ def test_metrics_are_those_of_utilsforecast(fitted):
     assert np.allclose(found["mase"], wanted)
     for level in (80, 95):
         assert np.allclose(found[f"coverage {level}"], losses.coverage(rows, models=names, level=level)[names].mean())
+    pd.testing.assert_frame_equal(model().evaluate(tested, df=long()), fitted.evaluate(tested))
     truth = long(steps=87)
     assert fitted.evaluate(fitted.predict(quantiles=[0.3]), df=truth, metrics="mae").columns.tolist() == [
         "model",

@@ -35,7 +35,7 @@ class Forecaster:
         futr_exog, hist_exog, stat_exog: columns known for the future, for the past only, and one value a series.
         id_col, time_col, target_col: names of columns; guessed without.
         season: steps of the season of the naive forecast; None: by the frequency.
-        config: every other setting.
+        config: every other setting, an exlstm.forecast.config.FitConfig.
         device: cpu, cuda, ...; auto: the accelerator if there is one.
         report: a function that hears sentences on what is done, such as `print`.
 
@@ -60,6 +60,8 @@ class Forecaster:
         device: str = "auto",
         report=None,
     ):
+        if not isinstance(config, FitConfig | None):
+            raise TypeError(f"config is {type(config).__name__}, wanted a FitConfig of exlstm.forecast.config")
         config = config or FitConfig()
         lookback = config.lookback if input_size is None else input_size
         self.config = replace(config, horizon=_plain(h), lookback=_plain(lookback))
@@ -106,7 +108,8 @@ class Forecaster:
     ):
         """Forecasts of the last `n_windows` windows, `step_size` apart (the horizon by default), each from before its cutoff.
 
-        The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values.
+        The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values. What
+        `fit` has learnt or has not is neither used nor changed.
         """
         panel = self._usable(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
         n_windows = _counted("n_windows", n_windows)
@@ -135,8 +138,11 @@ class Forecaster:
     def evaluate(self, forecasts, df=None, metrics=frames.METRICS, level=None):
         """One row a model of mae, rmse, smape, mase, wql and coverage; `forecasts` from `cross_validation`, or from
         `predict` with the true values in `df`. mae, rmse, smape, mase and coverage as utilsforecast has them, means over the
-        series; wql over all rows, of the median and the ends of the intervals."""
-        panel = self._panel()
+        series; wql over all rows, of the median and the ends of the intervals. Without a fit, `df` is the history, too."""
+        fitted = self.engine is not None
+        if not fitted and df is None:
+            raise ValueError("this forecaster has not been fitted; call fit(df) first, or give the whole data as df")
+        panel = self._panel() if fitted else self._usable(panel_of(df, self.columns, self.freq))
         cv = frames.forecasts_of(forecasts, panel)
         levels = frames.listed(self.level if level is None else level)
         ids, time, target = frames.id_column(panel), panel.columns.time, panel.columns.target or TARGET
@@ -145,7 +151,7 @@ class Forecaster:
         if target not in cv.columns:
             if df is None:
                 raise ValueError(f"the forecasts have no column {target!r}; give the true values as df")
-            cv = cv.merge(frames.history(self._same(df)), on=[ids, time], how="inner")
+            cv = cv.merge(frames.history(self._same(df) if fitted else panel), on=[ids, time], how="inner")
         if not cv[target].notna().any():
             raise ValueError("there is no true value at any time of the forecasts")
         before = frames.history(panel)
@@ -157,7 +163,8 @@ class Forecaster:
             if kept.empty
             else panel_of(kept, replace(panel.columns, id=ids, futr=(), hist=(), static=()), panel.freq)
         )
-        return frames.evaluated(cv, models, trained, self._season(), levels, metrics)
+        season = self._season() if fitted else self.season or frequency.seasons(panel.freq)[0]
+        return frames.evaluated(cv, models, trained, season, levels, metrics)
 
     def update(self, df) -> Forecaster:
         """Appends new rows to the series that are known; a forecast then begins after them. Costs the same at any age.

@@ -128,6 +128,9 @@ def check_levels(level, quantiles) -> tuple[list[float], list[str]]:
     bad = [x for x in level if not isinstance(x, Real) or isinstance(x, bool) or not 0 < x < 100]
     if bad:
         raise ValueError(f"level holds {bad[0]!r}, wanted numbers between 0 and 100, as 80 or 95")
+    # 0.9 is 90 in other libraries: an interval of .9 % would be drawn in silence.
+    if shares := [x for x in level if x < 1]:
+        raise ValueError(f"level holds {shares[0]!r}, wanted percent, as 80 or 95")
     wanted, names = [], []
     for x in sorted(map(float, level)):
         wanted += [0.5 - x / 200, 0.5 + x / 200]
