@@ -553,7 +553,10 @@ def test_a_hybrid_writes_far_beyond_its_window(case, tmp_path):
 
 
 BAD = {
-    "no free slot": (lambda e, m: e.admit(*[Request([1])] * 3), "3 sequences came, wanted at most 2"),
+    "no free slot": (
+        lambda e, m: e.admit(*[Request([1])] * 3),
+        "at most 2, the engine's free slots; a sequence that is done has",
+    ),
     "a batch": (lambda e, m: e.admit(Request([[1], [2]])), "prompt holds 2 rows, wanted a single one"),
     "nothing": (lambda e, m: e.admit(Request([])), "prompt is empty"),
     "a foreign token": (lambda e, m: e.admit(Request([61])), "prompt holds token 61, wanted 0 to 60"),

@@ -36,7 +36,7 @@ IDLE_BYTES = 64 << 20
 
 
 class Engine:
-    """`slots` sequences of one model at a time.
+    """`slots` sequences of one model at a time; one that is done keeps its slot, for `fork` and `save`, until `remove`.
 
     Weights may change in place between steps; after moving or replacing them, build a new engine. An engine is for one thread
     at a time, with its sequences: whoever serves many clients hands their requests to the thread that steps.
@@ -336,7 +336,8 @@ class Engine:
 
     def _check_room(self, count: int):
         if count > self.free:
-            raise ValueError(f"{count} sequences came, wanted at most {self.free}, the engine's free slots")
+            slots = "the engine's free slots; a sequence that is done has its own until remove"
+            raise ValueError(f"{count} sequences came, wanted at most {self.free}, {slots}")
 
 
 def check_finite(state: GenerationState):
