@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from exlstm.data.tokenizer import BPE, Bytes, Characters
 from exlstm.models import checkpoint
-from exlstm.models.config import LanguageConfig, MLSTMOptions
+from exlstm.models.config import AttentionOptions, LanguageConfig, MLSTMOptions
 from exlstm.models.language import LanguageModel
 from exlstm.models.stack import BLOCKS
 from exlstm.train.checkpoint import step_folder, write_folder
@@ -105,6 +105,22 @@ def test_dtypes(tmp_path, stored):
     mixed.head.to(torch.float64)
     mixed.save_pretrained(tmp_path / "mixed")
     assert same(LanguageModel.from_pretrained(tmp_path / "mixed"), mixed)
+
+
+def test_attention_has_its_own_heads_or_those_of_its_file(tmp_path):
+    """A file from before attention could have heads of its own loads as it was."""
+    own = build(blocks=("attention",), attention=AttentionOptions(n_heads=4, n_kv_heads=2))
+    own.save_pretrained(tmp_path / "own")
+    loaded = LanguageModel.from_pretrained(tmp_path / "own")
+    assert same(loaded, own) and loaded.stack.blocks[0].mixer.attend.d_head == own.config.d_model // 4
+    before = build(blocks=("attention",))
+    before.save_pretrained(tmp_path / "before")
+    settings = json.loads((tmp_path / "before" / "config.json").read_text())
+    assert settings["model"]["attention"].pop("n_heads") == 0
+    (tmp_path / "before" / "config.json").write_text(json.dumps(settings))
+    manifest(tmp_path / "before")
+    loaded = LanguageModel.from_pretrained(tmp_path / "before")
+    assert same(loaded, before) and loaded.stack.blocks[0].mixer.n_heads == before.config.n_heads
 
 
 def test_what_is_saved_is_whole_and_contiguous(tmp_path):

@@ -537,6 +537,79 @@ def test_a_model_of_other_settings_is_not_taken_for_done(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "state-quick" / "speeds.json").read_text())) == 2
 
 
+@pytest.mark.parametrize("model", ["transformer", "hybrid[7:1]"])
+def test_what_a_row_says_of_attention_is_another_model(model, tmp_path, monkeypatch):
+    """Runs of before attention had its own heads, whose records say nothing of them, are neither done nor counted with these."""
+    settings = config(tmp_path, quick=True, models=(model, "lstm"), cases=("parity",), seeds=(0,))
+    with monkeypatch.context() as before:
+        before.setitem(ROWS, "state", replace(ROWS["state"], attention_head=0))
+        old = {line["model"]: line for line in compare.run("state", settings)}
+        files = sorted((tmp_path / "state-quick" / "records").iterdir())
+        for file in files:
+            record = json.loads(file.read_text())
+            del record["settings"]
+            file.write_text(json.dumps(record))
+        assert {line["model"]: line["median"] for line in compare.run("state", settings)} == {
+            name: line["median"] for name, line in old.items()
+        }
+    lines = compare.run("state", settings)
+    # The LSTM, of which the row says nothing, is the same; attention's old line stands beside the new one.
+    assert len(sorted((tmp_path / "state-quick" / "records").iterdir())) == len(files) + 1 == 3
+    assert [line["runs"] for line in lines] == [1, 1, 1]
+    told = {line["settings"] for line in lines if line["model"] == model}
+    assert len(told) == 2 and sum("attention.n_heads 4" in (text or "") for text in told) == 1
+    assert len(json.loads((tmp_path / "state-quick" / "speeds.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_attention_has_heads_of_its_own_where_memories_have_one(name):
+    row = ROWS[name]
+    for width in row.widths or (row.d_model,):
+        sized = replace(row, d_model=width)
+        for model in ("transformer", "hybrid[7:1]", "mamba2", "mlstm_window"):
+            network = contenders.network(model, replace(sized, match=""), 256)
+            heads = network.attention.n_heads or network.n_heads
+            if "attention" not in network.blocks:
+                assert not network.attention.n_heads
+            elif row.n_heads == 1:
+                assert heads == max(4, width // 32) and width // heads in (16, 32)
+            assert width // heads <= 128 and network.n_heads == row.n_heads
+        # Nor does attention see more of a text than it has learnt to, in ours or theirs.
+        if reads(name):
+            assert rows.settings("transformer", sized)[1]["attention"]["window"] == row.cases[0].train[0][1]
+            assert "window" in rows.settings("hybrid[7:1]", sized)[1]["attention"]
+
+
+@pytest.mark.parametrize(
+    ("width", "head", "wanted"),
+    [
+        (64, 32, 4),
+        (128, 32, 4),
+        (256, 32, 8),
+        (512, 64, 8),
+        (16, 32, 4),
+        (8, 32, 4),
+        (4, 32, 2),
+        (2, 32, 1),
+        (15, 32, 1),
+        (96, 32, 4),
+    ],
+)
+def test_heads_of_attention_divide_the_width(width, head, wanted):
+    assert rows.heads(width, head) == wanted
+
+
+def test_a_table_says_where_the_best_rate_is_the_last_that_ran():
+    def line(*rates, failed=()):
+        ended = [record(lr=lr, last=last) for lr, last in rates]
+        lost = [record(lr=lr, scores=None, failed="nan") for lr in failed]
+        return scoreboard.table(ROWS["state"], ended, lost)[0]["lr is"]
+
+    assert line((1e-3, 0.9)) == "the only one" and line((1e-3, 0.9), (3e-3, 0.5)) == "lowest"
+    assert line((1e-3, 0.5), (3e-3, 0.9)) == "highest" and line((1e-3, 0.5), (3e-3, 0.9), (1e-2, 0.8)) is None
+    assert line((1e-3, 0.5), (3e-3, 0.9), failed=[1e-2]) is None
+
+
 def test_every_last_learning_rate_is_a_line_of_its_own(tmp_path, text):
     settings = config(tmp_path, quick=True, models=("lstm",), text=text, final_lrs=(0.0, 0.1, 0.5))
     lines = compare.run("enwik8", settings)

@@ -523,6 +523,7 @@ HYBRIDS = {
     "window": AttentionOptions(rope_base=0.0, window=5, sinks=2),
     "window with positions": AttentionOptions(window=5),
     "itself": AttentionOptions(window=1),
+    "heads of its own": AttentionOptions(n_heads=4, n_kv_heads=2, window=5),
 }
 
 

@@ -23,7 +23,7 @@ RECURRENT = ("mlstm", "slstm", "mlstm_up", "mamba2", "lstm")
 # Kinds of block with a window that is left within a few tokens.
 WINDOWS = {
     "mlstm_window": MLSTMWindowOptions(window=6, sinks=2),
-    "attention": AttentionOptions(window=5, sinks=2, rope_base=0.0, n_kv_heads=1),
+    "attention": AttentionOptions(window=5, sinks=2, rope_base=0.0, n_heads=4, n_kv_heads=1),
 }
 
 

@@ -501,6 +501,7 @@ GLUON |= {"mlstm_columns_kernel": (12, 227), "mlstm_chunks_kernel": (16, 227)}
     [
         (8, 256, 512, False, ()),
         (16, 128, 256, True, ()),
+        (16, 128, 64, False, ()),
         (32, 64, 128, False, ()),
         (8, 256, 512, False, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
         (8, 256, 512, True, ("mlstm_columns_kernel", "mlstm_chunks_kernel")),
@@ -580,6 +581,7 @@ def test_kernels_in_gluon_are_only_chosen_where_they_run(monkeypatch):
     assert {backward(128, 256, width) for width in (128, 256, 384, 1024)} == {Chunks}
     assert {backward(128, 128, width) for width in (128, 256, 384)} == {Chunks}
     assert {backward(128, 256, 192), backward(128, 192, 512), backward(128, 256, 512, F16)} == {TwoPass}
+    assert (backward(512, 64, 64), backward(512, 128, 64)) == (Chain, TwoPass)
     assert {backward(128, 96, 256), backward(128, 128, 192), backward(128, 128, 256, F16)} == {TwoPass}
     assert {backward(128, dtype=F16), backward(8, dtype=F32), backward(128, chunk=64)} == {TwoPass}
 

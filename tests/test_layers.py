@@ -35,6 +35,10 @@ VARIANTS = {
         "mlstm_window": OPTIONS["mlstm_window"](window=5, sinks=2, conv=0),
     },
     "attention with groups": {"blocks": "attention", "attention": OPTIONS["attention"](n_kv_heads=1, rope_base=0.0)},
+    "attention with heads of its own": {
+        "blocks": "attention",
+        "attention": OPTIONS["attention"](n_heads=8, n_kv_heads=4),
+    },
     "all": {"blocks": tuple(BLOCKS), "n_layers": len(BLOCKS)},
 }
 every = pytest.mark.parametrize("name", VARIANTS)
@@ -647,6 +651,15 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
     ("call", "sentence"),
     [
         (lambda: StackConfig(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4"),
+        (
+            lambda: Stack(StackConfig(d_model=30, n_heads=2, blocks="attention", attention=OPTIONS["attention"](4))),
+            "d_model 30 is not divisible by n_heads 4",
+        ),
+        (
+            lambda: Stack(StackConfig(blocks="attention", attention=OPTIONS["attention"](n_heads=2, n_kv_heads=4))),
+            "n_heads 2 is not divisible by n_kv_heads 4",
+        ),
+        (lambda: StackConfig(attention=OPTIONS["attention"](n_heads=-1)), "attention.n_heads is -1, wanted a finite"),
         (lambda: StackConfig(blocks=["mlsmt"]), "unknown block 'mlsmt', did you mean 'mlstm'"),
         (lambda: StackConfig(blocks=[]), "blocks is empty"),
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),

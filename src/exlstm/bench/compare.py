@@ -159,7 +159,7 @@ class Speeds:
         kind = case.task if case.task in TEXTS or case.train != ((3, 40, 0),) else "words"
         sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout > 0, self.graphs)
         sizes = (*sizes, row.precision, row.optimizer)
-        return json.dumps([name, plan.model, MODELS.get(plan.model), kind, case.train, sizes])
+        return json.dumps([name, plan.model, rows.settings(plan.model, row), kind, case.train, sizes])
 
     def of(self, plan: Plan) -> float | None:
         """Seconds a step; None, and a line that says why, where the model does not run."""
@@ -268,6 +268,7 @@ class _Supervisor:
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
         sizes = ("d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer", "final_lr")
         facts |= {field: getattr(plan.row, field) for field in sizes}
+        facts["settings"] = rows.told((rows.settings(plan.model, plan.row) or ((), {}))[1])
         facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps, "stop_at": plan.row.stop_at}
         self.records[key] = {**facts, **record, **self.facts}
         _write(self.folder / "records" / f"{key}.json", self.records[key])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from exlstm.bench import peers
+from exlstm.bench import peers, rows
 from exlstm.bench.rows import MODELS, THEIRS, Case, Row
 from exlstm.data.tasks import TASKS
 from exlstm.layers.basic import RMSNorm, init_linear
@@ -32,7 +32,7 @@ def network(name: str, row: Row, vocab_size: int) -> LanguageConfig:
     """The settings of a model of ours: n_layers of the row, or as many as come nearest to the size of `match`."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{nearest(name, (*MODELS, *THEIRS))}")
-    kinds, options = MODELS[name]
+    kinds, options = rows.settings(name, row)
     blocks = tuple(row.matrix if kind == "matrix" else kind for kind in kinds)
     options = {row.matrix if kind == "matrix" else kind: chosen for kind, chosen in options.items()}
     sizes = {"d_model": row.d_model, "n_layers": row.n_layers, "n_heads": row.n_heads, "dropout": row.dropout}

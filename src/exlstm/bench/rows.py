@@ -12,31 +12,30 @@ from dataclasses import dataclass, replace
 # Attention of the hybrids: without positions, and as far as the longest text that any row learns from, so that a token of a
 # longer one never sees more than it has learnt to.
 _BOUNDED = {"attention": {"rope_base": 0.0, "window": 2048}}
+_EIGHTH, _SECOND = (*["matrix"] * 7, "attention"), ("matrix", "slstm", *["matrix"] * 6)
 # name -> (blocks in turn, settings of the kinds beside the defaults); "matrix" is the row's kind of mLSTM block.
 MODELS = {
     "xlstm[1:0]": (("matrix",), {}),
     "xlstm[0:1]": (("slstm",), {}),
     "xlstm[1:1]": (("matrix", "slstm"), {}),
-    "xlstm[7:1]": (("matrix", "slstm", *["matrix"] * 6), {}),
+    "xlstm[7:1]": (_SECOND, {}),
     "hybrid[3:1]": (("matrix", "matrix", "matrix", "attention"), _BOUNDED),
     "hybrid[1:1]": (("matrix", "attention"), _BOUNDED),
-    "hybrid[7:1]": ((*["matrix"] * 7, "attention"), _BOUNDED),
-    "hybrid[7:1]-unbounded": ((*["matrix"] * 7, "attention"), {"attention": {"rope_base": 0.0}}),
+    "hybrid[7:1]": (_EIGHTH, _BOUNDED),
+    "hybrid[7:1]-unbounded": (_EIGHTH, {"attention": {"rope_base": 0.0, "window": 0}}),
     "hybrid[7:1]-early": (("matrix", "matrix", "attention", *["matrix"] * 5), _BOUNDED),
-    "hybrid[7:1]-window": (
-        (*["matrix"] * 7, "attention"),
-        {"attention": {"rope_base": 0.0, "window": 1024, "sinks": 4}},
-    ),
+    "hybrid[7:1]-window": (_EIGHTH, {"attention": {"rope_base": 0.0, "window": 1024, "sinks": 4}}),
     "mlstm_window": (("mlstm_window",), {}),
     # As the memories started before: nearly closed, and their output maps as large as the others.
-    "xlstm[7:1]-closed-loud": (
-        ("matrix", "slstm", *["matrix"] * 6),
-        {"matrix": {"i_bias": -10.0, "out_start": 1.0}},
-    ),
-    "xlstm[7:1]-wide-keys": (("matrix", "slstm", *["matrix"] * 6), {"matrix": {"qk_ratio": 1.0}}),
+    "xlstm[7:1]-closed-loud": (_SECOND, {"matrix": {"i_bias": -10.0, "out_start": 1.0}}),
+    "xlstm[7:1]-wide-keys": (_SECOND, {"matrix": {"qk_ratio": 1.0}}),
+    # A row that reads a text says how much of it attention sees, for all models that say nothing of their own.
     "transformer": (("attention",), {}),
+    "transformer-unbounded": (("attention",), {"attention": {"window": 0}}),
     "transformer-quiet": (("attention",), {"attention": {"out_start": 0.1}}),
     "mamba2": (("mamba2",), {}),
+    # As large as in the published language models; heads of 128 / 64 take the kernels in plain Triton, those of 64 / 64 do not.
+    "mamba2-state-128": (("mamba2",), {"mamba2": {"d_state": 128}}),
     "lstm": (("lstm",), {}),
     # What a block is made of, one change at a time. `mlstm` is the post-up block with the convolution, without it that of
     # xLSTM 7B; `mlstm_up` is the pre-up block. The sLSTM without its exponential gate is the LSTM.
@@ -100,6 +99,10 @@ class Row:
     d_model: int = 64
     n_layers: int = 2
     n_heads: int = 4
+    attention_head: int = 0
+    """width of a head of attention, four of them at least; 0: attention has n_heads"""
+    window: int = 0
+    """tokens that attention sees where the model does not say, no more than it learns from; 0: all before it"""
     matrix: str = "mlstm_up"
     """the block that "matrix" stands for"""
     match: str = ""
@@ -130,6 +133,34 @@ class Row:
     """several d_model in place of the one"""
 
 
+def heads(d_model: int, width: int) -> int:
+    """Heads of attention about `width` wide, at least four where d_model divides into them; rotary positions want even widths."""
+    fitting = (n for n in range(max(4, d_model // width), 1, -1) if d_model % (2 * n) == 0)
+    return next(fitting, 1)
+
+
+def settings(model: str, row: Row) -> tuple[tuple[str, ...], dict[str, dict]] | None:
+    """Blocks and settings of a model as a row has it: what the row says of attention beside what the model says.
+
+    None for a model that is not ours. A run is known by these: other settings are another model.
+    """
+    if model not in MODELS:
+        return None
+    kinds, options = MODELS[model]
+    said = {"n_heads": heads(row.d_model, row.attention_head)} if row.attention_head else {}
+    said |= {"window": row.window} if row.window else {}
+    if said and "attention" in kinds:
+        options = {**options, "attention": {**said, **options.get("attention", {})}}
+    return kinds, options
+
+
+def told(options: dict[str, dict]) -> str:
+    """The settings of the kinds as a line."""
+    return ", ".join(
+        f"{kind}.{name} {value}" for kind in sorted(options) for name, value in sorted(options[kind].items())
+    )
+
+
 def toy(row: Row) -> Row:
     """The row as a matter of seconds: two steps, small models, words of at most 64 tokens."""
 
@@ -150,7 +181,11 @@ def toy(row: Row) -> Row:
 SOLVED = 0.9995
 RECURRENT = ("xlstm[0:1]", "xlstm[1:1]", "xlstm[1:0]")
 PEERS = ("transformer", "mamba2", "lstm")
-LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[7:1]", "hybrid[3:1]", "mlstm_window", *PEERS)
+_MAMBAS = ("mamba2", "mamba2-state-128")
+LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[7:1]", "hybrid[3:1]", "mlstm_window", "transformer")
+LANGUAGE = (*LANGUAGE, *_MAMBAS, "lstm")
+# Where memories have one head attention has its own; in the wider models they are as wide as usual at that size.
+_ONE_HEAD = {"n_heads": 1, "attention_head": 32}
 
 
 def _languages(*names: str) -> tuple[Case, ...]:
@@ -177,7 +212,7 @@ _TEXT = {
     "match": "transformer",
     "lower": True,
 }
-_TEXT |= {"precision": "bfloat16", "seeds": (0,)}
+_TEXT |= {"precision": "bfloat16", "seeds": (0,), "window": 2048}
 _ENWIK8 = Case(
     "enwik8", "enwik8", train=((2048, 2048, 0),), test=((2048, 2048, 0), (2048, 2048, 1536), (32768, 32768, 0))
 )
@@ -192,7 +227,7 @@ _ABLATED = (
     *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-wide-keys", "mlstm-i-bias-0", "mlstm-no-cap"),
     *("mlstm-closed", "mlstm-loud", "mlstm-closed-loud"),
     *("mlstm-sigmoid", "mlstm-no-normaliser", "mlstm-sigmoid-no-normaliser"),
-    *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", "mamba2"),
+    *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", *_MAMBAS),
 )
 
 ROWS = {
@@ -205,9 +240,9 @@ ROWS = {
         (*RECURRENT, *PEERS),
         steps=10000,
         batch=256,
-        lrs=(1e-3, 3e-3),
+        lrs=(1e-4, 1e-3, 3e-3),
         d_model=128,
-        n_heads=1,
+        **_ONE_HEAD,
         precision="bfloat16",
         stop_at=SOLVED,
     ),
@@ -219,7 +254,7 @@ ROWS = {
         batch=256,
         lrs=(1e-3,),
         seeds=(0,),
-        n_heads=1,
+        **_ONE_HEAD,
     ),
     "forget": Row(
         "how the forget gates of an sLSTM should start, that it goes on counting in words longer than those it learnt from",
@@ -229,7 +264,7 @@ ROWS = {
         batch=128,
         lrs=(1e-3, 3e-3, 1e-2),
         seeds=(0, 1),
-        n_heads=1,
+        **_ONE_HEAD,
     ),
     "languages": Row(
         "the fifteen formal languages of the xLSTM paper",
@@ -241,8 +276,8 @@ ROWS = {
         (*RECURRENT, *PEERS),
         steps=20000,
         batch=256,
-        lrs=(1e-3, 3e-3, 1e-2),
-        n_heads=1,
+        lrs=(1e-4, 1e-3, 3e-3, 1e-2),
+        **_ONE_HEAD,
     ),
     "groups": Row(
         "word problems of S3, A5, S5: the running product at every position",
@@ -250,9 +285,9 @@ ROWS = {
         (*RECURRENT, *PEERS),
         steps=12000,
         batch=256,
-        lrs=(1e-3, 3e-3),
+        lrs=(1e-4, 1e-3, 3e-3),
         d_model=256,
-        n_heads=1,
+        **_ONE_HEAD,
         precision="bfloat16",
         stop_at=SOLVED,
     ),
@@ -318,7 +353,7 @@ ROWS = {
         n_heads=6,
         dropout=0.2,
         evaluations=20,
-        **_TEXT | {"betas": (0.9, 0.99), "seeds": (0, 1, 2)},
+        **_TEXT | {"betas": (0.9, 0.99), "seeds": (0, 1, 2), "window": 256},
     ),
     "enwik8": Row(
         "enwik8, about 40 million parameters, context 2048, test bits a byte",
@@ -326,10 +361,11 @@ ROWS = {
         LANGUAGE,
         steps=7000,
         batch=32,
-        lrs=(1e-3, 2e-3),
+        lrs=(5e-4, 1e-3, 2e-3),
         d_model=512,
         n_layers=13,
         n_heads=4,
+        attention_head=64,
         **_TEXT,
     ),
     "code": Row(
@@ -337,7 +373,7 @@ ROWS = {
         (_CODE,),
         (
             *("hybrid[7:1]", "hybrid[7:1]-early", "hybrid[7:1]-window", "xlstm[7:1]", "xlstm[1:0]", "mlstm_window"),
-            *("transformer", "mamba2"),
+            *("transformer", *_MAMBAS),
         ),
         steps=6000,
         batch=32,
@@ -345,6 +381,7 @@ ROWS = {
         d_model=512,
         n_layers=10,
         n_heads=4,
+        attention_head=64,
         **_TEXT,
     ),
     "hybrid": Row(
@@ -354,9 +391,9 @@ ROWS = {
         **_TEXT | _SMALL,
     ),
     "ablations": Row(
-        "what each part of a block is worth, 8 layers of 256 on enwik8",
+        "what each part of a block is worth, width 256, as many parameters as a Transformer of 8 layers, on enwik8",
         (_ENWIK8,),
         _ABLATED,
-        **_TEXT | _SMALL | {"match": ""},
+        **_TEXT | _SMALL,
     ),
 }

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from exlstm.bench import timing
+from exlstm.bench import rows, timing
 from exlstm.bench.rows import Row
 
 # What the runs of one line of the table share.
@@ -31,6 +31,7 @@ LINE = (
     "steps",
     "equal",
     "stop_at",
+    "settings",
 )
 
 
@@ -42,9 +43,10 @@ def told(scores: dict[str, float]) -> str:
 def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str, dict], facts: dict) -> list[dict]:
     """Prints and writes what the folder's records hold, those of earlier commands too: runs.csv, table.csv, table.md and
     table.png; returns the rows of the table. `keys` are the runs of this command."""
-    # Where a run does not say under which rule it ended, it is the row's; those that name no optimizer had AdamW.
+    # Where a run does not say under which rule it ended, it is the row's; those that name no optimizer had AdamW, and those that
+    # name no settings the model's own, nothing of the row's.
     usual = {"stop_at": row.stop_at, "optimizer": "adamw", "final_lr": row.final_lr}
-    records = {key: {**usual, **record} for key, record in records.items()}
+    records = {key: {**usual, "settings": _own(record["model"]), **record} for key, record in records.items()}
     ended = [record for record in records.values() if record.get("scores")]
     failed = [record for record in records.values() if record.get("failed")]
     rows = table(row, ended, failed)
@@ -64,6 +66,10 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
     if ended:
         _picture(folder / "table.png", row, ended, _lost(failed))
     return rows
+
+
+def _own(model: str) -> str:
+    return rows.told(rows.MODELS.get(model, ((), {}))[1])
 
 
 def _failure(record: dict) -> str:
@@ -93,7 +99,7 @@ def _lost(failed) -> Counter:
 
 def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
     """A row a case, model, size and length of training, from the records of the runs that ended and of those that failed."""
-    rows, lost = [], _lost(failed)
+    lines, lost = [], _lost(failed)
     for group in _groups(row, ended):
         best = _best(row, group, lost)
         first, scores = best[0], [score(row, record) for record in best]
@@ -104,13 +110,14 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
             test: _median([r["scores"][test] for r in best if test in r["scores"]], failures, row.lower)
             for test in tests
         }
-        rows.append(
+        lines.append(
             {
                 **{name: first[name] for name in ("case", "model")},
                 "width": first["d_model"],
                 "parameters": first["parameters"],
                 "state bytes": first["state_bytes"],
                 "lr": first["lr"],
+                "lr is": _place(first, group, lost),
                 "seeds": len(best),
                 "failed": failures or None,
                 "median": _median(scores, failures, row.lower),
@@ -130,10 +137,18 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "ms a step": round(1e3 * first["pace"], 3),
                 "seconds": round(statistics.median(r["pace"] * steps for r, steps in zip(best, made)), 1),
                 "equal": first["equal"],
+                "settings": first.get("settings") or None,
                 "runs": len(group),
             }
         )
-    return rows
+    return lines
+
+
+def _place(best: dict, group: list[dict], lost: Counter) -> str | None:
+    """Whether the chosen learning rate stands at an end of those that ran, so that one beyond it might be better."""
+    tried = {r["lr"] for r in group} | {lr for line, lr in lost if line == _line(best)}
+    ends = {min(tried): "lowest", max(tried): "highest"}
+    return "the only one" if len(tried) == 1 else ends.get(best["lr"])
 
 
 def _median(values: list[float], failures: int, lower: bool) -> float | None:
@@ -183,7 +198,7 @@ def _best(row: Row, group: list[dict], lost=None) -> list[dict]:
 def _in_time(row: Row, ended: list[dict], best: list[dict], failures: int = 0) -> float | None:
     """Median of the scores when the quickest model of the case had finished; None without one in that time."""
     # Models are compared that differ in nothing else.
-    shared = [name for name in (*LINE, "device") if name not in ("model", "n_layers")]
+    shared = [name for name in (*LINE, "device") if name not in ("model", "n_layers", "settings")]
     found = []
     for record in best:
         if record["equal"] == "seconds":

@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from exlstm.bench import contenders
-from exlstm.bench.rows import MODELS, Case, Row
+from exlstm.bench import contenders, rows
+from exlstm.bench.rows import Case, Row
 from exlstm.train import checkpoint
 from exlstm.train.config import TrainConfig
 from exlstm.train.optim import Optimizer, lr_at
 
 WARM, TURN = 3, 16
+# What of a row does not change a run, stands beside it, or is in the settings of its model.
+FREE = ("about", "cases", "models", "lrs", "seeds", "steps", "attention_head", "window")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,16 @@ class Plan:
     @property
     def key(self) -> str:
         """A name for its files, the same for the same run; a model is known by its blocks and their settings, too."""
-        row = {
-            k: v for k, v in asdict(self.row).items() if k not in ("about", "cases", "models", "lrs", "seeds", "steps")
-        }
-        parts = [row, asdict(self.case), self.model, MODELS.get(self.model), self.lr, self.seed, self.steps]
+        row = {k: v for k, v in asdict(self.row).items() if k not in FREE}
+        parts = [
+            row,
+            asdict(self.case),
+            self.model,
+            rows.settings(self.model, self.row),
+            self.lr,
+            self.seed,
+            self.steps,
+        ]
         told = f"{self.case.name}-{self.model}-{self.lr:g}-{self.seed}"
         plain = "".join(c if c.isalnum() or c in "-." else "_" for c in told)
         return f"{plain}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"

@@ -53,7 +53,8 @@ class ExlstmConfig(PreTrainedConfig):
         self.vocab_size = language.vocab_size if vocab_size is None else vocab_size
         self.tie_word_embeddings = language.tie_embeddings if tied is None else tied
         self.hidden_size, self.num_hidden_layers = language.d_model, language.n_layers
-        self.num_attention_heads = language.n_heads
+        attends = "attention" in language.layers()
+        self.num_attention_heads = (attends and language.attention.n_heads) or language.n_heads
 
     def language(self) -> LanguageConfig:
         """Our configuration of the network."""

@@ -165,6 +165,8 @@ class Heads(nn.Module):
             plain = state is None and mask is None and reset is None and self._sees_all(time)
             visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
             y = _attend(q, k, v, visible)
+        if state is None and mask is None and reset is None and self._leaves(time):
+            return y, AttentionState(*(self._ends(x) for x in (k, v, stored.expand(batch, -1))), length)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
 
     def _in_place(self, q, k, v, room: AttentionRoom):
@@ -248,6 +250,18 @@ class Heads(nn.Module):
             kept = (positions >= 0) & self._seen_again(positions, length)
             keys, values, positions = packed(keys, values, positions, kept, size)
         return AttentionState(keys, values, positions, length)
+
+    def _leaves(self, time) -> bool:
+        """Whether `time` tokens from nothing are more than can be seen again."""
+        return self.window > 0 and time > self._most() and not torch.compiler.is_exporting()
+
+    def _ends(self, x):
+        """x (B, T, ...) at the sinks and at the last tokens of the window, as `packed` has it."""
+        last = x[:, x.shape[1] - self.window + 1 :]
+        if self.sinks:
+            return torch.cat([x[:, : self.sinks], last], 1)
+        # In training nobody keeps it, and a copy a layer costs time; elsewhere it must not hold the whole text.
+        return last if torch.is_grad_enabled() else last.clone()
 
     def _seen_again(self, positions, length):
         return (positions > length[:, None] - self.window) | (positions < self.sinks)

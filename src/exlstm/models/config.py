@@ -108,8 +108,10 @@ class SLSTMOptions:
 class AttentionOptions:
     """The `attention` block: causal softmax attention and SwiGLU, as in Llama (arXiv 2302.13971)."""
 
+    n_heads: int = 0
+    """heads of queries in these blocks; 0: as many as the others"""
     n_kv_heads: int = 0
-    """heads of keys and values (grouped queries); 0: as many as n_heads"""
+    """heads of keys and values (grouped queries); 0: as many as of queries"""
     rope_base: float = 10000.0
     """base of the rotary position embedding; 0 leaves positions out"""
     window: int = 0
@@ -159,8 +161,7 @@ OPTIONS = {
 
 def nearest(name: str, known) -> str:
     """', did you mean ...?' for the known name nearest to `name`, or the list of known names."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known := list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
@@ -204,7 +205,7 @@ class StackConfig:
     n_layers: int = 4
     """number of blocks"""
     n_heads: int = 4
-    """heads of every mixer that has heads of its own choosing"""
+    """heads of every mixer that has heads, where its options do not say how many"""
     blocks: tuple[str, ...] = ("mlstm",)
     """kinds of block, repeated in turn up to n_layers: mlstm, mlstm_up, mlstm_window, slstm, attention, mamba2, lstm"""
     dropout: float = 0.0
