@@ -253,7 +253,7 @@ class Heads(nn.Module):
 
     def _leaves(self, time) -> bool:
         """Whether `time` tokens from nothing are more than can be seen again."""
-        return self.window > 0 and time > self._most() and not torch.compiler.is_exporting()
+        return not torch.compiler.is_exporting() and self.window > 0 and time > self._most()
 
     def _ends(self, x):
         """x (B, T, ...) at the sinks and at the last tokens of the window, as `packed` has it."""
