@@ -184,7 +184,7 @@ PEERS = ("transformer", "mamba2", "lstm")
 _MAMBAS = ("mamba2", "mamba2-state-128")
 LANGUAGE = ("xlstm[1:0]", "xlstm[7:1]", "xlstm[1:1]", "hybrid[7:1]", "hybrid[3:1]", "mlstm_window", "transformer")
 LANGUAGE = (*LANGUAGE, *_MAMBAS, "lstm")
-# Where memories have one head attention has its own; in the wider models they are as wide as usual at that size.
+# Where memories have one head attention has its own.
 _ONE_HEAD = {"n_heads": 1, "attention_head": 32}
 
 
@@ -365,7 +365,6 @@ ROWS = {
         d_model=512,
         n_layers=13,
         n_heads=4,
-        attention_head=64,
         **_TEXT,
     ),
     "code": Row(
@@ -381,7 +380,6 @@ ROWS = {
         d_model=512,
         n_layers=10,
         n_heads=4,
-        attention_head=64,
         **_TEXT,
     ),
     "hybrid": Row(

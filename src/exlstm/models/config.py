@@ -108,8 +108,6 @@ class SLSTMOptions:
 class AttentionOptions:
     """The `attention` block: causal softmax attention and SwiGLU, as in Llama (arXiv 2302.13971)."""
 
-    n_heads: int = 0
-    """heads of queries in these blocks; 0: as many as the others"""
     n_kv_heads: int = 0
     """heads of keys and values (grouped queries); 0: as many as of queries"""
     rope_base: float = 10000.0
@@ -122,6 +120,8 @@ class AttentionOptions:
     """size of the output map at the start, over that of the other maps"""
     ffn_ratio: float = 8 / 3
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
+    n_heads: int = 0
+    """heads of queries in these blocks; 0: as many as the others"""
 
 
 @dataclass(frozen=True)
