@@ -1,4 +1,4 @@
-"""The forecasts that need no training: seasonal naive, and the theta method (Assimakopoulos and Nikolopoulos, 2000)."""
+"""The forecasts that need no training: seasonal naive, the theta method (Assimakopoulos and Nikolopoulos, 2000), climatology."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def seasonal_naive(batch, season: int, horizon: int) -> Tensor:
         return last
     steps = torch.arange(horizon, device=batch.y.device) % season - season
     return torch.where(batch.inside[:, steps], batch.y[:, steps], last)
+
+
+def climatology(batch, horizon: int, levels: Tensor) -> Tensor:
+    """(B, H, Q): the quantiles of the values that the window has seen, for all steps; its last value where it has seen none."""
+    seen = torch.where(batch.seen, batch.y, torch.nan)
+    found = seen.nanquantile(levels.to(seen), dim=1).T  # (B, Q)
+    found = torch.where(found.isnan(), batch.y[:, -1:], found)
+    return found[:, None].expand(-1, horizon, -1)
 
 
 def theta(batch, season: int, horizon: int, offset: Tensor) -> Tensor:

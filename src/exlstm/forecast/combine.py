@@ -198,9 +198,9 @@ def steadied(
     """Weights that `spans`, counted in every series by itself, have found, drawn to those of the inverse squared error where
     spans are few: one or two of a single short series find a winner, and it is seldom the next one's.
 
-    Neither the seasonal naive forecast nor the network shares in that: what speaks for either has to be found.
+    Neither the seasonal naive forecast nor climatology nor the network shares in that: what speaks for them has to be found.
     """
-    some = torch.tensor([name not in ("naive", "network") for name in names])
+    some = torch.tensor([name not in ("naive", "climatology", "network") for name in names])
     if not some.any():
         return weights
     counts = torch.ones_like(judged[1][:, 0]) if worth is None else worth

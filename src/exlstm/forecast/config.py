@@ -9,7 +9,7 @@ from tyro.conf import Suppress
 
 from exlstm.models.config import OPTIONS, nearest
 
-MEMBERS = ("naive", "theta", "linear", "arcsinh", "network")
+MEMBERS = ("naive", "theta", "linear", "arcsinh", "climatology", "network")
 CHOICES = {"metric": ("mae", "mse"), "variates": ("none", "attention", "slstm"), "design": ("patches", "xlstmtime")}
 # Names of the columns of the members, and of the single ridge that stands beside them, as NeuralForecast names its models.
 TITLES = {
@@ -18,6 +18,7 @@ TITLES = {
     "ridge": "Linear",
     "linear": "LinearPath",
     "arcsinh": "Arcsinh",
+    "climatology": "Climatology",
     "network": "Network",
 }
 MODEL = "xLSTM"
@@ -36,7 +37,7 @@ class FitConfig:
     max_lookback: int = 720
     """longest look-back that is tried"""
     members: tuple[str, ...] = MEMBERS
-    """what may enter the forecast: naive, theta, linear, arcsinh, network"""
+    """what may enter the forecast: naive, theta, linear, arcsinh, climatology, network"""
     metric: Literal["mae", "mse"] = "mae"
     """what the choices on validation are made by: absolute errors and quantiles over the error of the naive forecast in
     the past, or squared errors in deviations of the series"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from exlstm.data.panel import Panel
 from exlstm.data.windows import Batch, Windows, last, statistics_of
-from exlstm.forecast import arcsinh, baselines, combine, drift, fitting, judged, ridges, training
+from exlstm.forecast import arcsinh, baselines, combine, drift, fitting, floors, judged, ridges, training
 from exlstm.forecast.config import FitConfig
 from exlstm.forecast.judged import offsets
 from exlstm.models.config import ForecasterConfig
@@ -23,6 +24,8 @@ FINETUNE_ALPHA = 1e-3
 EVALUATIONS = training.EVALUATIONS
 # Steps at least that the spread of a window goes by.
 MOVED = 32
+# What climatology has to gain over the best of the other members on validation.
+PAST_GAIN = 0.05
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Engine:
     drift: drift.Drift | None = None
     bent: LinearPath | None = None  # on the scale of arcsinh with this bend
     bend: float = 0.0
+    floors: floors.Floors = field(default_factory=floors.Floors)
 
     @property
     def device(self):
@@ -61,19 +65,20 @@ class Engine:
 
     @property
     def made(self) -> list[str]:
-        """The members that are there to be mixed; the linear path always is."""
+        """The members that are there to be mixed; the linear path always is. Climatology has to show its worth first."""
         lacking = [m for m, part in (("network", self.network), ("arcsinh", self.bent)) if part is None]
+        lacking.append("climatology")
         return [m for m in self.config.members if m not in lacking] or ["linear"]
 
     @property
     def theta_steps(self) -> int:
-        """Steps of the past that the theta method is fitted to."""
+        """Steps of the past that the theta method is fitted to, and whose values climatology counts."""
         return min(512, max(96, 8 * self.season))
 
     @property
     def longest(self) -> int:
         """Steps of history that a forecast looks at."""
-        theta = self.theta_steps if "theta" in self.config.members else 1
+        theta = self.theta_steps if {"theta", "climatology"} & {*self.config.members} else 1
         linear = self.linear.config
         network = training.seen(self.network) if self.network is not None else 1
         return max(theta, self.season, linear.lookback, linear.past, network)
@@ -107,6 +112,10 @@ class Engine:
                     ..., at
                 ]
                 continue
+            if name == "climatology":
+                past = last(batch, self.theta_steps)
+                found[name] = baselines.climatology(past, h, self.levels)[..., at]
+                continue
             point = {
                 "naive": lambda: baselines.seasonal_naive(batch, self.season, h),
                 "theta": lambda: baselines.theta(last(batch, self.theta_steps), self.season, h, offset),
@@ -125,20 +134,36 @@ class Engine:
     def forecast(self, windows: Windows, series: Tensor, cuts: Tensor, also=(), size: int = 512, at=slice(None)):
         """Yields (rows, {"blend": (B, H, Q), and every name in `also`: ...}, batch) in units of the series; of the levels those
         numbered `at`."""
-        used = [m for m, w in self.weights.items() if w > 0]
+        used = [*dict.fromkeys((*(m for m, w in self.weights.items() if w > 0), *self.stretched_shares))]
         n = self._group(windows)
         wide = drift.factors(self, windows, series, cuts)[:, None, None]
+        floor = self.floors.of(windows)
         for rows in torch.arange(len(series), device=windows.device).split(max(n, size // n * n)):
             s = series[rows]
             batch = windows.batch(s, cuts[rows], self.longest, self.config.horizon, dates="network" in (*used, *also))
             offset = offsets(windows, s)
             found = self.members(batch, offset, used, n)
-            mixed = sum(self.weights[m] * found[m] for m in used)
             # The others are not mixed, so that of their levels only those wanted are made.
             rest = [m for m in also if m not in used]
             alone = self.members(batch, offset, rest, n, at) if rest else {}
-            out = {m: found[m][..., at] if m in found else alone[m] for m in also}
-            yield rows, {"blend": combine.stretched(mixed, self.factors * wide[rows])[..., at], **out}, batch
+            out = {"blend": self.blended(found, self.factors * wide[rows])[..., at]}
+            out |= {m: found[m][..., at] if m in found else alone[m] for m in also}
+            low = floors.under(batch, floor[s])[..., None]
+            yield rows, {m: torch.maximum(q, low) for m, q in out.items()}, batch
+
+    def blended(self, found: dict[str, Tensor], factors: Tensor) -> Tensor:
+        """(B, H, Q): the members by their weights, stretched, but for climatology: its quantiles are of what was seen."""
+        mixed = combine.stretched(sum(w * found[m] for m, w in self.stretched_shares.items()), factors)
+        share = self.weights.get("climatology", 0.0)
+        return (1 - share) * mixed + share * found["climatology"] if share else mixed
+
+    @property
+    def stretched_shares(self) -> dict[str, float]:
+        """The shares of the members that calibration stretches; they add up to 1."""
+        rest = {m: w for m, w in self.weights.items() if w > 0 and m != "climatology"}
+        if "climatology" in self.weights:
+            rest = {m: w / sum(rest.values()) for m, w in rest.items()}
+        return rest or {"linear": 1.0}
 
     def _group(self, windows: Windows) -> int:
         grouped = self.network is not None and self.network.config.grouped
@@ -158,6 +183,7 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     start = time.perf_counter()
     linear, ridge, recipe, tried = ridges.choose(found, config, say)
     engine = Engine(config, season, statistics, linear, ridge, recipe.single.lookback, notes=[_told(recipe, tried)])
+    engine.floors = floors.learnt(panel)
     say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
     bent = ridges.choose_bent(found, recipe, config) if "arcsinh" in config.members else None
     if bent:
@@ -204,22 +230,34 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
     scale of arcsinh, times before validation have a say."""
     engine.spreads, levels = {}, engine.levels
     # The simplest are measured even where they may not enter the blend.
-    val = judged.validation(engine, found, list(dict.fromkeys((*engine.made, "naive", "ridge", "linear"))))
+    # Squared errors go by the mean, which the quantiles of the past do not know.
+    past_values = ["climatology"] if "climatology" in engine.config.members and engine.config.metric == "mae" else []
+    names = list(dict.fromkeys((*engine.made, "naive", "ridge", "linear")))
+    val = judged.validation(engine, found, [*names, *past_values])
     recipes = {"linear": (found, recipe)} if recipe else {}
     recipes |= {"arcsinh": bent} if recipe and engine.bent is not None else {}
     past = judged.earlier(engine, found, recipes, val) if recipes else None
     even = combine.evenness(val.spans + (past.spans if past else 0.0))
-    for name in val.quantiles:
+    for name in names:
         _spread(engine, name, [part for part in (val, past) if part and name in part.quantiles], even)
-    engine.weights = dict(zip(engine.made, _weights(engine, val, past)))
-    mixed = val.mixed(engine.weights)
+    made = _made(engine, val)
+    engine.weights = dict(zip(made, _weights(engine, made, val, past)))
+    mixed = val.mixed(engine.stretched_shares)
     engine.factors = combine.stretch(mixed, val.target, levels, even=even)
     other, more = _other_times(engine, found, val, past, even) if recipe else (engine.plain, 0)
     spans = val.spans + max(more / 2, min(drift.MEMORIES[-1], 2 * len(found.windows.panel)))
     engine.factors = engine.factors * other * combine.unsure(levels, spans)
     engine.drift = drift.fit(engine, found, val.quantiles, val.target, other)
-    for name, quantiles in {**val.quantiles, "blend": combine.stretched(mixed, engine.factors)}.items():
+    for name, quantiles in {**val.quantiles, "blend": engine.blended(val.quantiles, engine.factors)}.items():
         engine.scores[name] = _score(quantiles, val.target, val.unit, levels)
+
+
+def _made(engine: Engine, val: judged.Judged) -> list[str]:
+    """The members to be mixed: climatology among them where alone it gains PAST_GAIN over every other one."""
+    losses = {m: float(pinball(q, val.target, engine.levels, val.unit)) for m, q in val.quantiles.items()}
+    best = min(losses[m] for m in engine.made)
+    sure = losses.get("climatology", math.inf) < best * (1 - PAST_GAIN)
+    return [*engine.made, "climatology"] if sure else engine.made
 
 
 def _spread(engine: Engine, name: str, parts: list[judged.Judged], even: float):
@@ -239,8 +277,8 @@ def _spread(engine: Engine, name: str, parts: list[judged.Judged], even: float):
         part.spread(name, engine.spreads)
 
 
-def _weights(engine: Engine, val: judged.Judged, past: judged.Judged | None) -> list[float]:
-    """Weights of the members by validation and, where its spans are few, but for the network's, by times before it."""
+def _weights(engine: Engine, names: list[str], val: judged.Judged, past: judged.Judged | None) -> list[float]:
+    """Weights of the members named by validation and, where its spans are few, but for the network's, by times before it."""
 
     def chosen(names: list[str], held: judged.Judged, worth: Tensor | None) -> list[float]:
         given, members = (held.target, held.unit, engine.levels, engine.config.metric), held.stacked(names)
@@ -248,7 +286,6 @@ def _weights(engine: Engine, val: judged.Judged, past: judged.Judged | None) -> 
         weights = combine.blend(members, given, held.group, names, *([] if worth is None else [worth]))
         return combine.steadied(weights, members, given, apart, names, worth)
 
-    names = engine.made
     closed = [name for name in names if name != "network"]
     if past is None or not closed or val.spans >= combine.SPANS:
         return chosen(names, val, None)
@@ -268,8 +305,9 @@ def _other_times(engine: Engine, found: fitting.Split, val: judged.Judged, past:
     h, levels = engine.config.horizon, engine.levels
     more = fitting.learnt_spans(found, h)
     if past is not None:
-        shares = {name: share for name, share in engine.weights.items() if name != "network"}
-        shares["linear"] = shares.get("linear", 0.0) + engine.weights.get("network", 0.0)
+        given = engine.stretched_shares
+        shares = {name: share for name, share in given.items() if name != "network"}
+        shares["linear"] = shares.get("linear", 0.0) + given.get("network", 0.0)
         now, before = (combine.stretch(p.mixed(shares), p.target, levels, even=even) for p in (val, past))
         return (before / now) ** (past.spans / (val.spans + past.spans)), more
     if "theta" not in val.quantiles:
@@ -337,6 +375,7 @@ def finetune(engine: Engine, panel: Panel, steps: int, report=None) -> Engine:
         config = replace(new.config, steps=max(1, steps), patience=EVALUATIONS, lr=new.config.lr / 3)
         story = training.train_network(new.network, found, config) if steps else {"best_step": 0}
         told += f", network trained on for {story['best_step']} updates"
+    new.floors = floors.learnt(panel)
     new.notes.append(f"finetuned: linear path {told}")
     if report:
         report(new.notes[-1])

@@ -17,6 +17,7 @@ from exlstm.data.panel import Columns, Panel
 from exlstm.forecast.config import FitConfig
 from exlstm.forecast.drift import Drift
 from exlstm.forecast.engine import Engine
+from exlstm.forecast.floors import Floors
 from exlstm.forecast.training import DESIGNS
 from exlstm.models.config import ForecasterConfig, LinearConfig, SLSTMOptions, from_dict, nearest
 from exlstm.models.linear import LinearPath
@@ -79,6 +80,7 @@ def _pack(model) -> tuple[dict, dict]:
         "year": engine.statistics["year"],
         "drift": _drift_settings(engine.drift),
         "bent": None if engine.bent is None else [engine.bend, asdict(engine.bent.config)],
+        "floors": [engine.floors.others, [[_plain(name), low] for name, low in engine.floors.known.items()]],
         "weights": engine.weights,
         "scores": engine.scores,
         "notes": engine.notes,
@@ -201,6 +203,8 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
         engine.bend, engine.bent = settings["bent"][0], LinearPath(LinearConfig(**settings["bent"][1]), device=device)
         engine.bent.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("bent.")})
     engine.drift = _unpack_drift(settings, tensors, engine, device)
+    others, known = settings.get("floors", (None, []))
+    engine.floors = Floors(dict(map(tuple, known)), others)
     columns = _dataclass(Columns, settings["columns"])
     numeric = isinstance(settings["freq"], int)
     firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]

@@ -13,7 +13,7 @@ import torch
 from exlstm.data import frequency
 from exlstm.data.panel import TARGET, Columns, Panel
 from exlstm.data.series import panel_of, without_times
-from exlstm.forecast import combine, engine, files, fitting, frames
+from exlstm.forecast import combine, engine, files, fitting, floors, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 from exlstm.train.process import Randomness, plain_torch
 from exlstm.train.progress import Pace
@@ -259,11 +259,14 @@ class Forecaster:
         pace = Pace("forecasts", len(panel), self.report)
         with plain_torch():
             windows = self.engine.windows(panel, future)
-            for rows, out, _ in self.engine.forecast(windows, *windows.ends(), also):
+            floor = self.engine.floors.of(windows)
+            for rows, out, batch in self.engine.forecast(windows, *windows.ends(), also):
                 pace.add(len(rows))
+                # Levels beyond the outermost lie on straight lines.
+                low = floors.under(batch, floor[rows])[..., None]
                 for name, q in out.items():
                     title = MODEL if name == "blend" else TITLES[name]
-                    picked = combine.at_levels(q, self.engine.levels, wanted) if wanted else q[..., :0]
+                    picked = combine.at_levels(q, self.engine.levels, wanted).maximum(low) if wanted else q[..., :0]
                     found.setdefault(title, []).append(q[..., half])
                     for k, ending in enumerate(endings):
                         found.setdefault(title + ending, []).append(picked[..., k])

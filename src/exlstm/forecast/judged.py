@@ -19,6 +19,8 @@ HELD, MOST, FEWEST = 8 * 10**6, 4096, 64
 # What a span before validation counts beside one of validation, for it is of older times; all of them count as validation at
 # most, or as so many spans where that has less.
 EARLIER, LEAST = 0.5, 8.0
+# Members that learn from their window alone.
+ALONE = ("naive", "theta", "climatology")
 
 
 def offsets(windows: Windows, series: Tensor) -> Tensor:
@@ -70,7 +72,8 @@ def validation(engine, found: fitting.Split, names: list[str]) -> Judged:
     """The validation windows."""
     w, config = found.windows, engine.config
     val = found.val(config.horizon)
-    most = min(MOST, max(FEWEST, HELD // (config.horizon * len(engine.levels) * len(config.members))))
+    made = len({*config.members} - {"climatology"})
+    most = min(MOST, max(FEWEST, HELD // (config.horizon * len(engine.levels) * max(1, made))))
     numbers = val.some(most)
     n = engine.network is not None and engine.network.config.grouped and len(w.panel)
     if n:
@@ -89,7 +92,9 @@ def earlier(engine, found: fitting.Split, recipes: dict, val: Judged) -> Judged 
         if (out := ridges.out_of_fold(*recipe, engine.config, most)) is None:
             return None
         series, at, points[name] = out
-    held = _held(engine, found, series, at, [m for m in engine.made if m in ("naive", "theta")], 0)
+    held = _held(
+        engine, found, series, at, [m for m in val.quantiles if m in (*engine.made, "climatology") and m in ALONE], 0
+    )
     if "arcsinh" in points:
         points["arcsinh"] = arcsinh.straight(points["arcsinh"], engine.bend)
     for name, point in points.items():
