@@ -253,9 +253,10 @@ def _combine(engine: Engine, found: fitting.Split, recipe: ridges.Recipe | None 
 
 
 def _made(engine: Engine, val: judged.Judged) -> list[str]:
-    """The members to be mixed: climatology among them where alone it gains PAST_GAIN over every other one."""
+    """The members to be mixed: climatology among them where alone it gains PAST_GAIN over every other one but the network,
+    of which validation, which chose its last update, speaks too well."""
     losses = {m: float(pinball(q, val.target, engine.levels, val.unit)) for m, q in val.quantiles.items()}
-    best = min(losses[m] for m in engine.made)
+    best = min((losses[m] for m in engine.made if m != "network"), default=math.inf)
     sure = losses.get("climatology", math.inf) < best * (1 - PAST_GAIN)
     return [*engine.made, "climatology"] if sure else engine.made
 
