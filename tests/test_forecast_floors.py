@@ -1,5 +1,7 @@
 """Forecasting: nothing is forecast below the floor of a series, and series of mostly zeros have the quantiles of their past."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,18 @@ def test_a_window_below_the_floor_has_its_own_least():
     later.iloc[-3:] -= 4.0
     lowest = wide(model.predict(later)).min(axis=None)
     assert -4.0 <= lowest < -1.0
+
+
+def test_a_floor_is_said_and_may_be_left_out():
+    data = table("counts")
+    model = Forecaster(14, config=SETTINGS).fit(data)
+    assert "nothing is forecast below zero, for no value is negative" in model.engine.notes
+    free = Forecaster(14, config=replace(SETTINGS, floors=False)).fit(data)
+    assert free.engine.floors == floors.Floors() and not [note for note in free.engine.notes if "below" in note]
+    assert wide(free.predict(level=[95])).min(axis=None) < 0
+    data.iloc[3, 0] = -1.0
+    told = Forecaster(14, config=SETTINGS).fit(data).engine.notes
+    assert "11 series are not forecast below their least value, at which they often stand" in told
 
 
 @pytest.mark.parametrize("seed", range(3))

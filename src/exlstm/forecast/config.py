@@ -45,6 +45,8 @@ class FitConfig:
     """steps at the end of every series that are the validation part; 0: 15 %, at least the horizon"""
     refit: bool = True
     """learn from the validation part too, once everything is chosen"""
+    floors: bool = True
+    """forecast nothing below zero where no value is negative, nor below the least value of a series that often stands there"""
     blocks: tuple[str, ...] = ("slstm",)
     """kinds of block of the network, repeated in turn"""
     d_model: int = 64

@@ -183,8 +183,11 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     start = time.perf_counter()
     linear, ridge, recipe, tried = ridges.choose(found, config, say)
     engine = Engine(config, season, statistics, linear, ridge, recipe.single.lookback, notes=[_told(recipe, tried)])
-    engine.floors = floors.learnt(panel)
+    engine.floors = floors.learnt(panel) if config.floors else floors.Floors()
     say(f"{engine.notes[0]} ({time.perf_counter() - start:.1f} s)")
+    if told := floors.told(engine.floors):
+        engine.notes.append(told)
+        say(told)
     bent = ridges.choose_bent(found, recipe, config) if "arcsinh" in config.members else None
     if bent:
         engine.bend, engine.bent = bent[0].windows.bend, ridges.fit(*bent, config, whole=False)[0]
@@ -376,7 +379,7 @@ def finetune(engine: Engine, panel: Panel, steps: int, report=None) -> Engine:
         config = replace(new.config, steps=max(1, steps), patience=EVALUATIONS, lr=new.config.lr / 3)
         story = training.train_network(new.network, found, config) if steps else {"best_step": 0}
         told += f", network trained on for {story['best_step']} updates"
-    new.floors = floors.learnt(panel)
+    new.floors = floors.learnt(panel) if new.config.floors else floors.Floors()
     new.notes.append(f"finetuned: linear path {told}")
     if report:
         report(new.notes[-1])

@@ -45,6 +45,15 @@ def learnt(panel: Panel) -> Floors:
     return Floors({name: low for name, low in least.items() if name in often})
 
 
+def told(floors: Floors) -> str:
+    """What is to be said of them; empty where there is none."""
+    if floors.others is not None:
+        return "nothing is forecast below zero, for no value is negative"
+    if not floors.known:
+        return ""
+    return f"{len(floors.known)} series are not forecast below their least value, at which they often stand"
+
+
 def under(batch, floor: Tensor) -> Tensor:
     """(B, 1): the floors (B,) of windows, none above what they have seen."""
     return torch.minimum(floor, torch.where(batch.seen, batch.y, torch.inf).amin(1))[:, None]
