@@ -60,6 +60,8 @@ class Train:
     """wall-clock budget, the short form of --train.minutes; 2 when no --train.steps is given either"""
     config: str = ""
     """JSON file with settings: a run's run.json, or any part of one"""
+    start: str = ""
+    """a run, checkpoint or saved model to begin with: its weights, tokenizer and settings of the model"""
     device: str = "auto"
     """cpu, cuda, ...; auto: the accelerator if there is one"""
     model: Model = field(default_factory=Model)
@@ -146,7 +148,7 @@ def train(command: Train):
     data = replace(command.data, files=command.files or command.data.files)
     schedule = command.train if command.minutes is None else replace(command.train, minutes=command.minutes)
     model = LanguageConfig(**vars(command.model))
-    result = train_language(RunConfig(command.out, model, data, schedule, command.device))
+    result = train_language(RunConfig(command.out, model, data, schedule, command.device, command.start))
     return 0 if result.interrupted is None else 128 + result.interrupted
 
 
@@ -154,13 +156,14 @@ def _train_default(argv: list[str]) -> Train:
     """What the command starts from: the settings of --config, then --size; flags given one by one come on top of it."""
     given = _flags(argv)
     stored = read_config(Path(given["--config"])) if given.get("--config") else {}
-    default = sized(given.get("--size"), stored)
+    default = sized(given.get("--size"), {**stored, **({"start": given["--start"]} if "--start" in given else {})})
     if "--model.vocab-size" in given:
         raise ValueError("--model.vocab-size follows from the tokenizer; --data.vocab-size sets that of a bpe")
     schedule = default.train
     if {"--minutes", "--train.minutes", "--train.steps"} & set(given):
         schedule = replace(schedule, steps=None, minutes=None)
-    return Train(out=default.out, model=Model(**vars(default.model)), data=default.data, train=schedule)
+    model = Model(**vars(default.model))
+    return Train(out=default.out, start=default.start, model=model, data=default.data, train=schedule)
 
 
 def generate(command: Generate):
@@ -176,8 +179,9 @@ def generate(command: Generate):
 
 
 def evaluate(command: Evaluate):
-    told = command.files, command.limit, command.device, command.int8, command.field
-    import_module("exlstm.runs").evaluate(_run(command), *told)
+    import_module("exlstm.runs").evaluate(
+        _run(command), **{f.name: getattr(command, f.name) for f in fields(command)[1:]}
+    )
 
 
 def plot(command: Plot):
@@ -394,7 +398,3 @@ def _told(error: Exception) -> str | None:
 
 def _sentence(text: str) -> str:
     return " ".join(text.split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,17 +30,23 @@ WRITTEN = ("version", "exlstm", "corpus")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run; `out` is its folder, runs/<name of the first file> where it is empty."""
+    """All settings of a run.
+
+    `out` is its folder, runs/<name of the first file> where it is empty. `start` is a run, one of its checkpoints or a folder of
+    `save_pretrained` whose weights and tokenizer the run begins with; `sized(values={"start": ...})` has its model's settings.
+    """
 
     out: str = ""
     model: LanguageConfig = field(default_factory=LanguageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     device: str = "auto"
+    start: str = ""
 
 
 def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
-    """The settings of a run: those of a size under `values`, parts of a run.json; the argument `size` is above both."""
+    """The settings of a run: those of a size, or of the model it starts from, under `values`, parts of a run.json; the argument
+    `size` is above both."""
     values = dict(values or {})
     for name in (size, values.get("size")):
         if name is not None and name not in SIZES:
@@ -48,11 +54,34 @@ def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
     chosen = size or values.get("size", DEFAULT_SIZE)
     # The file of a run holds all of it: what it lacks had the default of its time.
     tuned = {} if "version" in values else TRAINED.get(chosen, {})
+    below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
+    if values.get("start") and "version" not in values:
+        if size or "size" in values:
+            raise ValueError(f"size {chosen} came with a start, whose model has its own: leave one of the two out")
+        below, tokenizer = _settings_of(values["start"])
+        tuned, values["data"] = {}, {"tokenizer": tokenizer, **values.get("data", {})}
     values["train"] = {**tuned, **values.get("train", {})}
     parts = {name: from_dict(kind, values.get(name, {}), f"{name}.") for name, kind in ROOMS.items()}
-    below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
     parts["model"] = from_dict(LanguageConfig, {**below, **values.get("model", {}), **above}, "model.")
-    return RunConfig(out=values.get("out", ""), **parts)
+    return RunConfig(out=values.get("out", ""), start=values.get("start", ""), **parts)
+
+
+def _settings_of(start: str) -> tuple[dict, str]:
+    """The settings of the model in `start`, and the kind of its tokenizer."""
+    model = _model_of(start, "meta")
+    return asdict(model.config), model.tokenizer.to_dict()["kind"]
+
+
+def _model_of(start: str, device: str = "cpu"):
+    """The model to start from. ValueError, FileNotFoundError: there is none, or it has no tokenizer."""
+    from exlstm.models.language import LanguageModel
+
+    model = LanguageModel.from_pretrained(start, device=device)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{start} holds a model without a tokenizer, so that nothing says what its tokens mean in a text"
+        )
+    return model
 
 
 def read_config(path: Path) -> dict:
@@ -61,7 +90,7 @@ def read_config(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    known = (*ROOMS, "size", "out", *WRITTEN)
+    known = (*ROOMS, "size", "out", "start", *WRITTEN)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, wanted an object with keys {', '.join(known)}")
     for key, value in values.items():
@@ -107,27 +136,18 @@ def train_language(config: RunConfig):
 
 def _train(folder: Path, config: RunConfig, stored: dict):
     """The trainer's result, the model and the corpus."""
-    import torch
-
     from exlstm import runs
-    from exlstm.data.text import TextBatches, load_corpus, windows
+    from exlstm.data.text import TextBatches, windows
     from exlstm.models import checkpoint
-    from exlstm.models.language import LanguageModel
     from exlstm.train.loop import train
     from exlstm.train.process import keep_freed_memory
     from exlstm.train.progress import Progress
 
     keep_freed_memory()
     device, data = runs.device_of(config.device), config.data
-    # A model that cannot be built is refused before minutes go into the corpus.
-    LanguageModel(config.model, device="meta")
-    corpus = load_corpus(data, folder / "data", expect=stored.get("corpus"), progress=_Preparing(folder))
-    settings = replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        model = LanguageModel(settings).to(device)
-    model.tokenizer = corpus.tokenizer
-    _write_settings(folder, config, settings, corpus.fingerprint)
+    model, corpus, fresh = _begun(folder, config, stored)
+    model.to(device)
+    _write_settings(folder, config, model.config, corpus.fingerprint)
     for line in (*corpus.notes, *_told(model, corpus, device)):
         print(line, flush=True)
     held = list(islice(windows(corpus.held_out, data.context, data.batch_size), config.train.eval_batches))
@@ -135,6 +155,10 @@ def _train(folder: Path, config: RunConfig, stored: dict):
 
     def evaluate(model):
         return {"bits_per_byte": runs.bits_per_byte(model, held, corpus.held_out.token_bytes)}
+
+    if fresh:
+        bits = evaluate(model)["bits_per_byte"]
+        print(f"start: {config.start}, {bits:.3f} bits per byte of held-out text", flush=True)
 
     def sample(model):
         try:
@@ -155,6 +179,61 @@ def _train(folder: Path, config: RunConfig, stored: dict):
         progress=Progress(corpus.held_out.n_bytes / len(corpus.held_out)),
     )
     return result, model, corpus
+
+
+def _source(folder: Path, config: RunConfig):
+    """The model whose tokenizer the run has (None: it makes its own), and whether its weights are to be taken.
+
+    A run that has a checkpoint goes on with that, whatever has become of where it started.
+    """
+    from exlstm.train.checkpoint import steps_in
+
+    if not config.start:
+        return None, False
+    fresh = not steps_in(folder / "checkpoints")
+    source = _model_of(config.start if fresh else str(folder), "cpu" if fresh else "meta")
+    kind, size = source.tokenizer.to_dict()["kind"], source.tokenizer.vocab_size
+    for name, came, has in (
+        ("tokenizer", config.data.tokenizer, kind),
+        ("vocab_size", config.data.vocab_size or size, size),
+    ):
+        if came != has:
+            raise ValueError(f"data.{name} is {came}, but it comes from {config.start}, where it is {has}")
+    return source, fresh
+
+
+def _begun(folder: Path, config: RunConfig, stored: dict):
+    """The model as it is before the first step, the corpus, and whether the model begins with the weights of another."""
+    import torch
+
+    from exlstm.data.text import load_corpus
+    from exlstm.models.language import LanguageModel
+
+    source, fresh = _source(folder, config)
+    # What cannot be built, or takes other weights than there are, is refused before minutes go into the corpus.
+    settings = replace(config.model, vocab_size=source.config.vocab_size) if source else config.model
+    empty = LanguageModel(settings, device="meta")
+    if fresh:
+        _check_fit(empty, source, config.start)
+    known, told = source and source.tokenizer, _Preparing(folder)
+    corpus = load_corpus(config.data, folder / "data", expect=stored.get("corpus"), progress=told, tokenizer=known)
+    settings = settings if source else replace(settings, vocab_size=corpus.tokenizer.vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = LanguageModel(settings)
+    if fresh:
+        model.load_state_dict(source.state_dict())
+    model.tokenizer = corpus.tokenizer
+    return model, corpus, fresh
+
+
+def _check_fit(model, source, start: str):
+    """ValueError: the weights of `source` are not those of `model`, by the first name that tells."""
+    wanted, found = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, source))
+    for name in {**wanted, **found}:
+        here, there = wanted.get(name, "missing"), found.get(name, "missing")
+        if here != there:
+            raise ValueError(f"the model is another than that of {start}: {name} is {here}, there {there}")
 
 
 def _told(model, corpus, device: str) -> tuple[str, str]:
@@ -193,6 +272,8 @@ def _stored(folder: Path) -> dict:
 def _refuse_other(folder: Path, config: RunConfig, stored: dict):
     """ValueError when the folder holds a run of other settings, naming what differs."""
     told = config.train.changes(stored.get("train", {}))
+    if config.start != stored.get("start", ""):
+        told.insert(0, f"start is {config.start!r}, was {stored.get('start', '')!r}")
     for room in ("model", "data"):
         now = json.loads(json.dumps(asdict(getattr(config, room))))
         told += _differences(f"{room}.", now, stored.get(room, {}))
@@ -200,7 +281,7 @@ def _refuse_other(folder: Path, config: RunConfig, stored: dict):
         more = f" and {len(told) - 3} more" if len(told) > 3 else ""
         raise ValueError(
             f"{folder} holds another run: {', '.join(told[:3])}{more}; choose another folder with --out, "
-            f"or go on with its settings by --config {folder / SETTINGS}"
+            f"go on with its settings by --config {folder / SETTINGS}, or with its weights by --start {folder}"
         )
 
 
@@ -217,7 +298,7 @@ def _differences(where: str, now: dict, stored: dict) -> Iterator[str]:
 
 def _write_settings(folder: Path, config: RunConfig, model: LanguageConfig, fingerprint: str):
     """run.json, whole or not at all."""
-    settings = {"version": VERSION, "exlstm": __version__, "corpus": fingerprint}
+    settings = {"version": VERSION, "exlstm": __version__, "corpus": fingerprint, "start": config.start}
     settings |= {"model": asdict(model), "data": asdict(config.data), "train": asdict(config.train)}
     aside = folder / f".tmp-{os.getpid()}-{SETTINGS}"
     try:

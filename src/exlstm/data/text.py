@@ -114,9 +114,11 @@ def load_corpus(
     *,
     expect: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tokenizer=None,
 ) -> Corpus:
     """The corpus that `config` describes, from the folder `cache`, where it is prepared if it is not there yet.
 
+    `tokenizer` is one that stands, in place of one made for the text.
     `expect` is the fingerprint that the corpus had when a run began. `progress(done, total)` counts bytes of text.
     ValueError, OSError: files are missing, not text or too little of it, or not the ones expected; then nothing is
     written.
@@ -128,11 +130,13 @@ def load_corpus(
         told = _difference(cache, documents)
         raise ValueError(f"the corpus changed since this run began{told}: bring it back or choose another folder")
     settings = (VERSION, found, config.tokenizer, config.vocab_size, float(config.held_out), config.seed)
+    settings = settings if tokenizer is None else (*settings, tokenizer.to_dict())
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     try:
         corpus = open_corpus(cache, key)
     except ValueError:
-        _prepare(documents, config, cache, {"version": VERSION, "key": key, "fingerprint": found}, progress)
+        header = {"version": VERSION, "key": key, "fingerprint": found}
+        _prepare(documents, config, cache, header, progress, tokenizer)
         corpus = open_corpus(cache, key)
     if config.context >= len(corpus.train):
         rows = len(corpus.train) - 1
@@ -205,8 +209,8 @@ def _tokens(cache: Path, key: str) -> Path:
     return cache / f"tokens-{key}.bin"
 
 
-def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress):
-    """Writes the tokens and the header that describes them."""
+def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress, tokenizer):
+    """Writes the tokens and the header that describes them; None: a tokenizer is made for the text."""
     hashed, done, total = hashlib.sha256(), 0, sum(d.size for d in documents)
     progress = progress or (lambda done, total: None)
     progress(done, total)
@@ -215,7 +219,7 @@ def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, hea
     texts = [
         (piece.decode("utf-8", "replace") for part in parts for _, piece in part.pieces()) for parts in (ranked, held)
     ]
-    tokenizer = TOKENIZERS[config.tokenizer].fit(texts[0], config.vocab_size, texts[1])
+    tokenizer = tokenizer or TOKENIZERS[config.tokenizer].fit(texts[0], config.vocab_size, texts[1])
     size = tokenizer.vocab_size
     dtype = np.dtype("u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
     header |= {"dtype": dtype.str, "tokenizer": tokenizer.to_dict(), "sources": {d.name: d.digest for d in documents}}
