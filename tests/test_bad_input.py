@@ -346,7 +346,10 @@ CALLS = {
         "unknown field 'input' in the batch, did you mean 'inputs'",
     ),
     "no folder": (lambda: LanguageModel.from_pretrained("missing"), "missing does not exist"),
-    "a probe of nothing": (lambda: probe.record(torch.nn.Linear(2, 2)).__enter__(), "Linear holds no Stack"),
+    "a probe of nothing": (
+        lambda: probe.record(torch.nn.Linear(2, 2)).__enter__(),
+        "Linear holds no Stack, xLSTM or layer",
+    ),
     "a name": (lambda: exlstm.LSTM, "module 'exlstm' has no attribute 'LSTM'"),
     "steps and minutes": (lambda: TrainConfig(steps=3, minutes=1), "one of the two"),
     "held out": (lambda: DataConfig(held_out=0), "held_out is 0"),

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from exlstm import LanguageConfig, LanguageModel, Stack, StackConfig, backend
+from exlstm import LanguageConfig, LanguageModel, Stack, StackConfig, backend, mLSTM, sLSTM, xLSTM
 from exlstm.models import probe
 from exlstm.ops import mlstm, slstm
 
@@ -54,6 +55,37 @@ def test_every_gated_layer_is_seen_in_its_place():
         assert gates.log_i.shape == gates.log_f.shape == gates.m.shape
         assert gates.log_i.shape[:2] == (2, 20)
         assert (gates.log_f <= 0).all()
+
+
+def test_layers_and_xlstm_are_seen_as_stacks_are():
+    x, seen_of = draw(2, 20, 32), {}
+    layers = {"mlstm": mLSTM(32, n_heads=2), "slstm": sLSTM(32, n_heads=2)}
+    for kind, layer in layers.items():
+        layer.eval()
+        y, _, seen = watched(layer, x)
+        assert [(g.layer, g.block) for g in seen] == [(0, kind)] and torch.equal(y, layer(x)[0])
+        seen_of[kind] = seen[0]
+    both = nn.Sequential(nn.Linear(32, 32), *layers.values())
+    with torch.no_grad(), probe.record(both) as seen:
+        for layer in layers.values():
+            layer(x)
+    assert [(g.layer, g.block) for g in seen] == [(0, "mlstm"), (1, "slstm")]
+    for gates in seen:
+        assert torch.equal(gates.log_f, seen_of[gates.block].log_f)
+    net = xLSTM(32, 32, num_layers=2, bidirectional=True, batch_first=True).eval()
+    with torch.no_grad():
+        plain = net(x)[0]
+    y, _, seen = watched(net, x)
+    assert torch.equal(y, plain) and [g.layer for g in seen] == [0, 1, 2, 3]
+    assert len(probe.summary(seen)) == sum(g.log_f.shape[2] for g in seen)
+
+
+def test_two_stacks_are_counted_on():
+    model = nn.ModuleList([stack(["mlstm", "attention"]), stack(["slstm"])])
+    with torch.no_grad(), probe.record(model) as seen:
+        model[1](draw(1, 5, 32))
+        model[0](draw(1, 5, 32))
+    assert [(g.layer, g.block) for g in seen] == [(2, "slstm"), (0, "mlstm")]
 
 
 def memories(state):

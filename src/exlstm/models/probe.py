@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from exlstm.models.stack import Stack
+from exlstm.models.stack import BLOCKS, Block, Stack
 from exlstm.ops import backend as backends
 from exlstm.ops import mlstm, slstm
 
@@ -23,6 +23,7 @@ from exlstm.ops import mlstm, slstm
 class Gates(NamedTuple):
     """The gates of one layer over one call, (B, T, H) or, where every unit has its own, (B, T, H, D), in log space.
 
+    Layers are numbered as they stand in the model, those without gates too; of a bidirectional xLSTM a number each direction.
     Padding stands as log_i = -inf, log_f = 0. m is the stabiliser after every token.
     """
 
@@ -53,7 +54,8 @@ class Head(NamedTuple):
 
 @contextmanager
 def record(model):
-    """A list that receives one Gates for every operator call of `model`, a Stack or what holds one, inside the block.
+    """A list that receives one Gates for every operator call of `model` inside the block: a Stack, an xLSTM, a layer, or what
+    holds any of them.
 
     The operators run on the implementation they would run on anyway, with the same results. Works on eager models.
 
@@ -62,9 +64,9 @@ def record(model):
     ...     _ = stack(torch.randn(1, 100, 64))
     >>> longest = max(summary(seen), key=lambda head: head.horizon)
     """
-    stack = next((module for module in model.modules() if isinstance(module, Stack)), None)
-    if stack is None:
-        raise ValueError(f"{type(model).__name__} holds no Stack to look into")
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no Stack, xLSTM or layer to look into")
     seen, running = [], [0, ""]
 
     def enter(index, block):
@@ -76,7 +78,7 @@ def record(model):
     rows = {mlstm: _watched_mlstm, slstm: _watched_slstm}
     chosen = backends.chosen(None)
     with ExitStack() as undo:
-        for index, (block, kind) in enumerate(zip(stack.blocks, stack.config.layers(), strict=True)):
+        for index, (block, kind) in enumerate(layers):
             undo.callback(block.register_forward_pre_hook(enter(index, kind)).remove)
         # A row of its own in the operators' tables sees every call and passes it on.
         name = f"record {id(seen):x}"
@@ -86,6 +88,23 @@ def record(model):
             undo.callback(table.pop, name)
         undo.enter_context(backends.backend(name))
         yield seen
+
+
+def _layers(model) -> list[tuple[torch.nn.Module, str]]:
+    """The blocks of a model, and the mixers that stand in none, with their kinds, in the model's order."""
+    inside, found = set(), []
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        here = []
+        if isinstance(module, Stack):
+            here = list(zip(module.blocks, module.config.layers(), strict=True))
+        elif kinds := [k for k, row in BLOCKS.items() if isinstance(getattr(module, "mixer", module), row[0])]:
+            here = [(module, kinds[0])] if isinstance(module, Block | BLOCKS[kinds[0]][0]) else []
+        if here:
+            found += here
+            inside |= {id(part) for part in module.modules()}
+    return found
 
 
 def _watched_mlstm(chosen, keep):
