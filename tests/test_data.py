@@ -531,7 +531,7 @@ BAD_FILES = {
     "row without the field": (
         "other.jsonl",
         ValueError,
-        "line 1, has no field 'text', only 'body', 'n'; the setting field names",
+        "line 1, has no field 'text', only 'body', 'n'; name the one with the text by --field or --data.field",
     ),
     "row that is a list": ("list.jsonl", ValueError, "list.jsonl, line 3, holds list, wanted an object"),
     "row with another thing": ("null.jsonl", ValueError, "null.jsonl, line 1, has 'text' of NoneType, wanted text$"),
@@ -552,7 +552,9 @@ def test_a_folder_passes_over_tables_of_other_things_and_says_so(tmp_path):
     assert notes == ["passed over 2 tables without a field 'text'"]
     good.write_text('{"text": "x"}\n{"loss": 2}\n')
     for named in ([root], [f"{root}/a.txt", f"{root}/log.jsonl"], [f"{root}/*.jsonl"]):
-        with pytest.raises(ValueError, match=r"jsonl, line [12], has no field 'text', only 'loss'; the setting field"):
+        with pytest.raises(
+            ValueError, match=r"jsonl, line [12], has no field 'text', only 'loss'; name the one with the text by"
+        ):
             files.find(named)
     good.unlink()
     with pytest.raises(ValueError, match=r"log.jsonl, line 1, has no field"):

@@ -182,7 +182,9 @@ def _rows(path: Path, stream, field: str) -> Iterator[bytes]:
         if field not in row:
             told = ", ".join(map(repr, list(row)[:8])) or "none"
             error = ValueError if found else OtherTable
-            raise error(f"{where}, has no field {field!r}, only {told}; the setting field names the one with the text")
+            raise error(
+                f"{where}, has no field {field!r}, only {told}; name the one with the text by --field or --data.field"
+            )
         found = True
         if not isinstance(row[field], str):
             raise ValueError(f"{where}, has {field!r} of {type(row[field]).__name__}, wanted text")

@@ -148,7 +148,7 @@ def _with_time(frame, columns: Columns):
     parts = (c for name in PART_NAMES for c in names if c.lower() == name)
     if name := next(itertools.chain(named, told, parts), None):
         return frame, name
-    raise ValueError(f"no column looks like a time; the columns are {_some(names)}; name one with time")
+    raise ValueError(f"no column looks like a time; the columns are {_some(names)}; name one with --time (time_col)")
 
 
 def _holds_times(column) -> bool:
@@ -218,14 +218,14 @@ def _guess_columns(frame, columns: Columns, told: list, known):
         named = values
     if not named and not numeric:
         raise ValueError(
-            f"no column of numbers is left to forecast; the columns are {_some(names)}; name one with target"
+            f"no column of numbers is left to forecast; the columns are {_some(names)}; name one with --target (target_col)"
         )
     if named or len(numeric) == 1:
         target = (named or numeric)[0]
         told.append(f"forecasts column {target!r} over {columns.time!r}")
         return replace(columns, target=target), []
     if columns.id:
-        raise ValueError(f"{_some(numeric)} could all be forecast; name one with target")
+        raise ValueError(f"{_some(numeric)} could all be forecast; name one with --target (target_col)")
     told.append(f"every column of numbers is a series: {_some(numeric)}")
     return columns, numeric
 
@@ -331,7 +331,7 @@ def _refuse_twice(codes, times, names, column: str, zone, wide: str):
         alone = len(names) == 1 and names[0] == TARGET
         name = wide or names[codes[twice[0]]]
         series = "" if alone and not wide else f" of series {name!r}"
-        hint = "; if a column tells series apart, name it with id" if alone or wide else ""
+        hint = "; if a column tells series apart, name it with --id (id_col)" if alone or wide else ""
         hint = (
             "; if clocks went back then, give times with their zone" if _autumn(times, twice[0]) and not zone else hint
         )
