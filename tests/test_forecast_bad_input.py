@@ -162,7 +162,7 @@ COMMANDS = {
     "forecast fake.csv.gz": "fake.csv.gz cannot be read as a table: Not a gzipped file",
     "forecast fake.zip": "fake.zip cannot be read as a table: File is not a zip file",
     "forecast book.xlsx": "book.xlsx is a spreadsheet, wanted CSV or Parquet",
-    "forecast shops.csv": "stands twice in column 'ds' of series 'filiale'; if a column tells series apart, name it with --id (id_col)",
+    "forecast shops.csv": "stands twice in column 'ds' of series 'filiale'; if a column tells series apart, name it with --id",
     "forecast bad.tsf": "bad.tsf has 2 fields in line 4, wanted 1",
     "forecast none.tsf": "not a .tsf file",
     "bench forecast good.csv": "good.csv has 40 rows, 4 to choose by and 8 to test on, too few for a horizon of 60",
