@@ -26,11 +26,15 @@ class Floors:
     known: dict = field(default_factory=dict)  # series -> its floor, where it is not that of the others
     others: float | None = None
 
+    def among(self, panel: Panel) -> np.ndarray:
+        """(N,): the floors of all series of a panel in units of the data; where there is none, minus infinity."""
+        low = np.array([self.known.get(name, self.others) for name in panel.ids], dtype=np.float64)
+        return np.where(np.isnan(low), -np.inf, low)
+
     def of(self, windows) -> Tensor:
         """(N,): the floors of all series of `windows` in their units."""
-        low = np.array([self.known.get(name, self.others) for name in windows.panel.ids], dtype=np.float64)
         mean, scale = windows.norms.T
-        low = np.where(np.isnan(low), -np.inf, (low - mean) / scale)
+        low = (self.among(windows.panel) - mean) / scale
         return torch.from_numpy(low.astype(np.float32)).to(windows.device)
 
 

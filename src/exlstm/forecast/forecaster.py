@@ -255,7 +255,7 @@ class Forecaster:
     def _values(self, panel: Panel, future, wanted, endings, also, h: int) -> dict[str, np.ndarray]:
         """Column name -> (N, h) of the steps behind every series, in the units of the data."""
         found: dict[str, list] = {}
-        half = len(engine.LEVELS) // 2
+        held, half = [], len(engine.LEVELS) // 2
         pace = Pace("forecasts", len(panel), self.report)
         with plain_torch():
             windows = self.engine.windows(panel, future)
@@ -264,6 +264,7 @@ class Forecaster:
                 pace.add(len(rows))
                 # Levels beyond the outermost lie on straight lines.
                 low = floors.under(batch, floor[rows])[..., None]
+                held.append(low[:, 0] == floor[rows, None])
                 for name, q in out.items():
                     title = MODEL if name == "blend" else TITLES[name]
                     picked = combine.at_levels(q, self.engine.levels, wanted).maximum(low) if wanted else q[..., :0]
@@ -274,8 +275,10 @@ class Forecaster:
         # What float32 does not hold is not shown: six digits of the series' deviation.
         digits = 10.0 ** (5 - np.floor(np.log10(scale)))
         values = {name: torch.cat(parts)[:, :h].double().cpu().numpy() * scale + mean for name, parts in found.items()}
+        # Nor does rounding go below the floor.
+        least = np.where(torch.cat(held).cpu().numpy(), self.engine.floors.among(panel)[:, None], -np.inf)
         # And a zero without a sign.
-        return {name: np.rint(value * digits) / digits + 0.0 for name, value in values.items()}
+        return {name: np.maximum(np.rint(value * digits) / digits, least) + 0.0 for name, value in values.items()}
 
     def _like(self, frame, panel: Panel, df):
         """The frame in the library of `df`, or of the data fitted."""
