@@ -7,29 +7,26 @@ SIGTERM 143; a bug keeps its traceback.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import dis
-import io
 import os
-import re
 import signal
 import sys
 import warnings
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import Positional, Suppress, arg
 
 from exlstm import __version__
+from exlstm.arguments import flags, parse
 from exlstm.bench import BENCHES
 from exlstm.data.config import DataConfig
 from exlstm.forecast.command import Forecast
 from exlstm.forecast.command import run as forecast
 from exlstm.models.config import LanguageConfig, nearest
-from exlstm.recipes import DEFAULT_SIZE, RunConfig, read_config, sized, train_language
+from exlstm.recipes import DEFAULT_SIZE, RunConfig, default_folder, read_config, sized, train_language
 from exlstm.train.config import TrainConfig
 
 Files = Annotated[Positional[tuple[str, ...]], arg(metavar="FILES")]
@@ -61,7 +58,8 @@ class Train:
     config: str = ""
     """JSON file with settings: a run's run.json, or any part of one"""
     start: str = ""
-    """a run, checkpoint or saved model to begin with: its weights, tokenizer and settings of the model"""
+    """what the run begins with: a run, one of its checkpoints, a saved model, or one of another package. Weights, --model and
+    tokenizer are its own, in place of --size; the optimizer begins anew, by default AdamW at --train.lr 1e-3"""
     device: str = "auto"
     """cpu, cuda, ...; auto: the accelerator if there is one"""
     model: Model = field(default_factory=Model)
@@ -154,16 +152,23 @@ def train(command: Train):
 
 def _train_default(argv: list[str]) -> Train:
     """What the command starts from: the settings of --config, then --size; flags given one by one come on top of it."""
-    given = _flags(argv)
+    given = flags(argv)
     stored = read_config(Path(given["--config"])) if given.get("--config") else {}
-    default = sized(given.get("--size"), {**stored, **({"start": given["--start"]} if "--start" in given else {})})
+    # A run that began with the start knows its settings, wherever the start has gone.
+    runs = [
+        given.get("--out"),
+        *(default_folder(DataConfig((word,))) for word in argv if word),
+        default_folder(DataConfig()),
+    ]
+    default = sized(given.get("--size"), stored, given.get("--start", ""), tuple(filter(None, runs)))
     if "--model.vocab-size" in given:
         raise ValueError("--model.vocab-size follows from the tokenizer; --data.vocab-size sets that of a bpe")
     schedule = default.train
     if {"--minutes", "--train.minutes", "--train.steps"} & set(given):
         schedule = replace(schedule, steps=None, minutes=None)
-    model = Model(**vars(default.model))
-    return Train(out=default.out, start=default.start, model=model, data=default.data, train=schedule)
+    return Train(
+        out=default.out, start=default.start, model=Model(**vars(default.model)), data=default.data, train=schedule
+    )
 
 
 def generate(command: Generate):
@@ -179,9 +184,8 @@ def generate(command: Generate):
 
 
 def evaluate(command: Evaluate):
-    import_module("exlstm.runs").evaluate(
-        _run(command), **{f.name: getattr(command, f.name) for f in fields(command)[1:]}
-    )
+    told = command.files, command.limit, command.device, command.int8, command.field
+    import_module("exlstm.runs").evaluate(_run(command), *told)
 
 
 def plot(command: Plot):
@@ -211,7 +215,7 @@ def bench(argv: list[str]):
     if argv[0] not in BENCHES:
         raise ValueError(f"unknown benchmark {argv[0]!r}{nearest(argv[0], BENCHES)}")
     room, kind, _ = BENCHES[argv[0]]
-    config = _parse(getattr(settings, kind), f"exlstm bench {argv[0]}", argv[1:])
+    config = parse(getattr(settings, kind), f"exlstm bench {argv[0]}", argv[1:])
     if config is not None:
         import_module(room).run(config)
     return 0
@@ -229,7 +233,7 @@ def compare(argv: list[str]):
         return 0
     if argv[0] not in ROWS:
         raise ValueError(f"unknown row {argv[0]!r}{nearest(argv[0], ROWS)}")
-    config = _parse(CompareConfig, f"exlstm compare {argv[0]}", argv[1:])
+    config = parse(CompareConfig, f"exlstm compare {argv[0]}", argv[1:])
     if config is not None:
         import_module("exlstm.bench.compare").run(argv[0], config)
     return 0
@@ -305,7 +309,7 @@ def _dispatch(argv: list[str]):
     kind, run, default = COMMANDS[name]
     if kind is None:
         return run(rest)
-    command = _parse(kind, f"exlstm {name}", rest, default)
+    command = parse(kind, f"exlstm {name}", rest, default)
     return 0 if command is None else run(command)
 
 
@@ -315,67 +319,6 @@ def _overview() -> str:
     lines += [f"  {name:10} {_sentence(text)}" for name, text in told.items()]
     lines += ["", "exlstm COMMAND --help explains a command, exlstm --version says which one this is.", ""]
     return "\n".join([*lines, "To begin: exlstm train --minutes 2"])
-
-
-def _parse(kind, prog: str, argv: list[str], default=None):
-    """The settings `kind` out of the arguments; None when they asked for help. ValueError: they do not fit."""
-    start = default([] if {"-h", "--help"} & set(argv) else argv) if default else None
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            settings = {} if start is None else {"default": start}
-            command, unknown = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True, **settings)
-    except SystemExit as end:
-        if not end.code:
-            return None
-        raise ValueError(_squeezed(errors.getvalue())) from None
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        if not flag.startswith("-"):
-            raise ValueError(f"unexpected argument {flag!r}, see {prog} --help")
-        raise ValueError(f"unknown field {flag}{_nearest_flag(flag, kind) or f', see {prog} --help'}")
-    return command
-
-
-def _nearest_flag(flag: str, kind) -> str:
-    """', did you mean --model.d-model?' for --d-model or --model.d-modle; '' when nothing is near, or what is has no flag."""
-    name, known = flag.lstrip("-").replace("_", "-"), _known_flags(kind)
-    close = [k for k in known if k.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f", did you mean --{close[0]}?" if close and close[0] != name else ""
-
-
-def _known_flags(kind, prefix: str = "") -> list[str]:
-    flags = []
-    for f in fields(kind):
-        name = prefix + f.name.replace("_", "-")
-        inner = f.default_factory if is_dataclass(f.default_factory) else None
-        flags += _known_flags(inner, f"{name}.") if inner else [name]
-    return flags
-
-
-def _flags(argv: list[str]) -> dict[str, str]:
-    """Every flag that was typed, with the word after it: {"--size": "tiny"}."""
-    found = {}
-    for word, after in zip(argv, [*argv[1:], ""]):
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            found[flag.replace("_", "-")] = value if equals else after
-    return found
-
-
-def _squeezed(box: str) -> str:
-    """tyro's framed report as one sentence."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]
-    told = " ".join(line.strip(" │╭╮╰╯─") if "─" in line or "│" in line else line for line in lines)
-    told = re.split(r"Argument helptext:|For full helptext", re.sub(r"-{4,}", " ", told))[0]
-    told = " ".join(told.split()).removesuffix(".")
-    if missing := re.match(r"Missing value for argument '(\S+)'(?:. Expected (\d+) values)?", told):
-        single = f"a value, and one that begins with - is written {missing[1]}=-..."
-        return f"{missing[1]} wants {single if missing[2] in (None, '1') else f'{missing[2]} values'}"
-    kinds = r"(?:invalid literal|could not convert|no type matching).*(?:: |from \[)|Could not.*: \[(?:'[\d.]+', )*"
-    if wrong := re.match(rf"Error parsing (--\S+): (?:{kinds})('.*?')", told):
-        return f"{wrong[1]} is {wrong[2]}, wanted a number"
-    return re.sub(r"^Error parsing [\w.-]+: ", "", told) or "these arguments do not fit"
 
 
 def _told(error: Exception) -> str | None:
@@ -398,3 +341,7 @@ def _told(error: Exception) -> str | None:
 
 def _sentence(text: str) -> str:
     return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,14 +26,18 @@ TRAINED = {"tiny": {"lr": 5e-3, "optimizer": "muon"}}
 ROOMS = {"model": LanguageConfig, "data": DataConfig, "train": TrainConfig}
 # What a run.json says beside the settings.
 WRITTEN = ("version", "exlstm", "corpus")
+# What two settings of one run may differ in: the tokenizer sets the vocabulary, and the fingerprint of the text says more than
+# the names of its files. And what a run and the model that it begins with may.
+FREE = ("model.vocab_size", "data.files")
+FREE_AT_START = (*FREE, "model.dropout")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run.
+    """All settings of a run; `out` is its folder, runs/<name of the first file> where it is empty.
 
-    `out` is its folder, runs/<name of the first file> where it is empty. `start` is a run, one of its checkpoints or a folder of
-    `save_pretrained` whose weights and tokenizer the run begins with; `sized(values={"start": ...})` has its model's settings.
+    `start` is what it begins with, "" for new weights: a run, one of its checkpoints, a saved model, or one of another package
+    that `load_checkpoint` reads. Model and tokenizer are then those of the start, as `sized(start=...)` has them.
     """
 
     out: str = ""
@@ -44,44 +48,57 @@ class RunConfig:
     start: str = ""
 
 
-def sized(size: str | None = None, values: dict | None = None) -> RunConfig:
-    """The settings of a run: those of a size, or of the model it starts from, under `values`, parts of a run.json; the argument
-    `size` is above both."""
+def sized(
+    size: str | None = None, values: dict | None = None, start: str = "", runs: tuple[str, ...] = ()
+) -> RunConfig:
+    """The settings of a run: those of a size under `values`, parts of a run.json; the argument `size` is above both.
+
+    With a `start` they are, in place of a size, its model and tokenizer, and TrainConfig's defaults; they are looked for in
+    `runs` that began with it before it is read itself.
+    """
     values = dict(values or {})
+    start = start or values.get("start", "")
+    if start:
+        return _started(start, size or values.get("size"), values, runs)
     for name in (size, values.get("size")):
         if name is not None and name not in SIZES:
             raise ValueError(f"unknown size {name!r}{nearest(name, SIZES)}")
     chosen = size or values.get("size", DEFAULT_SIZE)
     # The file of a run holds all of it: what it lacks had the default of its time.
     tuned = {} if "version" in values else TRAINED.get(chosen, {})
-    below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
-    if values.get("start") and "version" not in values:
-        if size or "size" in values:
-            raise ValueError(f"size {chosen} came with a start, whose model has its own: leave one of the two out")
-        below, tokenizer = _settings_of(values["start"])
-        tuned, values["data"] = {}, {"tokenizer": tokenizer, **values.get("data", {})}
     values["train"] = {**tuned, **values.get("train", {})}
     parts = {name: from_dict(kind, values.get(name, {}), f"{name}.") for name, kind in ROOMS.items()}
+    below, above = SIZES[values.get("size", DEFAULT_SIZE)], SIZES.get(size, {})
     parts["model"] = from_dict(LanguageConfig, {**below, **values.get("model", {}), **above}, "model.")
-    return RunConfig(out=values.get("out", ""), start=values.get("start", ""), **parts)
+    return RunConfig(out=values.get("out", ""), **parts)
 
 
-def _settings_of(start: str) -> tuple[dict, str]:
-    """The settings of the model in `start`, and the kind of its tokenizer."""
-    model = _model_of(start, "meta")
-    return asdict(model.config), model.tokenizer.to_dict()["kind"]
+def _started(start: str, size: str | None, values: dict, runs: tuple[str, ...]) -> RunConfig:
+    if size:
+        raise ValueError(f"size is {size!r} beside the start {start}, whose size the model has: leave one of them out")
+    below = {} if "version" in values else _of_start(start, runs)
+    parts = {
+        name: from_dict(kind, {**below.get(name, {}), **values.get(name, {})}, f"{name}.")
+        for name, kind in ROOMS.items()
+    }
+    return RunConfig(out=values.get("out", ""), start=start, **parts)
 
 
-def _model_of(start: str, device: str = "cpu"):
-    """The model to start from. ValueError, FileNotFoundError: there is none, or it has no tokenizer."""
-    from exlstm.models.language import LanguageModel
+def _of_start(start: str, runs: tuple[str, ...]) -> dict:
+    """The model and the tokenizer of a start, as parts of a run.json: out of a run that began with it, or its own."""
+    for folder in runs:
+        with contextlib.suppress(ValueError, OSError):
+            stored = read_config(Path(folder) / SETTINGS)
+            if _same_place(start, stored.get("start", "")):
+                kept = {name: stored["data"][name] for name in ("tokenizer", "vocab_size")}
+                return {"model": stored["model"], "data": kept}
+    from exlstm import starts
 
-    model = LanguageModel.from_pretrained(start, device=device)
-    if model.tokenizer is None:
-        raise ValueError(
-            f"{start} holds a model without a tokenizer, so that nothing says what its tokens mean in a text"
-        )
-    return model
+    return starts.settings(start)
+
+
+def _same_place(one: str, other: str) -> bool:
+    return bool(one) == bool(other) and os.path.abspath(one) == os.path.abspath(other)
 
 
 def read_config(path: Path) -> dict:
@@ -136,104 +153,100 @@ def train_language(config: RunConfig):
 
 def _train(folder: Path, config: RunConfig, stored: dict):
     """The trainer's result, the model and the corpus."""
+    import torch
+
     from exlstm import runs
-    from exlstm.data.text import TextBatches, windows
+    from exlstm.data.text import TextBatches, load_corpus, windows
     from exlstm.models import checkpoint
+    from exlstm.models.language import LanguageModel
     from exlstm.train.loop import train
     from exlstm.train.process import keep_freed_memory
     from exlstm.train.progress import Progress
 
     keep_freed_memory()
     device, data = runs.device_of(config.device), config.data
-    model, corpus, fresh = _begun(folder, config, stored)
-    model.to(device)
+    # A model that cannot be built, or begun with, is refused before minutes go into the corpus.
+    LanguageModel(config.model, device="meta")
+    begun, resumes = _begun(folder, config) if config.start else (None, True)
+    tokenizer, preparing = begun and begun.tokenizer, _Preparing(folder)
+    corpus = load_corpus(data, folder / "data", tokenizer, expect=stored.get("corpus"), progress=preparing)
+    model = _model(config, corpus.tokenizer, begun).to(device)
     _write_settings(folder, config, model.config, corpus.fingerprint)
     for line in (*corpus.notes, *_told(model, corpus, device)):
         print(line, flush=True)
     held = list(islice(windows(corpus.held_out, data.context, data.batch_size), config.train.eval_batches))
-    prompt = corpus.held_out.tokens[:16].tolist()
 
     def evaluate(model):
         return {"bits_per_byte": runs.bits_per_byte(model, held, corpus.held_out.token_bytes)}
 
-    if fresh:
-        bits = evaluate(model)["bits_per_byte"]
-        print(f"start: {config.start}, {bits:.3f} bits per byte of held-out text", flush=True)
-
-    def sample(model):
-        try:
-            written = model.generate(prompt, 100, temperature=0.8, seed=config.train.seed)
-        except ValueError as error:
-            # Weights gone wrong are the loss's to notice, and a step's to survive: a sample ends no training.
-            return f"(nothing: {error})"
-        return corpus.tokenizer.decode(prompt + written)
-
+    if not resumes:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, config.train.precision == "bfloat16"):
+            rate = evaluate(model.eval())["bits_per_byte"]
+        print(f"start: {config.start}, {rate:.4f} bits a byte on held-out text before the first step", flush=True)
     result = train(
         model,
         TextBatches(corpus.train, data.context, data.batch_size, data.seed, config.train.accumulate),
         config.train,
         folder,
         evaluate=evaluate,
-        sample=sample,
+        sample=_sampler(corpus, config.train.seed),
         save_model=checkpoint.write,
         progress=Progress(corpus.held_out.n_bytes / len(corpus.held_out)),
     )
     return result, model, corpus
 
 
-def _source(folder: Path, config: RunConfig):
-    """The model whose tokenizer the run has (None: it makes its own), and whether its weights are to be taken.
-
-    A run that has a checkpoint goes on with that, whatever has become of where it started.
-    """
-    from exlstm.train.checkpoint import steps_in
-
-    if not config.start:
-        return None, False
-    fresh = not steps_in(folder / "checkpoints")
-    source = _model_of(config.start if fresh else str(folder), "cpu" if fresh else "meta")
-    kind, size = source.tokenizer.to_dict()["kind"], source.tokenizer.vocab_size
-    for name, came, has in (
-        ("tokenizer", config.data.tokenizer, kind),
-        ("vocab_size", config.data.vocab_size or size, size),
-    ):
-        if came != has:
-            raise ValueError(f"data.{name} is {came}, but it comes from {config.start}, where it is {has}")
-    return source, fresh
-
-
-def _begun(folder: Path, config: RunConfig, stored: dict):
-    """The model as it is before the first step, the corpus, and whether the model begins with the weights of another."""
+def _model(config: RunConfig, tokenizer, begun):
+    """A new model for the tokenizer, or one of the weights of `begun`."""
     import torch
 
-    from exlstm.data.text import load_corpus
     from exlstm.models.language import LanguageModel
 
-    source, fresh = _source(folder, config)
-    # What cannot be built, or takes other weights than there are, is refused before minutes go into the corpus.
-    settings = replace(config.model, vocab_size=source.config.vocab_size) if source else config.model
-    empty = LanguageModel(settings, device="meta")
-    if fresh:
-        _check_fit(empty, source, config.start)
-    known, told = source and source.tokenizer, _Preparing(folder)
-    corpus = load_corpus(config.data, folder / "data", expect=stored.get("corpus"), progress=told, tokenizer=known)
-    settings = settings if source else replace(settings, vocab_size=corpus.tokenizer.vocab_size)
+    size = begun.config.vocab_size if begun else tokenizer.vocab_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = LanguageModel(settings)
-    if fresh:
-        model.load_state_dict(source.state_dict())
-    model.tokenizer = corpus.tokenizer
-    return model, corpus, fresh
+        model = LanguageModel(replace(config.model, vocab_size=size))
+    if begun:
+        model.load_state_dict(begun.state_dict())
+    model.tokenizer = tokenizer
+    return model
 
 
-def _check_fit(model, source, start: str):
-    """ValueError: the weights of `source` are not those of `model`, by the first name that tells."""
-    wanted, found = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, source))
-    for name in {**wanted, **found}:
-        here, there = wanted.get(name, "missing"), found.get(name, "missing")
-        if here != there:
-            raise ValueError(f"the model is another than that of {start}: {name} is {here}, there {there}")
+def _sampler(corpus, seed: int):
+    """What writes a sample: 100 tokens behind the first of the held-out text."""
+    prompt = corpus.held_out.tokens[:16].tolist()
+
+    def sample(model):
+        try:
+            written = model.generate(prompt, 100, temperature=0.8, seed=seed)
+            return corpus.tokenizer.decode(prompt + written)
+        except ValueError as error:
+            # Weights gone wrong are the loss's to notice, and a step's to survive: a sample ends no training.
+            return f"(nothing: {error})"
+
+    return sample
+
+
+def _begun(folder: Path, config: RunConfig):
+    """The model that a run with a start begins with, and whether it is one of the run's own checkpoints, which hold all that the
+    start had. ValueError: other settings than the start's."""
+    from exlstm import starts
+    from exlstm.train.checkpoint import newest
+
+    own, _ = newest(folder / "checkpoints")
+    model = starts.load(own or config.start)
+    was = {"model": asdict(model.config), "data": {"tokenizer": starts.kind(model)}}
+    if config.data.vocab_size:
+        was["data"]["vocab_size"] = model.tokenizer.vocab_size
+    told = []
+    for room in was:
+        told += _differences(f"{room}.", asdict(getattr(config, room)), was[room], FREE_AT_START)
+    if told and not own:
+        raise ValueError(
+            f"{config.start} has another model or tokenizer: {_some(told)}; leave these settings out, or in Python take "
+            "those of sized(start=...)"
+        )
+    return model, own is not None
 
 
 def _told(model, corpus, device: str) -> tuple[str, str]:
@@ -272,33 +285,39 @@ def _stored(folder: Path) -> dict:
 def _refuse_other(folder: Path, config: RunConfig, stored: dict):
     """ValueError when the folder holds a run of other settings, naming what differs."""
     told = config.train.changes(stored.get("train", {}))
-    if config.start != stored.get("start", ""):
-        told.insert(0, f"start is {config.start!r}, was {stored.get('start', '')!r}")
     for room in ("model", "data"):
         now = json.loads(json.dumps(asdict(getattr(config, room))))
         told += _differences(f"{room}.", now, stored.get(room, {}))
+    if not _same_place(config.start, stored.get("start", "")):
+        told.insert(0, f"start is {config.start or 'left out'}, was {stored.get('start') or 'left out'}")
     if told:
-        more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+        # A schedule has its end from the first step on: more of it is another run.
+        longer = any(text.startswith(("steps ", "minutes ")) for text in told)
+        further = f" (to train its model further: with --start {folder})" if longer else ""
         raise ValueError(
-            f"{folder} holds another run: {', '.join(told[:3])}{more}; choose another folder with --out, "
-            f"go on with its settings by --config {folder / SETTINGS}, or with its weights by --start {folder}"
+            f"{folder} holds another run: {_some(told)}; choose another folder with --out{further}, "
+            f"or go on with its settings by --config {folder / SETTINGS}"
         )
 
 
-def _differences(where: str, now: dict, stored: dict) -> Iterator[str]:
+def _some(told: list[str]) -> str:
+    return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+
+
+def _differences(where: str, now: dict, stored: dict, free: tuple[str, ...] = FREE) -> Iterator[str]:
     for name, value in now.items():
-        # The tokenizer sets the vocabulary, and the fingerprint of the text says more than the names of its files.
-        if name not in stored or where + name in ("model.vocab_size", "data.files"):
+        if name not in stored or where + name in free:
             continue
         if isinstance(value, dict):
-            yield from _differences(f"{where}{name}.", value, stored[name])
+            yield from _differences(f"{where}{name}.", value, stored[name], free)
         elif value != stored[name]:
             yield f"{where}{name} is {value}, was {stored[name]}"
 
 
 def _write_settings(folder: Path, config: RunConfig, model: LanguageConfig, fingerprint: str):
     """run.json, whole or not at all."""
-    settings = {"version": VERSION, "exlstm": __version__, "corpus": fingerprint, "start": config.start}
+    settings = {"version": VERSION, "exlstm": __version__, "corpus": fingerprint}
+    settings |= {"start": str(config.start)} if config.start else {}
     settings |= {"model": asdict(model), "data": asdict(config.data), "train": asdict(config.train)}
     aside = folder / f".tmp-{os.getpid()}-{SETTINGS}"
     try:

@@ -111,14 +111,14 @@ class Corpus:
 def load_corpus(
     config: DataConfig,
     cache: Path | str,
+    tokenizer=None,
     *,
     expect: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-    tokenizer=None,
 ) -> Corpus:
     """The corpus that `config` describes, from the folder `cache`, where it is prepared if it is not there yet.
 
-    `tokenizer` is one that stands, in place of one made for the text.
+    `tokenizer` is one that stands, of a model that is there, in place of the one that `config` would make of the text.
     `expect` is the fingerprint that the corpus had when a run began. `progress(done, total)` counts bytes of text.
     ValueError, OSError: files are missing, not text or too little of it, or not the ones expected; then nothing is
     written.
@@ -130,7 +130,8 @@ def load_corpus(
         told = _difference(cache, documents)
         raise ValueError(f"the corpus changed since this run began{told}: bring it back or choose another folder")
     settings = (VERSION, found, config.tokenizer, config.vocab_size, float(config.held_out), config.seed)
-    settings = settings if tokenizer is None else (*settings, tokenizer.to_dict())
+    # What a tokenizer that stands has learnt is of no text here.
+    settings += (tokenizer.to_dict(),) if tokenizer else ()
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     try:
         corpus = open_corpus(cache, key)
@@ -209,17 +210,13 @@ def _tokens(cache: Path, key: str) -> Path:
     return cache / f"tokens-{key}.bin"
 
 
-def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress, tokenizer):
-    """Writes the tokens and the header that describes them; None: a tokenizer is made for the text."""
+def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, header: dict, progress, tokenizer=None):
+    """Writes the tokens and the header that describes them."""
     hashed, done, total = hashlib.sha256(), 0, sum(d.size for d in documents)
     progress = progress or (lambda done, total: None)
     progress(done, total)
     train, held = divide(documents, config.held_out, config.seed)
-    ranked = sorted(train, key=lambda part: rank(part.document.name, config.seed))
-    texts = [
-        (piece.decode("utf-8", "replace") for part in parts for _, piece in part.pieces()) for parts in (ranked, held)
-    ]
-    tokenizer = tokenizer or TOKENIZERS[config.tokenizer].fit(texts[0], config.vocab_size, texts[1])
+    tokenizer = tokenizer or _learnt(train, held, config)
     size = tokenizer.vocab_size
     dtype = np.dtype("u1" if size <= 1 << 8 else "<u2" if size <= 1 << 16 else "<u4")
     header |= {"dtype": dtype.str, "tokenizer": tokenizer.to_dict(), "sources": {d.name: d.digest for d in documents}}
@@ -252,6 +249,15 @@ def _prepare(documents: Sequence[Document], config: DataConfig, cache: Path, hea
         # Windows keeps a file that is mapped.
         with contextlib.suppress(OSError):
             old.unlink()
+
+
+def _learnt(train: Sequence[Part], held: Sequence[Part], config: DataConfig):
+    """The tokenizer that `config` makes of a text in parts."""
+    ranked = sorted(train, key=lambda part: rank(part.document.name, config.seed))
+    texts = [
+        (piece.decode("utf-8", "replace") for part in parts for _, piece in part.pieces()) for parts in (ranked, held)
+    ]
+    return TOKENIZERS[config.tokenizer].fit(texts[0], config.vocab_size, texts[1])
 
 
 def _sweep(cache: Path):

@@ -164,9 +164,12 @@ class BPE:
         letters = byte_letters()
         vocabulary = self.inner.get_vocab()
         names = sorted(vocabulary, key=vocabulary.get)
-        if set("".join(names)) != letters.keys() or vocabulary[names[-1]] != len(names) - 1:
+        # Added tokens, as GPT-NeoX's runs of spaces, are spelt as they stand in the text.
+        added = {token.content for token in self.inner.get_added_tokens_decoder().values()}
+        spelt = {c for name in names if name not in added for c in name}
+        if spelt != letters.keys() or vocabulary[names[-1]] != len(names) - 1:
             raise ValueError("this tokenizer is not a byte-level BPE: its tokens do not stand for bytes")
-        self.pieces = [bytes(letters[c] for c in name) for name in names]
+        self.pieces = [name.encode() if name in added else bytes(letters[c] for c in name) for name in names]
         if self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError(f"this tokenizer does not give a text back as it was: {PROBE!r} changes")
 
