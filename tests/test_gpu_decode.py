@@ -235,7 +235,10 @@ def test_a_step_of_attention_equals_the_models_forward(heads):
     """In rooms with a window and without, which move on the way; a row that is not alive keeps all that is seen of it."""
     from exlstm.models import step as steps
 
-    options = {"attention": AttentionOptions(*heads), "mlstm_window": MLSTMWindowOptions(window=4, sinks=1)}
+    options = {
+        "attention": AttentionOptions(n_heads=heads[0], n_kv_heads=heads[1]),
+        "mlstm_window": MLSTMWindowOptions(window=4, sinks=1),
+    }
     model = model_of(4, ("mlstm", "attention", "mlstm_window"), n_layers=3, **options)
     tokens = torch.randint(41, (3, 15), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.inference_mode():

@@ -652,7 +652,9 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
     [
         (lambda: StackConfig(d_model=30, n_heads=4), "d_model 30 is not divisible by n_heads 4"),
         (
-            lambda: Stack(StackConfig(d_model=30, n_heads=2, blocks="attention", attention=OPTIONS["attention"](4))),
+            lambda: Stack(
+                StackConfig(d_model=30, n_heads=2, blocks="attention", attention=OPTIONS["attention"](n_heads=4))
+            ),
             "d_model 30 is not divisible by n_heads 4",
         ),
         (
