@@ -13,7 +13,8 @@ import torch
 
 from exlstm.bench import compare, contenders, feeds, rows, scoreboard, trial
 from exlstm.bench.config import CompareConfig
-from exlstm.bench.rows import MODELS, ROWS, THEIRS, Case
+from exlstm.bench.entrants import MODELS, THEIRS
+from exlstm.bench.rows import ROWS, Case
 from exlstm.cli import main
 from exlstm.models.language import LanguageModel
 
@@ -373,9 +374,9 @@ def test_picture_and_head_show_the_rates_of_the_table(tmp_path, monkeypatch):
     lost = [record(lr=1e-2, seed=s, scores=None, failed="FloatingPointError: nan") for s in (1, 2)]
     drawn, draw = [], scoreboard._draw_curve
 
-    def listened(line, row, group, name_width):
+    def listened(line, group, label):
         drawn.extend(run["lr"] for run in group)
-        draw(line, row, group, name_width)
+        draw(line, group, label)
 
     monkeypatch.setattr(scoreboard, "_draw_curve", listened)
     records = {str(i): run for i, run in enumerate([*ended, *lost])}
@@ -618,6 +619,31 @@ def test_every_last_learning_rate_is_a_line_of_its_own(tmp_path, text):
     assert len({record["scores"]["validation"] for record in records}) == 3
 
 
+@pytest.mark.parametrize(
+    "way, values", [("clips", (0.01, 1.0)), ("recurrent_lrs", (0.0, 1.0, 3.0)), ("precisions", ("float32", "bfloat16"))]
+)
+def test_what_a_row_has_several_of_is_a_line_each_in_table_and_picture(way, values, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    labels, draw = [], scoreboard._draw_curve
+    monkeypatch.setattr(
+        scoreboard, "_draw_curve", lambda line, group, label: labels.append(label) or draw(line, group, label)
+    )
+    settings = config(tmp_path, quick=True, models=("slstm-recurrent-2.5", "lstm"), cases=("arithmetic",))
+    lines = compare.run("recurrent", replace(settings, **{way: values}))
+    told = way[:-1].replace("_", " ")
+    assert [line[told] for line in lines] == 2 * list(values)
+    assert labels == [f"{line['model']}, {way[:-1]} {line[told]}" for line in lines]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "recurrent-quick" / "records").glob("*.json")]
+    assert len({record["curve"][-1]["loss"] for record in records}) == (2 if way == "precisions" else 2 * len(values))
+
+
+def test_runs_from_before_a_way_existed_keep_their_names():
+    plan = plan_of()
+    told = [plan.key, replace(plan, row=replace(plan.row, clips=(), recurrent_lr=1.0)).key]
+    assert told[0] == told[1] != replace(plan, row=replace(plan.row, recurrent_lr=3.0)).key
+    assert plan.key.endswith("-81e70e30")
+
+
 @pytest.mark.parametrize("evaluations", [4, 10])
 def test_a_row_says_how_often_it_is_evaluated(evaluations, tmp_path):
     plan = plan_of()
@@ -708,6 +734,9 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
         (["state", "--quick", "--seeds", "3", "-1"], "a seed is -1, wanted 0 ≤ seed"),
         (["state", "--quick", "--seeds", "9223372036854775808"], "a seed is 9223372036854775808, wanted 0 ≤ seed"),
         (["state", "--final-lrs", "2"], "a final_lr is 2.0, wanted 0 ≤ final_lr ≤ 1"),
+        (["state", "--clips", "-1"], "a clip is -1.0, wanted 0 ≤ clip < ∞"),
+        (["state", "--recurrent-lrs", "inf"], "a recurrent_lr is inf, wanted 0 ≤ recurrent_lr < ∞"),
+        (["state", "--precisions", "float16"], "unknown precision 'float16'"),
         (["state", "--optimizers", "moun"], "unknown optimizer 'moun', did you mean 'muon'?"),
         (["state", "--quick", "--widths", "15"], "no model of row state can run so: d_model 15 is not divisible by"),
         (["state", "--step", "1"], "unknown field --step, did you mean --steps?"),
@@ -737,8 +766,9 @@ def test_a_package_that_is_not_here_leaves_its_models_out(tmp_path, monkeypatch,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["xlstm[1:1]", "xlstm[0:1]", "lstm", "mamba2", "transformer", "mlstm_window"])
-def test_a_graph_learns_what_plain_steps_learn(model, tmp_path):
-    plan = plan_of(model=model, steps=40)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_graph_learns_what_plain_steps_learn(model, scale, tmp_path):
+    plan = plan_of(model=model, steps=40, recurrent_lr=scale)
     curves = []
     for graphs in (True, False):
         feed = feeds.open_feed(plan.case, plan.row.batch, plan.steps, 0, "cuda", {})

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from exlstm.models.config import StackConfig
+from exlstm.models.stack import Stack
 from exlstm.train.config import TrainConfig
 from exlstm.train.optim import Optimizer, decayed, lr_at
 
@@ -55,12 +57,33 @@ def test_only_matrices_decay():
     assert optimizer.names[:2] == ["r", "conv.weight"] and len(optimizer.names) == len(decayed(Many()))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_recurrent_maps_have_a_rate_of_their_own(optimizer):
+    def moved(scale):
+        torch.manual_seed(0)
+        net = Stack(StackConfig(d_model=64, n_layers=2, n_heads=2, blocks=("slstm", "lstm")))
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        training = Optimizer(net, TrainConfig(steps=1, weight_decay=0.0, optimizer=optimizer, recurrent_lr=scale))
+        net(torch.randn(2, 8, 64))[0].square().mean().backward()
+        training.step(0.01)
+        return {name: p.detach() - before[name] for name, p in net.named_parameters()}
+
+    once, thrice, never = moved(1.0), moved(3.0), moved(0.0)
+    maps = {name for name in once if name.endswith(".r")}
+    assert len(maps) == 2
+    for name, move in once.items():
+        wanted = 3 if name in maps else 1
+        torch.testing.assert_close(thrice[name], wanted * move, rtol=1e-3, atol=1e-7)
+        assert never[name].any() == (name not in maps and bool(move.any()))
+
+
 WRONG = [
     ({"steps": 0}, "steps is 0, wanted a whole number of at least 1"),
     ({"steps": True}, "steps is True"),
     ({"steps": 5, "minutes": 1.0}, "one of the two"),
     ({"minutes": 0.0}, "minutes is 0.0, wanted a number above 0"),
     ({"lr": math.nan}, "lr is nan"),
+    ({"recurrent_lr": -1.0}, "recurrent_lr is -1.0, wanted a number of at least 0"),
     ({"lr": "fast"}, "lr is 'fast'"),
     ({"final_lr": 1.5}, "final_lr is 1.5, wanted a number from 0 to 1"),
     ({"warmup": 100}, "warmup is 100, wanted .*a share of the steps"),

@@ -224,7 +224,8 @@ def bench(argv: list[str]):
 def compare(argv: list[str]):
     """Train models side by side on a row of the scoreboard, with tables and plots: `exlstm compare ROW`."""
     from exlstm.bench.config import CompareConfig
-    from exlstm.bench.rows import MODELS, ROWS, THEIRS
+    from exlstm.bench.entrants import MODELS, THEIRS
+    from exlstm.bench.rows import ROWS
 
     if not argv or argv[0] in ("-h", "--help"):
         lines = ["usage: exlstm compare ROW ...", "", *(f"  {name:16} {row.about}" for name, row in ROWS.items())]

@@ -23,26 +23,29 @@ import torch
 
 from exlstm.bench import rows, scoreboard, timing
 from exlstm.bench.config import CompareConfig
+from exlstm.bench.entrants import MODELS, THEIRS
 from exlstm.bench.feeds import open_feed, open_text
-from exlstm.bench.rows import MODELS, ROWS, TEXTS, THEIRS, Row
+from exlstm.bench.rows import ROWS, TEXTS, Row
 from exlstm.bench.trial import Plan, Trial
 from exlstm.models.config import nearest
 from exlstm.runs import device_of
 from exlstm.train import checkpoint
-from exlstm.train.config import OPTIMIZERS
+from exlstm.train.config import OPTIMIZERS, PRECISIONS
 from exlstm.train.process import Signals
 from exlstm.train.progress import clock
 
 # Tokens of a step × width × layers that share a GPU, and runs at most; seconds between saves and between lines.
 SHARED, MOST, SAVE, TELL = 1 << 28, 32, 60.0, 5.0
 # What a row may have several of, and what each of them is for a run.
-_WAYS = {"widths": "d_model", "dropouts": "dropout", "optimizers": "optimizer", "final_lrs": "final_lr"}
+_WAYS = {"widths": "d_model"} | {f"{way}s": way for way in rows.WAYS}
 # Numbers that are given as several: what each is called, and which fit.
 _FITTING = {
     "lrs": ("an lr", lambda x: 0 < x < float("inf"), "0 < lr < ∞"),
     "seeds": ("a seed", lambda x: 0 <= x < 2**63, "0 ≤ seed < 2⁶³"),
     "dropouts": ("a dropout", lambda x: 0 <= x < 1, "0 ≤ dropout < 1"),
     "final_lrs": ("a final_lr", lambda x: 0 <= x <= 1, "0 ≤ final_lr ≤ 1"),
+    "clips": ("a clip", lambda x: 0 <= x < float("inf"), "0 ≤ clip < ∞"),
+    "recurrent_lrs": ("a recurrent_lr", lambda x: 0 <= x < float("inf"), "0 ≤ recurrent_lr < ∞"),
 }
 
 
@@ -105,9 +108,10 @@ def chosen(name: str, config: CompareConfig) -> Row:
         for value in getattr(config, field):
             if not fits(value):
                 raise ValueError(f"{name} is {value}, wanted {wanted}")
-    for optimizer in config.optimizers:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {optimizer!r}{nearest(optimizer, OPTIMIZERS)}")
+    for field, known in {"optimizers": OPTIMIZERS, "precisions": PRECISIONS}.items():
+        for value in getattr(config, field):
+            if value not in known:
+                raise ValueError(f"unknown {field[:-1]} {value!r}{nearest(value, known)}")
     kept = ("models", "lrs", "seeds", "steps", "batch", "n_layers", "n_heads", *_WAYS)
     given = {field: getattr(config, field) for field in kept if getattr(config, field)}
     # What is named twice is trained once.
@@ -138,7 +142,7 @@ def planned(row: Row, config: CompareConfig, speeds: Speeds) -> list[Plan]:
 
 
 def _sizes(row: Row) -> list[Row]:
-    """The row at each of its widths, dropouts, optimizers and last learning rates."""
+    """The row at each of its ways: widths, dropouts, optimizers and so on."""
     ways = [getattr(row, many) or (getattr(row, one),) for many, one in _WAYS.items()]
     alone = replace(row, **dict.fromkeys(_WAYS, ()))
     return [replace(alone, **dict(zip(_WAYS.values(), way))) for way in itertools.product(*ways)]
@@ -266,8 +270,7 @@ class _Supervisor:
             return
         plan = self.plans[key]
         facts = {"case": plan.case.name, "model": plan.model, "lr": plan.lr, "seed": plan.seed, "equal": plan.equal}
-        sizes = ("d_model", "n_layers", "n_heads", "batch", "dropout", "optimizer", "final_lr")
-        facts |= {field: getattr(plan.row, field) for field in sizes}
+        facts |= {field: getattr(plan.row, field) for field in ("d_model", "n_layers", "n_heads", "batch", *rows.WAYS)}
         facts["settings"] = rows.told((rows.settings(plan.model, plan.row) or ((), {}))[1])
         facts |= {"pace": self.cost[key] / plan.steps, "steps": plan.steps, "stop_at": plan.row.stop_at}
         self.records[key] = {**facts, **record, **self.facts}

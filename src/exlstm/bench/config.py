@@ -300,6 +300,12 @@ class CompareConfig:
     """adamw, muon (for the matrices of the blocks), each a line of its own; empty: the row's"""
     final_lrs: tuple[float, ...] = ()
     """last learning rates as parts of the highest, each a line of its own; empty: the row's"""
+    clips: tuple[float, ...] = ()
+    """largest norms of the gradient, each a line of its own; 0: as it is; empty: the row's"""
+    recurrent_lrs: tuple[float, ...] = ()
+    """learning rates of recurrent maps over that of all others, each a line of its own; empty: the row's"""
+    precisions: tuple[str, ...] = ()
+    """float32, bfloat16 (on a GPU), each a line of its own; empty: the row's"""
     n_layers: int = 0
     """number of blocks; 0: the row's"""
     n_heads: int = 0

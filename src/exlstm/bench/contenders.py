@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from exlstm.bench import peers, rows
-from exlstm.bench.rows import MODELS, THEIRS, Case, Row
+from exlstm.bench.entrants import MODELS, THEIRS
+from exlstm.bench.rows import Case, Row
 from exlstm.data.tasks import TASKS
 from exlstm.layers.basic import RMSNorm, init_linear
 from exlstm.models.config import LanguageConfig, from_dict, nearest

@@ -25,14 +25,14 @@ LINE = (
     "n_layers",
     "n_heads",
     "batch",
-    "dropout",
-    "optimizer",
-    "final_lr",
+    *rows.WAYS,
     "steps",
     "equal",
     "stop_at",
     "settings",
 )
+# What the table tells where it is not the row's own.
+OWN = ("clip", "recurrent_lr", "precision")
 
 
 def told(scores: dict[str, float]) -> str:
@@ -46,6 +46,7 @@ def report(folder: Path, name: str, row: Row, keys: list[str], records: dict[str
     # Where a run does not say under which rule it ended, it is the row's; those that name no optimizer had AdamW, and those that
     # name no settings the model's own, nothing of the row's.
     usual = {"stop_at": row.stop_at, "optimizer": "adamw", "final_lr": row.final_lr}
+    usual |= {"clip": row.clip, "recurrent_lr": row.recurrent_lr, "precision": row.precision}
     records = {key: {**usual, "settings": _own(record["model"]), **record} for key, record in records.items()}
     ended = [record for record in records.values() if record.get("scores")]
     failed = [record for record in records.values() if record.get("failed")]
@@ -134,6 +135,7 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "dropout": first.get("dropout") or None,
                 "optimizer": first.get("optimizer"),
                 "final lr": first.get("final_lr"),
+                **{name.replace("_", " "): first.get(name) for name in OWN},
                 "ms a step": round(1e3 * first["pace"], 3),
                 "seconds": round(statistics.median(r["pace"] * steps for r, steps in zip(best, made)), 1),
                 "equal": first["equal"],
@@ -141,6 +143,10 @@ def table(row: Row, ended: list[dict], failed=()) -> list[dict]:
                 "runs": len(group),
             }
         )
+    for name in OWN:
+        told = name.replace("_", " ")
+        if all(line[told] in (None, getattr(row, name)) for line in lines):
+            lines = [{key: value for key, value in line.items() if key != told} for line in lines]
     return lines
 
 
@@ -271,7 +277,7 @@ def _picture(path: Path, row: Row, ended: list[dict], lost: Counter | None = Non
     for line, case in zip(axes, cases):
         groups = [_best(row, group, lost) for group in _groups(row, ended) if group[0]["case"] == case]
         for group in groups:
-            _draw_curve(line, row, group, len(widths) > 1)
+            _draw_curve(line, group, _label(group[0], [other[0] for other in groups]))
         if columns == 3:
             _draw_states(line[2], row, groups)
         line[0].set(xlabel="step", ylabel=f"{case}: {next(iter(groups[0][0]['scores']))}")
@@ -281,9 +287,15 @@ def _picture(path: Path, row: Row, ended: list[dict], lost: Counter | None = Non
     print(f"picture: {path}")
 
 
-def _draw_curve(line, row: Row, group: list[dict], name_width: bool):
+def _label(record: dict, others: list[dict]) -> str:
+    """The model, and what tells its line from those of the same model."""
+    others = [other for other in others if other["model"] == record["model"]]
+    telling = [name for name in LINE if len({str(other.get(name)) for other in others}) > 1]
+    return ", ".join([record["model"], *(f"{name} {record.get(name)}" for name in telling)])
+
+
+def _draw_curve(line, group: list[dict], label: str):
     """Median over the seeds with their range."""
-    label = f"{group[0]['model']}{', ' + str(group[0]['d_model']) if name_width else ''}"
     first = max(record["curve"][0]["step"] for record in group)
     steps = sorted({p["step"] for record in group for p in record["curve"] if p["step"] >= first})
     # A run that ended early keeps its last score.

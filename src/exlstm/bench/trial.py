@@ -27,6 +27,8 @@ from exlstm.train.optim import Optimizer, lr_at
 WARM, TURN = 3, 16
 # What of a row does not change a run, stands beside it, or is in the settings of its model.
 FREE = ("about", "cases", "models", "lrs", "seeds", "steps", "attention_head", "window")
+# What was not there when runs were first kept: a run that has them as they are is known by the name it had.
+LATER = {"clips": (), "precisions": (), "recurrent_lrs": (), "recurrent_lr": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Plan:
     @property
     def key(self) -> str:
         """A name for its files, the same for the same run; a model is known by its blocks and their settings, too."""
-        row = {k: v for k, v in asdict(self.row).items() if k not in FREE}
+        row = {k: v for k, v in asdict(self.row).items() if k not in FREE and (k not in LATER or v != LATER[k])}
         parts = [
             row,
             asdict(self.case),
@@ -61,8 +63,8 @@ class Plan:
 
     def training(self) -> TrainConfig:
         row = self.row
-        settings = {name: getattr(row, name) for name in ("final_lr", "warmup", "weight_decay", "optimizer")}
-        return TrainConfig(steps=self.steps, lr=self.lr, betas=row.betas, clip=row.clip, seed=self.seed, **settings)
+        kept = ("betas", "clip", "final_lr", "optimizer", "recurrent_lr", "warmup", "weight_decay")
+        return TrainConfig(steps=self.steps, lr=self.lr, seed=self.seed, **{name: getattr(row, name) for name in kept})
 
 
 class Trial:

@@ -41,6 +41,7 @@ class LSTM(nn.Module):
         self.w = nn.Parameter(torch.empty(4 * d_model, d_model, **new))
         self.r = nn.Parameter(torch.empty(4 * d_model, d_model, **new))
         self.b = nn.Parameter(torch.empty(4 * d_model, **new))
+        self.recurrent = ("r",)
         self.reset_parameters()
 
     def reset_parameters(self):

@@ -25,6 +25,7 @@ class sLSTM(nn.Module):
         dense: input maps over the whole width; False: one block a head, as in the paper.
         forget_bias: the forget gates' bias at the start, at the first unit of a head and at its last, even steps between.
             As it is, states are tracked in words of any length; (5, -5) finds sooner what has to be remembered untouched.
+        recurrent_start: size of the recurrent maps at the start, times an orthogonal one (0: they have to grow first).
 
     >>> y, state = sLSTM(64)(torch.randn(2, 10, 64))
     """
@@ -37,6 +38,7 @@ class sLSTM(nn.Module):
         conv: int = 0,
         dense: bool = False,
         forget_bias: tuple[float, float] = (-2.0, -2.0),
+        recurrent_start: float = 1.5,
         device=None,
         dtype=None,
     ):
@@ -45,7 +47,8 @@ class sLSTM(nn.Module):
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         head = d_model // n_heads
-        self.d_model, self.n_heads, self.dense, self.forget_bias = d_model, n_heads, dense, ends(forget_bias)
+        self.d_model, self.n_heads, self.dense = d_model, n_heads, dense
+        self.forget_bias, self.recurrent_start = ends(forget_bias), recurrent_start
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         # Rows: the gates i, f, z, o of a head, then the next head.
@@ -55,6 +58,7 @@ class sLSTM(nn.Module):
         self.norm = HeadNorm(n_heads, head, eps=1e-5, **new)
         # The gates are rows of one map: of a head, or of all heads where they read the same.
         self.matrices = {"w": 0 if dense else 1, "r": 1}
+        self.recurrent = ("r",)
         self.shapes = ((conv - 1, d_model),) * bool(conv) + ((n_heads, head),) * 4  # of a row's state
         self.reset_parameters()
 
@@ -65,7 +69,7 @@ class sLSTM(nn.Module):
         # by 1 / t: it learns the short words it is trained on and loses count in longer ones. R = 0 tracks no state at all.
         with torch.no_grad():
             for gate in self.r.flatten(0, 1):
-                gate.copy_(1.5 * nn.init.orthogonal_(torch.empty_like(gate, dtype=torch.float32)))
+                gate.copy_(self.recurrent_start * nn.init.orthogonal_(torch.empty_like(gate, dtype=torch.float32)))
             nn.init.zeros_(self.b)
             self.b[:, 1].copy_(torch.linspace(*self.forget_bias, self.b.shape[-1], device=self.b.device))
         self.norm.reset_parameters()

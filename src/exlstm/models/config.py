@@ -102,6 +102,8 @@ class SLSTMOptions:
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
     multiple: int = 64
     """widths that follow from a ratio are rounded up to a multiple of it"""
+    recurrent_start: float = 1.5
+    """size of the recurrent maps at the start, times an orthogonal one"""
 
 
 @dataclass(frozen=True)
@@ -381,13 +383,11 @@ SIZES = {
 
 
 def from_dict(kind, values: dict, where: str = ""):
-    """A config of dataclass `kind` from plain values, or with finished options of a block; an unknown key is a ValueError
-    that names the nearest one."""
+    """A config of dataclass `kind` from plain values, or with finished options of a block; an unknown key is a ValueError."""
     known = {f.name: f for f in fields(kind)}
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{where.strip('.') or kind.__name__} is {type(values).__name__}, wanted an object with keys {', '.join(known)}"
-        )
+        told = where.strip(".") or kind.__name__
+        raise ValueError(f"{told} is {type(values).__name__}, wanted an object with keys {', '.join(known)}")
     for key in values:
         if key not in known:
             raise ValueError(f"unknown field {where + key!r}{nearest(key, known)}")

@@ -70,6 +70,8 @@ class TrainConfig:
     """newest checkpoints that are kept"""
     seed: int = 0
     """seed of everything random in a step"""
+    recurrent_lr: float = 1.0
+    """learning rate of recurrent maps (an sLSTM's, an LSTM's) over that of all others"""
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -94,6 +96,7 @@ class TrainConfig:
         _number("final_lr", self.final_lr, lambda x: 0 <= x <= 1, "from 0 to 1")
         _number("warmup", self.warmup, lambda x: 0 <= x < 1, "from 0 to below 1 (a share of the steps)")
         _number("weight_decay", self.weight_decay, lambda x: x >= 0, "of at least 0")
+        _number("recurrent_lr", self.recurrent_lr, lambda x: x >= 0, "of at least 0")
         _number("clip", self.clip, lambda x: x >= 0, "of at least 0")
         if len(self.betas) != 2:
             raise ValueError(f"betas is {self.betas}, wanted two numbers")
