@@ -49,6 +49,10 @@ MODELS = {
     "memory-forget-0-to-12": (("matrix",), {"matrix": {"forget_bias": (0.0, 12.0)}}),
     # Nothing is forgotten, so that a count of thousands is as exact as one of ten.
     "mlstm-forget-18": (("mlstm",), {"mlstm": {"forget_bias": (18.0, 18.0), "gate_cap": 0.0}}),
+    "mlstm-forget-18-no-normaliser": (
+        ("mlstm",),
+        {"mlstm": {"forget_bias": (18.0, 18.0), "gate_cap": 0.0, "normalize": False}},
+    ),
     "slstm-conv": (("slstm",), {"slstm": {"conv": 4}}),
     "slstm-dense": (("slstm",), {"slstm": {"dense": True}}),
     "slstm-forget-5-to-5": (("slstm",), {"slstm": {"forget_bias": (5.0, -5.0)}}),
