@@ -6,7 +6,7 @@ import torch
 
 from exlstm.bench import forecast_tasks, forecasting
 from exlstm.bench.config import ForecastingConfig
-from exlstm.data import frequency
+from exlstm.data import clock, frequency
 from exlstm.data import windows as windows_module
 from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
@@ -27,12 +27,22 @@ CLOCKS = ("4s", "30min", "h", "D", "B", "W-SUN", "7D", "MS", "ME", "BME", "QS-FE
 def test_times_in_the_middle_of_a_clock_are_those_of_the_whole(freq):
     first = 5 if isinstance(freq, int) else pd.date_range("1999-12-30 12:00", periods=1, freq=freq)[0]
     for start, stop in ((0, 1), (0, 200), (63, 65), (130, 131), (40, 40)):
-        assert list(frequency.between(first, freq, start, stop)) == list(frequency.span(first, freq, stop)[start:])
+        assert list(clock.between(first, freq, start, stop)) == list(clock.span(first, freq, stop)[start:])
+
+
+@pytest.mark.parametrize("freq", CLOCKS)
+def test_many_clocks_at_once_are_each_by_itself(freq):
+    firsts = [5, 17] if isinstance(freq, int) else list(pd.date_range("1999-12-30 12:00", periods=2, freq=freq))
+    starts = np.array([0, 40])
+    times = clock.spread(firsts, freq, starts, 3)
+    for row, first, start in zip(times, firsts, starts):
+        assert list(pd.Index(row)) == list(pd.Index(clock.between(first, freq, int(start), int(start) + 3)))
+    assert clock.spread(firsts, freq, starts, 0).shape == (2, 0)
 
 
 def test_a_clock_at_the_end_of_the_calendar_is_counted_as_far_as_it_goes():
     first = pd.Timestamp("2255-01-01").as_unit("ns")
-    assert list(frequency.between(first, "YS-JAN", 1, 5)) == list(frequency.span(first, "YS-JAN", 5)[1:])
+    assert list(clock.between(first, "YS-JAN", 1, 5)) == list(clock.span(first, "YS-JAN", 5)[1:])
 
 
 def wide(rows=30, series=5, seed=0):

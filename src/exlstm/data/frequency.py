@@ -1,4 +1,4 @@
-"""The clock of a series: guess its step from the timestamps, count steps on it, and what the calendar says of a time.
+"""The clock of a series: read its times, guess their step, and what the calendar says of a time (steps are counted in clock.py).
 
 A frequency is a pandas offset alias ("h", "15min", "D", "B", "W-SUN", "MS", "ME", "QS", "YE"), or a whole number for
 times that are whole numbers. pandas is loaded on first use.
@@ -7,10 +7,11 @@ times that are whole numbers. pandas is loaded on first use.
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from numbers import Integral
 
 import numpy as np
+
+from exlstm.data import clock
 
 # Seasons in steps, the first one is the season of the naive forecast; by the seconds of a step, or by a calendar step.
 _DAY = 86400
@@ -262,90 +263,11 @@ def checked(freq, times):
     return offset.freqstr
 
 
-def _tick(freq):
-    """Nanoseconds of a step of fixed length, None where the step depends on the calendar."""
-    import pandas as pd
-    from pandas.tseries.frequencies import to_offset
-
-    offset = to_offset(freq)
-    if isinstance(offset, pd.offsets.Week):
-        return offset.n * 7 * _DAY * 10**9
-    if isinstance(offset, pd.offsets.Day):
-        return offset.n * _DAY * 10**9
-    return offset.nanos if isinstance(offset, pd.offsets.Tick) else None
-
-
-def order(codes: np.ndarray, clock: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The order of rows by series and time, and whether they stood so: millions of rows take as long to sort as to forecast."""
-    stood = (codes[1:] > codes[:-1]) | (codes[1:] == codes[:-1]) & (clock[1:] >= clock[:-1])
-    return (np.arange(len(codes)), True) if stood.all() else (np.lexsort((clock, codes)), False)
-
-
-def positions(times, starts: np.ndarray, lengths: np.ndarray, freq):
-    """Steps since the first row of its series for every row, and the rows that stand on no step of the clock."""
-    import pandas as pd
-
-    if isinstance(times, np.ndarray):
-        whole, rest = np.divmod(times - np.repeat(times[starts], lengths), freq)
-        return whole, np.flatnonzero(rest)
-    tick = _tick(freq)
-    stamps = times.as_unit("ns").asi8
-    if tick:
-        whole, rest = np.divmod(stamps - np.repeat(stamps[starts], lengths), tick)
-        return whole, np.flatnonzero(rest)
-    # Days are compared, so that month ends at noon are month ends; the clock within the day is the first row's.
-    days = times.normalize()
-    grid = pd.date_range(days.min(), days.max(), freq=freq)
-    place = grid.get_indexer(days)
-    return place - np.repeat(place[starts], lengths), np.flatnonzero(place < 0)
-
-
-def steps_after(last, freq, n: int):
-    """The n times that follow `last` (a timestamp or a whole number)."""
-    import pandas as pd
-
-    if not isinstance(last, pd.Timestamp):
-        return np.asarray(last + freq * np.arange(1, n + 1))
-    tick = _tick(freq)
-    if tick:
-        return pd.DatetimeIndex(last.as_unit("ns").asm8 + tick * np.arange(1, n + 1).astype("timedelta64[ns]"))
-    clock = last - last.normalize()
-    return pd.date_range(last.normalize(), periods=n + 1, freq=freq)[1:] + clock
-
-
-def span(first, freq, n: int):
-    """n times from `first` on, `first` included."""
-    if n == 0:
-        return steps_after(first, freq, 0)
-    rest = steps_after(first, freq, n - 1)
-    return np.concatenate([[first], rest]) if isinstance(rest, np.ndarray) else rest.insert(0, first)
-
-
-def between(first, freq, start: int, stop: int):
-    """The times of the steps `start` to `stop` of a clock that begins at `first`: span(first, freq, stop)[start:], without
-    counting up to them where all steps are of one length."""
-    import pandas as pd
-
-    if isinstance(freq, int):
-        return np.asarray(first + freq * np.arange(start, max(start, stop)))
-    if tick := _tick(freq):
-        steps = np.arange(start, max(start, stop)).astype("timedelta64[ns]")
-        return pd.DatetimeIndex(first.as_unit("ns").asm8 + tick * steps)
-    try:
-        # Many series begin at one time: their clock is counted once, to a length that serves most of them.
-        return _counted(first, freq, -(-stop // 64) * 64)[start:stop]
-    except (pd.errors.OutOfBoundsDatetime, OverflowError):
-        return span(first, freq, stop)[start:]
-
-
-_counted = lru_cache(4096)(span)
-
-
 def seasons(freq) -> tuple[int, ...]:
     """Lengths in steps of the seasons that data of this frequency usually has, shortest first; (1,) for none."""
     if isinstance(freq, int):
         return (1,)
-    tick = _tick(freq)
+    tick = clock.tick(freq)
     if tick is None:
         from pandas.tseries.frequencies import to_offset
 
@@ -367,7 +289,7 @@ def years(first, freq, steps: int) -> float:
     """How long `steps` steps from `first` on are, in years; 0 for whole numbers."""
     if isinstance(freq, int):
         return 0.0
-    return (span(first, freq, steps)[-1] - first).total_seconds() / (365.25 * _DAY)
+    return (clock.span(first, freq, steps)[-1] - first).total_seconds() / (365.25 * _DAY)
 
 
 def calendar(times, freq, year: bool = True) -> tuple[np.ndarray, list[str]]:
@@ -377,7 +299,7 @@ def calendar(times, freq, year: bool = True) -> tuple[np.ndarray, list[str]]:
     """
     if isinstance(times, np.ndarray):
         return np.zeros((len(times), 0), np.float32), []
-    tick = _tick(freq)
+    tick = clock.tick(freq)
     seconds = tick / 1e9 if tick else (_DAY if str(freq).split("-")[0] in ("B", "C") else 28 * _DAY)
     day = (times.hour * 3600 + times.minute * 60 + times.second) / _DAY
     columns, names = [], []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from exlstm.data import frequency
+from exlstm.data import clock
 
 ID, TIME, TARGET = "unique_id", "ds", "y"
 
@@ -60,7 +60,7 @@ class Panel:
 
     def times(self, n: int, start: int, stop: int):
         """Times of the steps start to stop of series n, in UTC where there is a zone; steps after the end are fine."""
-        return frequency.between(self.first[n], self.freq, start, stop)
+        return clock.between(self.first[n], self.freq, start, stop)
 
     def cut(self, drop) -> Panel:
         """The panel without the last `drop` rows of every series (a number, or one a series); empty series go."""

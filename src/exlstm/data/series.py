@@ -9,7 +9,7 @@ from numbers import Integral
 
 import numpy as np
 
-from exlstm.data import frequency
+from exlstm.data import clock, frequency
 from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, numbers, refuse_infinite, require_pandas, to_pandas
 
 ID_NAMES = ("unique_id", "id", "series_id", "item_id", "series", "item", "series_name", "store", "sku")
@@ -285,7 +285,7 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
         raise ValueError(f"column {columns.id!r} has no id in row {int(np.flatnonzero(ids.isna())[0]) + 1}")
     y = numbers(frame, columns.target)
     codes, names = pd.factorize(ids.reset_index(drop=True), sort=False)
-    order, sorted_already = frequency.order(codes, np.asarray(times))
+    order, sorted_already = clock.order(codes, np.asarray(times))
     codes, times, y = codes[order], times[order], y[order]
     starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
     rows = np.diff(np.r_[starts, len(codes)])
@@ -297,7 +297,7 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
         told.append(f"frequency {freq!r}" + (" (whole days of the time zone)" if zone != was else ""))
     else:
         freq = frequency.checked(freq, times)
-    place, off = frequency.positions(times, starts, rows, freq)
+    place, off = clock.positions(times, starts, rows, freq)
     if len(off):
         raise ValueError(_mixed(off[0], codes, times, names, freq))
     steps = np.array([place[s + r - 1] + 1 for s, r in zip(starts, rows)], dtype=np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exlstm.data import frequency
+from exlstm.data import clock, frequency
 from exlstm.data.panel import Panel
 
 # Years of data from which the calendar of the year is learnt.
@@ -105,7 +105,7 @@ class Windows:
         total = 0
         for first, steps in longest.items():
             place[first], total = total, total + steps
-            times = frequency.span(first, panel.freq, steps)
+            times = clock.span(first, panel.freq, steps)
             if panel.zone:
                 times = times.tz_localize("UTC").tz_convert(panel.zone).tz_localize(None)
             rows.append(frequency.calendar(times, panel.freq, self.statistics["year"])[0])

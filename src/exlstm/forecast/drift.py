@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exlstm.data import frequency
+from exlstm.data import clock
 from exlstm.data.windows import Windows
 from exlstm.models.forecaster import ForecasterNetwork
 from exlstm.models.linear import LinearPath
@@ -87,7 +87,7 @@ class Drift:
             if time is None:
                 step = max(4, self.span(windows.season))
             elif time != panel.first[n]:
-                learnt = frequency.span(time, panel.freq, step + 1)[-1]
+                learnt = clock.span(time, panel.freq, step + 1)[-1]
                 step = int(np.searchsorted(panel.times(n, 0, int(panel.lengths[n])), learnt))
             found[n] = step
         return found

@@ -7,7 +7,7 @@ from numbers import Real
 
 import numpy as np
 
-from exlstm.data import frequency
+from exlstm.data import clock, frequency
 from exlstm.data.panel import ID, TARGET, Panel, numbers, require_pandas, to_pandas
 from exlstm.data.series import columns_of
 from exlstm.forecast.config import MODEL, TITLES
@@ -144,14 +144,14 @@ def rows(
     """A long frame of windows (series[b], cuts[b]); `values` name -> (B, H). Adds y and the cutoff where asked for."""
     pd = require_pandas()
     blocks = {id_column(panel): np.repeat(pd.Series(panel.ids, dtype=object).to_numpy()[series], horizon)}
-    times = [panel.times(int(n), int(t) - (1 if cutoff else 0), int(t) + horizon) for n, t in zip(series, cuts)]
     skip = 1 if cutoff else 0
-    flat = np.concatenate([np.asarray(t[skip:]) for t in times])
+    times = clock.spread([panel.first[n] for n in series], panel.freq, np.asarray(cuts) - skip, horizon + skip)
+    flat = times[:, skip:].reshape(-1)
     if not isinstance(panel.freq, int):
         flat = shown(pd.DatetimeIndex(flat), panel)
     blocks[panel.columns.time] = flat
     if cutoff:
-        starts = np.concatenate([np.repeat(np.asarray(t[:1]), horizon) for t in times])
+        starts = np.repeat(times[:, 0], horizon)
         blocks["cutoff"] = starts if isinstance(panel.freq, int) else shown(pd.DatetimeIndex(starts), panel)
     if y:
         ends = panel.offsets[series] + cuts
