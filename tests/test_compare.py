@@ -637,6 +637,15 @@ def test_what_a_row_has_several_of_is_a_line_each_in_table_and_picture(way, valu
     assert len({record["curve"][-1]["loss"] for record in records}) == (2 if way == "precisions" else 2 * len(values))
 
 
+def test_a_row_says_how_memories_start_where_a_model_does_not():
+    row = ROWS["counting"]
+    for model, wanted in {"xlstm[1:0]": ((18.0, 18.0), 0.0), "memory-forget-3-to-6": ((3.0, 6.0), 15.0)}.items():
+        built = contenders.network(model, row, 8)
+        assert built.blocks == ("mlstm",) and (built.mlstm.forget_bias, built.mlstm.gate_cap) == wanted
+    assert contenders.network("transformer", row, 8).mlstm.gate_cap == 15.0
+    assert "matrix.gate_cap 0.0" in rows.told(rows.settings("xlstm[1:1]", row)[1])
+
+
 def test_runs_from_before_a_way_existed_keep_their_names():
     plan = plan_of()
     told = [plan.key, replace(plan, row=replace(plan.row, clips=(), recurrent_lr=1.0)).key]
