@@ -27,6 +27,7 @@ from exlstm.forecast.command import Forecast
 from exlstm.forecast.command import run as forecast
 from exlstm.models.config import LanguageConfig, nearest
 from exlstm.recipes import DEFAULT_SIZE, RunConfig, default_folder, read_config, sized, train_language
+from exlstm.serve.config import Serve
 from exlstm.train.config import TrainConfig
 
 Files = Annotated[Positional[tuple[str, ...]], arg(metavar="FILES")]
@@ -196,6 +197,12 @@ def export(command: Export):
     import_module("exlstm.export").export_run(_run(command), command.out, command.format)
 
 
+def serve(command: Serve):
+    # Wrong settings are told before torch loads.
+    command.check()
+    return import_module("exlstm.serve.command").run(command)
+
+
 def _run(command) -> Path:
     if not command.run:
         name = type(command).__name__.lower()
@@ -252,6 +259,7 @@ COMMANDS = {
     "forecast": (Forecast, forecast, None),
     "plot": (Plot, plot, None),
     "export": (Export, export, None),
+    "serve": (Serve, serve, None),
     "doctor": (Doctor, doctor, None),
     "bench": (None, bench, None),
     "compare": (None, compare, None),

@@ -64,6 +64,11 @@ class Sequence:
         self.launched = self.shown = self.drawn = self.consumed = self.held = 0
         self.done: str | None = None if request.max_tokens else "length"
 
+    def writes_text(self):
+        """Text of the tokens that the tokenizer knows, whatever the prompt was; before the sequence enters an engine."""
+        self.is_text, self.limit = True, self._tokenizer.vocab_size
+        self.row.decoder = self.row.decoder or self._tokenizer.decoder()
+
     def decode_as(self, other: Sequence):
         """Text where the other one writes text, of the same tokens."""
         self.is_text, self.limit = other.is_text, other.limit
