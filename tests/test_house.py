@@ -173,7 +173,7 @@ TEXTS = sorted(
 PRIVATE = re.compile(
     r"(?<![\w.~])/(?:work|root|home|Users|mnt)/\w"  # somebody's machine
     r"|\bissues? #?\d|\bin this session\b"  # somebody's notes
-    r"|https?://(?!arxiv\.org|www\.apache\.org|github\.com/NX-AI|127\.0\.0\.1|localhost)[\w.-]+"  # addresses that nobody here answers for
+    r"|https?://(?!arxiv\.org|www\.apache\.org|github\.com/NX-AI|127\.0\.0\.1|localhost)[\w.-]+"  # addresses of others
     r"|\b(?:TODO|FIXME|XXX)\b"
 )
 
