@@ -153,7 +153,8 @@ class Api:
 
 def application(settings: Serve, worker: Worker):
     """What uvicorn runs."""
-    app, api = FastAPI(openapi_url=None, docs_url=None, redoc_url=None), Api(settings, worker)
+    # Without its own pages of documentation, which load from elsewhere.
+    app, api = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False), Api(settings, worker)
     for path, call, method in api.routes():
         app.add_api_route(path, call, methods=[method], response_model=None)
     app.add_exception_handler(Refused, _refused)

@@ -7,7 +7,6 @@ not see its neighbours.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import traceback
@@ -196,8 +195,12 @@ class Worker:
             if job.reading.done:
                 self._seat(job)
         except Exception as error:
-            self._failed(error)
+            traceback.print_exc()
+            # What a state has wrong, such as a NaN, says nothing about the device.
+            self._failures += not isinstance(error, ValueError)
             self._end(job, Refused(500, f"the prompt could not be read: {error}"))
+            if self._failures >= FAILURES:
+                raise
 
     def _seat(self, job: Job):
         """Begins one more text of a job."""
@@ -221,8 +224,10 @@ class Worker:
             came = self.engine.step()
             self._failures = 0 if came else self._failures
         except Exception as error:
-            self._failed(error)
-            for job in {job for sequence, (job, _, _) in self._seats.items() if sequence.done == "error"}:
+            traceback.print_exc()
+            self._failures += 1
+            # Nobody knows which of them lack a token now.
+            for job in {job for job, _, _ in self._seats.values()}:
                 self._end(job, Refused(500, f"writing failed: {error}"))
             if self._failures >= FAILURES:
                 raise
@@ -266,8 +271,3 @@ class Worker:
             job.tell(refused)
         elif not job.gone:
             self.metrics.requests.add(time.monotonic() - job.begun)
-
-    def _failed(self, error: Exception):
-        # What a state or a request has wrong says nothing about the device.
-        self._failures += not isinstance(error, ValueError)
-        traceback.print_exc(file=sys.stderr)
