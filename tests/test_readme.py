@@ -2,6 +2,10 @@
 
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,11 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(
     r"^(exlstm .*?)(?:\s+#.*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M
 )
+CURLS = [
+    shlex.split(command)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for command in re.findall(r"^curl .*?[^\\\n]$", block, re.M | re.DOTALL)
+]
 TEXT = "".join(f"{i}. Once upon a time there was a line, and it was number {i}.\n" for i in range(150))
 SMALL = "--size nano --data.context 16 --data.batch-size 2 --train.eval-batches 1 --train.steps 1"
 
@@ -62,6 +71,28 @@ def test_a_section_of_drop_in_runs(section, here):
         assert main(shlex.split(command)[1:]) == 0
 
 
+def serve(words):
+    """Starts the server, asks what the README asks, and ends it."""
+    words = [sys.executable, "-m", "exlstm", *words, "--port", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        port = re.search(r"http://127.0.0.1:(\d+)", process.stdout.readline())[1]
+        assert len(CURLS) == 2
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        for curl in CURLS:
+            address = next(word for word in curl if word.startswith("127.0.0.1:8000/"))
+            kind, body = (curl[curl.index(flag) + 1] for flag in ("-H", "-d"))
+            headers = dict([kind.split(": ")])
+            place = f"http://{address.replace('8000', port)}"
+            with direct.open(urllib.request.Request(place, body.encode(), headers), timeout=60) as answer:
+                assert b'"choices":' in answer.read()
+    finally:
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        process.stdout.close()
+    return 0
+
+
 def test_the_commands_run(here, capsys):
     """Trainings are short ones; everything else is as written."""
     assert len(COMMANDS) >= 5
@@ -75,7 +106,8 @@ def test_the_commands_run(here, capsys):
             words += ["--minutes", "0.02"]
         if words[0] == "plot":
             pytest.importorskip("matplotlib")
-        assert main(words) == 0, command
+        run = serve if words[0] == "serve" else main
+        assert run(words) == 0, command
     assert "Once" in capsys.readouterr().out
 
 

@@ -245,7 +245,7 @@ def test_a_chat_is_a_text_by_the_template(client, model):
     marked = Serve(template="<{role}>{content}</s>\n")
     body = json.dumps({"messages": messages[1:2], "stop": "x"}).encode()
     asked = read(body, True, marked, model.tokenizer)
-    assert bytes(asked.prompts[0]).decode() == "<User>hi</s>\n<Assistant>" and asked.rules["stop"] == ["x", "</s>"]
+    assert bytes(asked.prompts[0]).decode() == "<user>hi</s>\n<assistant>" and asked.rules["stop"] == ["x", "</s>"]
 
 
 def test_prompts_that_begin_alike_are_read_from_there_on(client):
@@ -437,8 +437,8 @@ def test_a_key_is_wanted_wherever_texts_are(model):
         "x --port 65536": "port is 65536",
         "x --slots 0": "slots is 0",
         "x --timeout nan": "timeout is nan",
-        "x --template a": "wanted {role} and then {content}",
-        "x --template {content}{role}": "wanted {role} in front of {content}",
+        "x --template a": "wanted {role} or {Role}, and behind it {content}",
+        "x --template {content}{role}": "wanted {role} or {Role}, and behind it {content}",
         "x --key schlüssel": "visible ASCII",
         "nowhere": "nowhere does not exist",
     }.items(),

@@ -50,7 +50,7 @@ NUMBERS = {
     "min_p": (0, 1, 0.0),
     "repetition_penalty": ("above 0", 100, 1.0),
 }
-ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role", "content", "name", "refusal", "annotations"}
 IDLE = {"tool_calls", "function_call", "audio"}
 
@@ -261,11 +261,15 @@ def _conversation(messages, template: str) -> tuple[str, str]:
     told = []
     for i, message in enumerate(messages):
         role, content = _message(f"messages[{i}]", message)
-        told.append(before.replace("{role}", role) + content + behind)
+        told.append(_said(before, role) + content + behind)
     # A word that follows begins with its space.
-    answer = before.replace("{role}", ROLES["assistant"]).rstrip(" ")
-    end = behind.strip() or (behind + before.replace("{role}", ROLES["user"])).rstrip()
+    answer = _said(before, "assistant").rstrip(" ")
+    end = behind.strip() or (behind + _said(before, "user")).rstrip()
     return "".join(told) + answer, end
+
+
+def _said(before: str, role: str) -> str:
+    return before.replace("{role}", role).replace("{Role}", role.capitalize())
 
 
 def _message(where: str, message) -> tuple[str, str]:

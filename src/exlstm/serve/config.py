@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 KEY = "EXLSTM_KEY"
-TEMPLATE = "{role}: {content}\n\n"
+TEMPLATE = "{Role}: {content}\n\n"
 # Whole numbers and what they may be: everything that a client can make large is bounded by one of them.
 WHOLE = {
     "port": (0, 65535),
@@ -64,7 +64,8 @@ class Serve:
     cors: tuple[str, ...] = ()
     """origins of other pages whose scripts may ask, as in http://localhost:3000; * for all, which wants a key"""
     template: str = TEMPLATE
-    """how a chat becomes a text, message by message; it holds {role}, which becomes User, Assistant or System, and {content}"""
+    """how a chat becomes a text, message by message; it holds {content}, and in front {role}, which becomes user, assistant or
+    system, or {Role}, which becomes User, Assistant or System"""
     eos: tuple[int, ...] = ()
     """tokens that end every text"""
     device: str = "auto"
@@ -106,7 +107,8 @@ class Serve:
             raise ValueError(f"host {self.host} can be reached from elsewhere, wanted a key for it: --key or ${KEY}")
         if not key and "*" in self.cors:
             raise ValueError(f"cors * lets scripts of every page ask, wanted a key for that: --key or ${KEY}")
-        if self.template.count("{role}") != 1 or self.template.count("{content}") != 1:
-            raise ValueError(f"template is {self.template!r}, wanted {{role}} and then {{content}} in it, once each")
-        if self.template.index("{content}") < self.template.index("{role}"):
-            raise ValueError(f"template is {self.template!r}, wanted {{role}} in front of {{content}}")
+        before, content, behind = self.template.partition("{content}")
+        roles = before.count("{role}") + before.count("{Role}")
+        if not content or roles != 1 or any(word in behind for word in ("{role}", "{Role}", content)):
+            wanted = "{role} or {Role}, and behind it {content}, in it, once each"
+            raise ValueError(f"template is {self.template!r}, wanted {wanted}")

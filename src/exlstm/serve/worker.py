@@ -35,7 +35,7 @@ class Job:
         self.asked, self.tell = asked, tell
         self.begun = time.monotonic()
         self.until = float("inf")
-        self.gone = self.begins = self.ended = False
+        self.gone = self.begins = False
         self.prompt = self.choice = 0
         self.reading: Reading | None = None
         self.writing: set[Sequence] = set()
@@ -148,7 +148,6 @@ class Worker:
             self._inbox.clear()
         # Without the engine, which may fail again.
         for job in self._jobs():
-            job.ended = True
             job.tell(Refused(503, f"the engine does not run any more: {told}"))
 
     def _next(self) -> bool:
@@ -245,15 +244,15 @@ class Worker:
         if not job.begins:
             job.begins = True
             self.metrics.first.add(time.monotonic() - job.begun)
-        if job.asked.stream or sequence.done:
-            text = sequence.fresh()
-            if text or sequence.done:
-                job.tell(Piece(index, text, count, sequence.done))
+        text = sequence.fresh() if job.asked.stream or sequence.done else ""
+        # The slot is free before anybody hears of the end.
         if sequence.done:
             self._leave(sequence)
             job.left -= 1
             if not job.left:
                 self._end(job)
+        if text or sequence.done:
+            job.tell(Piece(index, text, count, sequence.done))
 
     def _leave(self, sequence: Sequence):
         job, _, _ = self._seats.pop(sequence)
@@ -266,7 +265,7 @@ class Worker:
             self._leave(sequence)
         if job in self._waiting:
             self._waiting.remove(job)
-        job.reading, job.ended = None, True
+        job.reading = None
         if refused is not None:
             job.tell(refused)
         elif not job.gone:
