@@ -34,7 +34,7 @@ class Gate:
     """What stands before every path: host, key, the time that a request may take, and the count of answers."""
 
     def __init__(self, app, settings: Serve, worker: Worker):
-        self.app, self.settings, self.metrics = app, settings, worker.metrics
+        self.app, self.settings, self.worker = app, settings, worker
         self.key = settings.secret().encode()
 
     async def __call__(self, scope, receive, send):
@@ -54,8 +54,12 @@ class Gate:
         except TimeoutError:
             # The client reads too slowly: uvicorn closes the connection.
             status = 504
+        except asyncio.CancelledError:
+            # At the end of the server, for a client that takes longer than it waits.
+            if self.worker.drained is None:
+                raise
         finally:
-            self.metrics.statuses[status or 500] += 1
+            self.worker.metrics.statuses[status or 500] += 1
 
     def _refused(self, scope) -> Refused | None:
         headers = dict(scope["headers"])

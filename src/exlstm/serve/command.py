@@ -83,7 +83,7 @@ class Patient(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn around the application; a signal drains it, a second one ends it at once."""
+    """uvicorn around the application; a signal drains it, a second one ends what runs, a third one leaves it at that."""
 
     def __init__(self, command: Serve, worker: Worker):
         self.worker, self.seconds, self.signal = worker, command.drain, 0
@@ -104,6 +104,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     def handle_exit(self, sig, frame):
-        self.force_exit = self.should_exit
-        self.should_exit, self.signal = True, sig
+        self.force_exit = self.worker.drained is not None and self.seconds == 0
         self.worker.drain(self.seconds)
+        self.should_exit, self.signal, self.seconds = True, sig, 0.0
