@@ -317,6 +317,8 @@ BAD = {
         "temperature is -0.1, wanted a number from 0 to 2",
     ),
     "temperature huge": (COMPLETE, b'{"prompt": "a", "temperature": 1e999}', "temperature is inf"),
+    "temperature of 400 digits": (COMPLETE, {**GOOD, "temperature": 10**400}, "temperature is 1000000"),
+    "top_p of 400 digits": (COMPLETE, {**GOOD, "top_p": -(10**400)}, "top_p is -1000000"),
     "temperature NaN": (COMPLETE, b'{"prompt": "a", "temperature": NaN}', "it holds NaN"),
     "top_p 0": (COMPLETE, {**GOOD, "top_p": 0}, "top_p is 0, wanted a number above 0 and up to 1"),
     "top_k negative": (COMPLETE, {**GOOD, "top_k": -1}, "top_k is -1"),

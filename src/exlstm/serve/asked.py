@@ -7,7 +7,6 @@ and is refused unless it says what happens anyway. Any other name is refused wit
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,7 +193,8 @@ def _whole(given: dict, name: str, least: int, most: int, default: int) -> int:
 
 def _number(given: dict, name: str, least, most: float, default: float) -> float:
     value = given.get(name, default)
-    fits = type(value) in (int, float) and math.isfinite(value) and value <= most
+    # What is no number fits no limit; an int may be too large for a float.
+    fits = type(value) in (int, float) and value <= most
     if not fits or not (value > 0 if isinstance(least, str) else value >= least):
         came = f"{least} and up to" if isinstance(least, str) else f"from {least} to"
         raise wrong(name, value, f"a number {came} {most}")
