@@ -438,6 +438,8 @@ def test_a_key_is_wanted_wherever_texts_are(model):
         "x --cors *": "cors * lets scripts of every page ask",
         "x --port 65536": "port is 65536",
         "x --slots 0": "slots is 0",
+        "x --cors localhost:3000": "cors holds 'localhost:3000', wanted origins such as http://localhost:3000",
+        "x --cors http://a http://b/": "cors holds 'http://b/'",
         "x --timeout nan": "timeout is nan",
         "x --template a": "wanted {role} or {Role}, and behind it {content}",
         "x --template {content}{role}": "wanted {role} or {Role}, and behind it {content}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -107,6 +108,11 @@ class Serve:
             raise ValueError(f"host {self.host} can be reached from elsewhere, wanted a key for it: --key or ${KEY}")
         if not key and "*" in self.cors:
             raise ValueError(f"cors * lets scripts of every page ask, wanted a key for that: --key or ${KEY}")
+        wrong = next((o for o in self.cors if o != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", o)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"cors holds {wrong!r}, wanted origins such as http://localhost:3000, without a path, or *"
+            )
         before, content, behind = self.template.partition("{content}")
         roles = before.count("{role}") + before.count("{Role}")
         if not content or roles != 1 or any(word in behind for word in ("{role}", "{Role}", content)):
