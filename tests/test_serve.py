@@ -22,6 +22,7 @@ from exlstm.serve import app, command
 from exlstm.serve.asked import Refused, read
 from exlstm.serve.config import Serve
 from exlstm.serve.prefixes import PIECE, Prefixes, Reading
+from exlstm.serve.metrics import Metrics
 from exlstm.serve.worker import FAILURES, Worker
 from test_language import build, writer
 
@@ -455,6 +456,18 @@ def test_settings_that_do_not_fit_are_one_sentence(words, told, capsys, monkeypa
 
 
 def test_the_extra_is_told(capsys, monkeypatch):
+def test_what_cannot_be_listened_at_is_told(client):
+    for host, port in (("127.0.0.1", client.port), ("a" * 70, 0), ("no host", 0)):
+        with pytest.raises(ValueError, match="cannot be listened at"):
+            command.listening(host, port)
+
+
+def test_counts_are_exact():
+    metrics = Metrics()
+    metrics.tokens = 10**12 + 1
+    assert "\nexlstm_generated_tokens_total 1000000000001\n" in metrics.text({})
+
+
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in ("command", "app", "answers"):
         monkeypatch.delitem(sys.modules, f"exlstm.serve.{name}")

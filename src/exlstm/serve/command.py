@@ -47,8 +47,10 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ValueError(f"{host} port {port} cannot be listened at: {error.strerror or error}") from None
+    # A name that is too long for any host is no OSError.
+    except (OSError, UnicodeError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise ValueError(f"{host} port {port} cannot be listened at: {told}") from None
 
 
 def greeting(command: Serve, port: int) -> str:

@@ -33,7 +33,7 @@ class Metrics:
 
         def told(name, kind, about, values):
             lines.extend((f"# HELP exlstm_{name} {about}", f"# TYPE exlstm_{name} {kind}"))
-            lines.extend(f"exlstm_{name}{label} {value:.9g}" for label, value in values.items())
+            lines.extend(f"exlstm_{name}{label} {value}" for label, value in values.items())
 
         statuses = {f'{{status="{status}"}}': count for status, count in sorted(self.statuses.items())}
         told("responses_total", "counter", "Answers by HTTP status.", statuses)
