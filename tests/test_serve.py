@@ -768,3 +768,11 @@ def test_a_signal_lets_what_runs_end(model, tmp_path):
             socket.create_connection(("127.0.0.1", port), timeout=5)
     finally:
         process.kill()
+        # What anybody sends leaves nothing in the log.
+        for raw in (
+            b"GET\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: [::1]\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as other:
+                other.sendall(raw)
+                assert other.recv(9) == b"HTTP/1.1 "

@@ -97,6 +97,8 @@ class Server(uvicorn.Server):
             lifespan="off",
             interface="asgi3",
             log_config=None,
+            # Warnings are about what clients send: anybody could fill a disk with them.
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,
