@@ -584,10 +584,12 @@ def test_who_waits_and_goes_away_is_not_served(model):
     with served(model, slots=1) as client:
         first = client.open("POST", COMPLETE, {**ENDLESS, "stream": True})
         client.until("slots_taken", 1)
-        waits = client.open("POST", COMPLETE, {**ENDLESS, "n": 4})
-        client.until("requests_waiting", 1)
-        waits.close()
-        client.until("requests_waiting", 0)
+        for count, stream in enumerate((False, True), 1):
+            waits = client.open("POST", COMPLETE, {**ENDLESS, "n": 4, "stream": stream})
+            client.until("requests_waiting", 1)
+            waits.close()
+            client.until("requests_waiting", 0)
+            wait_for(lambda count=count: client.worker.metrics.statuses[499] == count)
         first.close()
         client.until("slots_taken", 0)
 

@@ -44,25 +44,25 @@ class Ask:
                 loop.call_soon_threadsafe(self.events.put_nowait, event)
 
         self.job = Job(asked, tell)
+        self.left = self.job.left
         worker.submit(self.job)
 
     async def pieces(self, receive) -> AsyncIterator[Piece]:
         """What is written; ends early where the client has gone. Refused: the job failed."""
         gone = asyncio.ensure_future(_disconnected(receive))
         gone.add_done_callback(lambda _: self.events.put_nowait(None))
-        left = len(self.job.asked.prompts) * self.job.asked.n
         try:
-            while left:
+            while self.left:
                 event = await self.events.get()
                 if event is None:
                     return
                 if isinstance(event, Refused):
                     raise event
                 yield event
-                left -= event.reason is not None
+                self.left -= event.reason is not None
         finally:
             gone.cancel()
-            if left:
+            if self.left:
                 self.worker.cancel(self.job)
 
 
@@ -128,7 +128,7 @@ async def whole(ask: Ask, shape: Shape, receive) -> Response:
         async for piece in pieces:
             texts[piece.index] += shape.text(piece)
             reasons[piece.index] = piece.reason
-    if None in reasons:
+    if ask.left:
         return Response(status_code=499)
     return answer(shape.whole(texts, reasons, ask.job.found))
 
@@ -159,6 +159,8 @@ class Stream(Response):
                 await send(_body(as_json(refused.body())))
         if begun:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            await Response(status_code=499)(scope, receive, send)
 
     async def _events(self, receive) -> AsyncIterator[bytes]:
         shape, fresh = self.shape, set(range(len(self.shape.counts)))
@@ -175,6 +177,8 @@ class Stream(Response):
                     yield as_json(shape.chunk(index, text, reason, first))
                 if piece.reason and shape.asked.chat:
                     yield as_json(shape.chunk(index, "", piece.reason))
+        if self.ask.left:
+            return
         if shape.asked.usage:
             yield as_json(shape.last(self.ask.job.found))
         yield b"[DONE]"
