@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +22,8 @@ from exlstm.data.tokenizer import Bytes
 from exlstm.serve import app, command
 from exlstm.serve.asked import Refused, read
 from exlstm.serve.config import Serve
-from exlstm.serve.prefixes import PIECE, Prefixes, Reading
 from exlstm.serve.metrics import Metrics
+from exlstm.serve.prefixes import PIECE, Prefixes, Reading
 from exlstm.serve.worker import FAILURES, Worker
 from test_language import build, writer
 
@@ -437,10 +438,10 @@ def test_a_key_is_wanted_wherever_texts_are(model):
         "x --host ::": "wanted a key",
         "x --host example.org": "wanted a key",
         "x --cors *": "cors * lets scripts of every page ask",
-        "x --port 65536": "port is 65536",
-        "x --slots 0": "slots is 0",
         "x --cors localhost:3000": "cors holds 'localhost:3000', wanted origins such as http://localhost:3000",
         "x --cors http://a http://b/": "cors holds 'http://b/'",
+        "x --port 65536": "port is 65536",
+        "x --slots 0": "slots is 0",
         "x --timeout nan": "timeout is nan",
         "x --template a": "wanted {role} or {Role}, and behind it {content}",
         "x --template {content}{role}": "wanted {role} or {Role}, and behind it {content}",
@@ -455,7 +456,6 @@ def test_settings_that_do_not_fit_are_one_sentence(words, told, capsys, monkeypa
     assert error.startswith("exlstm: ") and told in error and error.count("\n") == 1
 
 
-def test_the_extra_is_told(capsys, monkeypatch):
 def test_what_cannot_be_listened_at_is_told(client):
     for host, port in (("127.0.0.1", client.port), ("a" * 70, 0), ("no host", 0)):
         with pytest.raises(ValueError, match="cannot be listened at"):
@@ -468,6 +468,7 @@ def test_counts_are_exact():
     assert "\nexlstm_generated_tokens_total 1000000000001\n" in metrics.text({})
 
 
+def test_the_extra_is_told(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in ("command", "app", "answers"):
         monkeypatch.delitem(sys.modules, f"exlstm.serve.{name}")
@@ -687,6 +688,9 @@ def test_a_mistake_between_the_tokens_hangs_nobody(model, monkeypatch, capfd):
     def feed(*_):
         raise ValueError("no such token")
 
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("no room")
+
     with served(model) as client:
         with monkeypatch.context() as patched:
             patched.setattr("exlstm.models.sampling.Row.feed", feed)
@@ -697,6 +701,10 @@ def test_a_mistake_between_the_tokens_hangs_nobody(model, monkeypatch, capfd):
             for _ in range(FAILURES):
                 status, answer = client.post(COMPLETE, GOOD)
                 assert status == 500 and "could not be read" in sentence(answer)
+            # A prompt that is too long for the memory is not the device's end either.
+            patched.setattr("exlstm.serve.prefixes.read", full)
+            for _ in range(FAILURES):
+                assert client.post(COMPLETE, GOOD)[0] == 500
         assert client.write(**GOOD) and client.metric("slots_taken") == 0
     assert "no such token" in capfd.readouterr().err
 
@@ -761,6 +769,14 @@ def test_a_signal_lets_what_runs_end(model, tmp_path):
         connection.request("POST", COMPLETE, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.read(6) == b"data: "
+        # What anybody sends leaves nothing in the log.
+        for raw in (
+            b"GET\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: [::1]\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as other:
+                other.sendall(raw)
+                assert other.recv(9) == b"HTTP/1.1 "
         process.terminate()
         assert response.read().endswith(b"data: [DONE]\n\n")
         connection.close()
@@ -770,11 +786,3 @@ def test_a_signal_lets_what_runs_end(model, tmp_path):
             socket.create_connection(("127.0.0.1", port), timeout=5)
     finally:
         process.kill()
-        # What anybody sends leaves nothing in the log.
-        for raw in (
-            b"GET\r\n\r\n",
-            b"GET / HTTP/1.1\r\nHost: [::1]\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
-        ):
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as other:
-                other.sendall(raw)
-                assert other.recv(9) == b"HTTP/1.1 "

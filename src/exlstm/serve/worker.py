@@ -14,6 +14,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from exlstm.models.engine import Engine
 from exlstm.models.reading import evaluating
 from exlstm.models.sequence import Request, Sequence
@@ -195,8 +197,8 @@ class Worker:
                 self._seat(job)
         except Exception as error:
             traceback.print_exc()
-            # What a state has wrong, such as a NaN, says nothing about the device.
-            self._failures += not isinstance(error, ValueError)
+            # What a state has wrong, such as a NaN, says nothing about the device, nor does a prompt that its memory cannot hold.
+            self._failures += not isinstance(error, ValueError | torch.cuda.OutOfMemoryError)
             self._end(job, Refused(500, f"the prompt could not be read: {error}"))
             if self._failures >= FAILURES:
                 raise
