@@ -619,6 +619,26 @@ def test_a_long_request_lets_others_begin(model):
         many.close()
 
 
+def test_requests_that_wait_hold_few_states(model):
+    """However many have begun: the state of a large model takes as much memory as a slot."""
+    with served(model, slots=1, prefix_mib=0) as client:
+        held, write = [], client.worker._write
+
+        def counted():
+            held.append(sum(job.reading is not None for job in client.worker._waiting))
+            write()
+
+        client.worker._write = counted
+        bodies = [{"prompt": letter * 9, "n": 3, "max_tokens": 20, "seed": 1} for letter in "abcdef"]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            answers = list(pool.map(lambda body: client.write(**body), bodies))
+    assert max(held) <= 2
+    for body, answer in zip(bodies, answers, strict=True):
+        wanted = model.generate([body["prompt"]] * 3, 20, seed=1)
+        assert [choice["text"] for choice in answer["choices"]] == wanted
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
 def test_half_bodies_and_silent_clients_do_not_stay(model, monkeypatch):
     monkeypatch.setattr(app, "BODY", 0.2)
     monkeypatch.setattr(command, "PATIENCE", 0.2)

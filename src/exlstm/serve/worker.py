@@ -188,9 +188,11 @@ class Worker:
         try:
             if job.reading is None:
                 job.reading = Reading(self._reader, job.asked.prompts[job.prompt], self._prefixes)
-                self.metrics.prompt_tokens += len(job.reading.prompt)
-                self.metrics.found_tokens += job.reading.found
-                job.found += job.reading.found
+                # For a later choice it is read again.
+                if not job.choice:
+                    self.metrics.prompt_tokens += len(job.reading.prompt)
+                    self.metrics.found_tokens += job.reading.found
+                    job.found += job.reading.found
             if not job.reading.done:
                 job.reading.step()
             if job.reading.done:
@@ -218,6 +220,9 @@ class Worker:
         self._waiting.remove(job)
         if not job.seated:
             self._waiting.append(job)
+            # A state takes as much memory as a slot: those of more jobs than that are read again.
+            if sum(other.reading is not None for other in self._waiting) > self.settings.slots:
+                job.reading = None
 
     def _write(self):
         """One more token in every slot."""
