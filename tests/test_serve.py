@@ -135,10 +135,10 @@ RULES = [
     {"seed": 4, "top_p": 0.9, "repetition_penalty": 1.3},
     {"seed": 5, "min_p": 0.1, "temperature": 1.2, "stop": ["e", "xyz"]},
 ]
-MANY = [{"prompt": "ab" * (i % 7 + 1), "max_tokens": 5 + i % 12, **RULES[i % len(RULES)]} for i in range(40)]
+MANY = [{"prompt": "ab" * (i % 7 + 1), "max_tokens": 5 + i % 12, **RULES[i % len(RULES)]} for i in range(20)]
 
 
-def test_forty_requests_at_once_write_what_each_writes_alone(client, model):
+def test_requests_at_once_write_what_each_writes_alone(client, model):
     wanted = [[model.generate(**body)] for body in MANY]
     with ThreadPoolExecutor(len(MANY)) as pool:
         assert list(pool.map(lambda body: client.texts(**body), MANY)) == wanted
@@ -397,7 +397,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.di
 bodies = st.dictionaries(names | st.text(max_size=6), values, max_size=6)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(body=bodies, chat=st.booleans(), lack=st.integers(0, 30))
 def test_no_body_is_a_mistake_of_the_server(client, body, chat, lack):
     raw = json.dumps({"prompt": "a", "max_tokens": 2, **body}).encode()
@@ -439,7 +439,7 @@ def test_a_key_is_wanted_wherever_texts_are(model):
         "x --host example.org": "wanted a key",
         "x --cors *": "cors * lets scripts of every page ask",
         "x --cors localhost:3000": "cors holds 'localhost:3000', wanted origins such as http://localhost:3000",
-        "x --cors http://a http://b/": "cors holds 'http://b/'",
+        "x --cors http://localhost:1 http://localhost:2/": "cors holds 'http://localhost:2/'",
         "x --port 65536": "port is 65536",
         "x --slots 0": "slots is 0",
         "x --timeout nan": "timeout is nan",
@@ -596,9 +596,9 @@ def test_who_waits_and_goes_away_is_not_served(model):
 
 
 def test_a_request_has_its_time(model):
-    with served(model, timeout=0.3, slots=1) as client:
+    with served(model, timeout=0.15, slots=1) as client:
         status, answer = client.post(COMPLETE, ENDLESS)
-        assert status == 504 and "took longer than 0.3 seconds" in sentence(answer)
+        assert status == 504 and "took longer than 0.15 seconds" in sentence(answer)
         *events, last = client.stream(COMPLETE, **ENDLESS)
         assert len(events) > 1 and "took longer" in sentence(last)
         client.until("slots_taken", 0)
@@ -659,15 +659,15 @@ def test_who_does_not_read_is_cut_off(model, monkeypatch, stream):
     """Others are answered meanwhile, and what it has is freed."""
     monkeypatch.setattr(app, "SLACK", 0.3)
     monkeypatch.setattr(command, "PATIENCE", 0.2)
-    with served(model, room=4096, timeout=1.0) as client:
+    with served(model, room=4096, timeout=0.6) as client:
         body = json.dumps({"prompt": "a" * 5_000, "n": 32, "echo": True, "max_tokens": 1, "stream": stream}).encode()
         head = f"POST {COMPLETE} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", client.port))
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            connections = client.server.server_state.connections
-            (slow,) = (c for c in wait_for(lambda: list(connections)) if c.client[1] == connection.getsockname()[1])
+            connections, here = client.server.server_state.connections, connection.getsockname()
+            (slow,) = wait_for(lambda: [c for c in list(connections) if c.client == here])
             assert client.write(**GOOD)
             wait_for(lambda: slow not in connections)
         assert client.metric("slots_taken") == 0 and client.write(**GOOD)
