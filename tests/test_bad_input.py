@@ -307,6 +307,10 @@ META = torch.device("meta")
 CALLS = {
     "heads": (lambda: mLSTM(30, 4), "d_model 30 is not divisible by n_heads 4"),
     "heads of slstm": (lambda: sLSTM(30, 4), "d_model 30 is not divisible by n_heads 4"),
+    "start of slstm": (
+        lambda: sLSTM(32, recurrent_start=-1.0),
+        "recurrent_start is -1.0, wanted a finite number of at least 0",
+    ),
     "block": (lambda: StackConfig(blocks=["mlstn"]), "unknown block 'mlstn', did you mean 'mlstm'"),
     "no block": (lambda: StackConfig(blocks=()), "blocks is empty"),
     "size of a layer": (lambda: Stack(StackConfig(d_model=16))(draw(2, 5, 8)), "wanted (B, T, 16)"),

@@ -77,6 +77,17 @@ def test_recurrent_maps_have_a_rate_of_their_own(optimizer):
         assert never[name].any() == (name not in maps and bool(move.any()))
 
 
+def test_a_rate_for_recurrent_maps_wants_some():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = nn.Linear(3, 3)
+
+    for net in (Many(), Named()):
+        with pytest.raises(ValueError, match="recurrent_lr is 3, and the model has no recurrent maps"):
+            Optimizer(net, TrainConfig(steps=1, recurrent_lr=3.0))
+
+
 WRONG = [
     ({"steps": 0}, "steps is 0, wanted a whole number of at least 1"),
     ({"steps": True}, "steps is True"),

@@ -162,7 +162,7 @@ class Speeds:
         # Tasks of words of equal lengths take equally long.
         kind = case.task if case.task in TEXTS or case.train != ((3, 40, 0),) else "words"
         sizes = (row.batch, row.d_model, row.n_layers, row.n_heads, row.matrix, row.match, row.dropout > 0, self.graphs)
-        sizes = (*sizes, row.precision, row.optimizer)
+        sizes = (*sizes, row.precision, row.optimizer, row.recurrent_lr)
         return json.dumps([name, plan.model, rows.settings(plan.model, row), kind, case.train, sizes])
 
     def of(self, plan: Plan) -> float | None:

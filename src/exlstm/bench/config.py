@@ -279,7 +279,7 @@ class CompareConfig:
     """
 
     models: tuple[str, ...] = ()
-    """models of the row that are trained; empty: all. See bench/rows.py"""
+    """models of the row that are trained; empty: all. See bench/entrants.py"""
     cases: tuple[str, ...] = ()
     """tasks of the row; empty: all"""
     lrs: tuple[float, ...] = ()

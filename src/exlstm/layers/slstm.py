@@ -46,6 +46,8 @@ class sLSTM(nn.Module):
         check_sizes(d_model=d_model, n_heads=n_heads)
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
+        if not 0 <= recurrent_start < float("inf"):
+            raise ValueError(f"recurrent_start is {recurrent_start}, wanted a finite number of at least 0")
         head = d_model // n_heads
         self.d_model, self.n_heads, self.dense = d_model, n_heads, dense
         self.forget_bias, self.recurrent_start = ends(forget_bias), recurrent_start
@@ -66,7 +68,8 @@ class sLSTM(nn.Module):
         init_linear(self.w)
         # Recurrent maps that carry h on whole, and forget gates that start nearly shut: what is remembered then goes through
         # R h and does the same at step 1,000 as at step 10. A memory that only adds up, behind an open gate, weighs a step
-        # by 1 / t: it learns the short words it is trained on and loses count in longer ones. R = 0 tracks no state at all.
+        # by 1 / t: it learns the short words it is trained on and loses count in longer ones. R = 0 tracks no state at all,
+        # and maps that start there find it later.
         with torch.no_grad():
             for gate in self.r.flatten(0, 1):
                 gate.copy_(self.recurrent_start * nn.init.orthogonal_(torch.empty_like(gate, dtype=torch.float32)))

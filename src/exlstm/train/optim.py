@@ -60,11 +60,10 @@ def orthogonal(model: nn.Module) -> dict[str, int | None]:
 
 def recurrent(model: nn.Module) -> set[str]:
     """Names of the recurrent maps: those that a module lists in an attribute `recurrent: tuple[str, ...]`."""
-    return {
-        f"{place}.{name}" if place else name
-        for place, module in model.named_modules()
-        for name in getattr(module, "recurrent", ())
-    }
+    # Elsewhere a layer may have that name.
+    listed = ((place, getattr(module, "recurrent", ())) for place, module in model.named_modules())
+    listed = ((place, names) for place, names in listed if isinstance(names, tuple))
+    return {f"{place}.{name}" if place else name for place, names in listed for name in names}
 
 
 class Optimizer:
@@ -79,6 +78,8 @@ class Optimizer:
         turned = orthogonal(model) if config.optimizer == "muon" else {}
         # With a rate of their own recurrent maps are groups of their own.
         scales = dict.fromkeys(recurrent(model) if config.recurrent_lr != 1 else (), config.recurrent_lr)
+        if config.recurrent_lr != 1 and not scales:
+            raise ValueError(f"recurrent_lr is {config.recurrent_lr:g}, and the model has no recurrent maps")
         self.names = [n for n in rule if rule[n]] + [n for n in rule if not rule[n]]
         self.parameters = [named[n] for n in self.names]
         ways = {n: (config.weight_decay if rule[n] else 0.0, scales.get(n, 1.0)) for n in self.names if n not in turned}
