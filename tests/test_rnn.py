@@ -242,6 +242,10 @@ def test_what_is_no_state_of_ours_is_refused():
     for call in (lambda: net(None), lambda: net([x]), lambda: net(x, mask=[True]), lambda: net(x, reset=[True])):
         with pytest.raises(TypeError, match="wanted a tensor"):
             call()
+    row = torch.ones(len(x), dtype=torch.bool)
+    for wrong in ({"reset": row}, {"mask": row}, {"reset": row.float()[:, None]}):
+        with pytest.raises(ValueError, match=rf"wanted bool of \(T, B\) = \({x.shape[0]}, {x.shape[1]}\)"):
+            net(x, **wrong)
     with pytest.raises(ValueError, match="says itself"):
         net(pack_sequence([sample(3, IN)]), lengths=[3])
 

@@ -167,3 +167,6 @@ class mLSTM(nn.Module):
         )
         y = self.out(self.norm(h, o))
         return y, (conv, memory)
+
+    def extra_repr(self):
+        return f"{self.d_model}, n_heads={self.n_heads}"

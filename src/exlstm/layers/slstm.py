@@ -125,3 +125,6 @@ class sLSTM(nn.Module):
         g, conv = self.pre_activations(x, conv, mask=mask, reset=reset)
         h, memory = slstm(g, self.r, memory, reset=reset, mask=mask)
         return self.norm(h), (conv, memory)
+
+    def extra_repr(self):
+        return f"{self.d_model}, n_heads={self.n_heads}, dense={self.dense}"

@@ -155,9 +155,14 @@ class xLSTM(nn.Module):
         check_tensors(**{name: t for name, t in given.items() if name == "input" or t is not None})
         if x.dim() not in (2, 3):
             raise ValueError(f"xLSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        for name, t in {"mask": mask, "reset": reset}.items():
+            if t is not None and (t.dtype, t.shape) != (torch.bool, x.shape[:-1]):
+                axes = "(T,)" if x.dim() == 2 else "(B, T)" if self.batch_first else "(T, B)"
+                came = f"{t.dtype} of shape {tuple(t.shape)}"
+                raise ValueError(f"{name} is {came}, wanted bool of {axes} = {tuple(x.shape[:-1])}")
         is_batched, swap = x.dim() == 3, x.dim() == 3 and not self.batch_first
         x, mask, reset = (
-            t if t is None else t.transpose(0, 1) if swap and t.dim() > 1 else t if is_batched else t.unsqueeze(0)
+            t if t is None else t.transpose(0, 1) if swap else t if is_batched else t.unsqueeze(0)
             for t in (x, mask, reset)
         )
         self._check_input(x)
