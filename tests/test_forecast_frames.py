@@ -405,6 +405,29 @@ def test_points_between_thousands_are_no_fractions(written, wanted, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("sep", "written", "wanted"),
+    [
+        (",", ["1,050.5", "", "1,234,567"], [1050.5, np.nan, 1234567]),
+        (",", ["-1,050", "12,345"], [-1050, 12345]),
+        ("\t", ["1,050", "999"], [1050, 999]),
+        # Fractions whose point is a comma, or that may be.
+        (",", ["1,050", "12,5"], None),
+        (",", ["1,050", "0,125"], None),
+        ("\t", ["1,050", "12,345"], None),
+    ],
+    ids=str,
+)
+def test_commas_between_thousands_are_read_and_told(sep, written, wanted, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("".join(f'{ds}{sep}"{y}"\n' for ds, y in [("ds", "y"), *zip("abc", written, strict=False)]))
+    if wanted is None:
+        assert read_table(path).y.tolist() == written
+    else:
+        with pytest.warns(UserWarning, match="the commas in column 'y' are read as those between thousands"):
+            assert read_table(path).y.tolist() == pytest.approx(wanted, nan_ok=True)
+
+
+@pytest.mark.parametrize(
     "shops", [["007", "010"], ["1.100", "1.200"], ["1.1", "1.10"], ["NA", "8"], ["NA", "null"]], ids=str
 )
 @pytest.mark.parametrize(("column", "sep", "decimal"), [("store", ",", "."), ("Kunde", ";", ",")])

@@ -24,6 +24,8 @@ UNPACKING = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 # What a column is hardly named.
 DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}(?:[ T].*)?"
 
+THOUSANDS = r"[+-]?(?:\d+|[1-9]\d{0,2}(?:,\d{3})+)(?:\.\d+)?"
+
 
 def read_table(path: Path, id: str = "", like=None):
     """The frame in a file; what cannot be read is a ValueError or an OSError of one sentence.
@@ -105,7 +107,7 @@ def _read_csv(path: Path, id: str, like):
         held = like is not None and name in like.columns and like[name].dtype.kind not in "iufb"
         if held or not numerals or text.str.match(r"\s*0\d").any():
             frame[name] = text.str.strip()
-    return _trimmed(_with_points(frame, ids, as_text) if sep == ";" else frame)
+    return _trimmed(_with_points(frame, ids, as_text) if sep == ";" else _with_commas(frame, ids, path, sep))
 
 
 def _trimmed(frame):
@@ -159,6 +161,22 @@ def _with_points(frame, ids, as_text):
         told = len(below) and below.str.fullmatch(r"[+-]?\d{1,3}").all() and known[pointed].str.endswith("0").any()
         if pointed.any() and thousands and (told or commas):
             frame[name] = _number(text)
+    return frame
+
+
+def _with_commas(frame, ids, path: Path, sep: str):
+    """Numbers with commas between thousands, as 1,234.5, in tables whose columns something else parts, or that quote them."""
+    for name in frame.columns:
+        if name in ids or frame[name].dtype.kind not in "OU":
+            continue
+        known = frame[name].dropna().astype(str).str.strip()
+        # A column of dates or notes is known by its first rows.
+        if not all(len(part) and part.str.fullmatch(THOUSANDS).all() for part in (known.head(100), known)):
+            continue
+        # Where tabs part, 1,234 may be a fraction with a comma for the point; another number has to say that it is none.
+        if known.str.contains("," if sep == "," else r"\.|,.*,|^[+-]?\d{1,3}$").any():
+            warnings.warn(f"{path}: the commas in column {name!r} are read as those between thousands", stacklevel=4)
+            frame[name] = frame[name].astype(object).str.replace(",", "", regex=False).astype(float)
     return frame
 
 
