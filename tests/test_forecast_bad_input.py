@@ -70,6 +70,7 @@ FILES = {
     "fake.zip": "ds,y\n",
     "book.xlsx": "PK",
     "shops.csv": pd.DataFrame({"ds": [*DAYS[:20], *DAYS[:20]], "filiale": [1] * 20 + [2] * 20, "sold": 1.0}),
+    "keys.csv": pd.DataFrame({"ds": [*DAYS[:20]] * 2, "store": "a", "product": ["x"] * 20 + ["y"] * 20, "sold": 1.0}),
     "bad.tsf": "@relation x\n@frequency daily\n@data\nT1:1,2,three\n",
     "none.tsf": "hello\n",
 }
@@ -163,6 +164,7 @@ COMMANDS = {
     "forecast fake.zip": "fake.zip cannot be read as a table: File is not a zip file",
     "forecast book.xlsx": "book.xlsx is a spreadsheet, wanted CSV or Parquet",
     "forecast shops.csv": "stands twice in column 'ds' of series 'filiale'; if a column tells series apart, name it with --id",
+    "forecast keys.csv": "twice in column 'ds' of series 'a'; if several columns joined in one tell series apart",
     "forecast bad.tsf": "bad.tsf has 2 fields in line 4, wanted 1",
     "forecast none.tsf": "not a .tsf file",
     "bench forecast good.csv": "good.csv has 40 rows, 4 to choose by and 8 to test on, too few for a horizon of 60",

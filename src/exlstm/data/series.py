@@ -331,11 +331,11 @@ def _refuse_twice(codes, times, names, column: str, zone, wide: str):
         alone = len(names) == 1 and names[0] == TARGET
         name = wide or names[codes[twice[0]]]
         series = "" if alone and not wide else f" of series {name!r}"
-        hint = "; if a column tells series apart, name it with --id (id_col)" if alone or wide else ""
-        hint = (
-            "; if clocks went back then, give times with their zone" if _autumn(times, twice[0]) and not zone else hint
-        )
-        raise ValueError(f"{times[twice[0]]} stands twice in column {column!r}{series}{hint}")
+        keys = "a column tells" if alone or wide else "several columns joined in one tell"
+        hint = f"if {keys} series apart, name it with --id (id_col)"
+        if _autumn(times, twice[0]) and not zone:
+            hint = "if clocks went back then, give times with their zone"
+        raise ValueError(f"{times[twice[0]]} stands twice in column {column!r}{series}; {hint}")
 
 
 def _autumn(times, row) -> bool:
