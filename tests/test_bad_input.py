@@ -143,7 +143,7 @@ COMMANDS = {
     # run folders
     f"train text.txt --out run {SHORT} --model.d-model 32": "run holds another run: model.d_model is 32, was 16",
     f"train text.txt --out run {SHORT} --train.lr 0.5": "lr is 0.5, was 0.005",
-    f"train text.txt --out run {SHORT} --data.context 8": "data.context is 8, was 16",
+    f"train text.txt --out run {SHORT} --data.context 8": "its settings: exlstm train --config run/run.json --out run",
     f"train broken.json --out run {SHORT}": "the corpus changed since this run began",
     f"train text.txt --out thesis {SHORT}": "thesis is no run, it holds chapter.tex",
     f"train text.txt --out text.txt {SHORT}": "text.txt is a file",

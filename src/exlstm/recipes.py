@@ -296,7 +296,7 @@ def _refuse_other(folder: Path, config: RunConfig, stored: dict):
         further = f" (to train its model further: with --start {folder})" if longer else ""
         raise ValueError(
             f"{folder} holds another run: {_some(told)}; choose another folder with --out{further}, "
-            f"or go on with its settings by --config {folder / SETTINGS}"
+            f"or go on with its settings: exlstm train --config {folder / SETTINGS} --out {folder}"
         )
 
 
