@@ -358,6 +358,20 @@ def test_a_baseline_without_an_error_is_told(tmp_path, monkeypatch, capsys):
     assert "SeasonalNaive was better there and without an error" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("first", "step", "said"),
+    [
+        (44_600, 1, "a spreadsheet's days"),
+        (1_700_000_000, 3600, "are seconds"),
+        (1_700_000_000_000, 60_000, "milliseconds"),
+    ],
+)
+def test_whole_numbers_that_may_be_dates_are_told(first, step, said):
+    for start in (first, 1):
+        told = panel_of(series().assign(ds=start + step * np.arange(N))).told
+        assert any(said in line and "write them as dates" in line for line in told) == (start > 1)
+
+
 def test_what_holds_no_numbers_is_left_out_and_told():
     told = panel_of(series().rename(columns={"y": "sold"}).assign(price="$3", note=None)).told
     assert "left out, as not all that they hold are numbers: 'price', 'note'" in told

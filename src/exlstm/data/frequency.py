@@ -127,6 +127,17 @@ def _dates_of(numbers: np.ndarray):
     return None
 
 
+def said(freq, times, more: str) -> str:
+    """A guessed frequency in words; whole numbers that may be dates have neither season nor calendar, which is said, too."""
+    told, what = f"frequency {freq!r}{more}", None
+    if isinstance(times, np.ndarray):
+        low, high = int(times.min()), int(times.max())
+        kinds = {"a spreadsheet's days": (25e3, 75e3), "seconds since 1970": (3e8, 42e8)}
+        kinds["milliseconds since 1970"] = (3e11, 42e11)
+        what = next((kind for kind, (least, most) in kinds.items() if least <= low and high <= most), None)
+    return f"{told}; if the times are {what}, write them as dates, which have seasons" if what else told
+
+
 def _from_text(series, column: str, dayfirst: bool | None):
     """Text as times; what stands in many rows, as the times of many series do, is read once."""
     import pandas as pd

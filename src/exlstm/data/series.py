@@ -294,7 +294,7 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
     was, (times, zone, wall) = zone, _clock(frame[columns.time], times, zone, order, starts, known)
     if freq is None:
         freq = frequency.guess(times, starts)
-        told.append(f"frequency {freq!r}" + (" (whole days of the time zone)" if zone != was else ""))
+        told.append(frequency.said(freq, times, " (whole days of the time zone)" if zone != was else ""))
     else:
         freq = frequency.checked(freq, times)
     place, off = clock.positions(times, starts, rows, freq)
