@@ -767,6 +767,16 @@ def test_windows_are_those_of_nanogpt():
     assert batch.targets[-1].tolist() == [*tokens[73:].tolist(), *[-100] * 3]
 
 
+@pytest.mark.parametrize(("batch_size", "most"), [(1, 1), (1, 4), (2, 2), (3, 1), (10, 1), (5, 2), (4, 100)])
+def test_few_windows_are_spread_over_the_split(batch_size, most):
+    split = SPLITS["one"]
+    whole = torch.cat([b.inputs for b in windows(split, 8, 100)])
+    batches = list(windows(split, 8, batch_size, most))
+    asked = min(len(whole), most * batch_size)
+    rows = [int((whole == row).all(1).nonzero()[0]) for b in batches for row in b.inputs]
+    assert rows == [i * len(whole) // asked for i in range(asked)] and len(batches) == -(-asked // batch_size)
+
+
 def test_rows_of_documents_stay_inside_one():
     split = SPLITS["many"]
     tokens = split.tokens.tolist()

@@ -9,7 +9,6 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 from exlstm import __version__
@@ -174,7 +173,7 @@ def _train(folder: Path, config: RunConfig, stored: dict):
     _write_settings(folder, config, model.config, corpus.fingerprint)
     for line in (*corpus.notes, *_told(model, corpus, device)):
         print(line, flush=True)
-    held = list(islice(windows(corpus.held_out, data.context, data.batch_size), config.train.eval_batches))
+    held = list(windows(corpus.held_out, data.context, data.batch_size, config.train.eval_batches))
 
     def evaluate(model):
         return {"bits_per_byte": runs.bits_per_byte(model, held, corpus.held_out.token_bytes)}

@@ -342,14 +342,17 @@ class TextBatches:
         return int(words[0] % np.uint64(self.ring)), np.argsort(words[1:], kind="stable")
 
 
-def windows(split: Split, context: int, batch_size: int) -> Iterator[TextBatch]:
+def windows(split: Split, context: int, batch_size: int, most: int = 0) -> Iterator[TextBatch]:
     """The split in windows of `context` tokens, one behind the other, for an evaluation with a fresh state a window.
 
-    Every token is predicted once, except the first of each document. The last batch may have fewer rows.
+    Every token is predicted once, except the first of each document. The last batch may have fewer rows. Of a split of more than
+    `most` batches, where that is not 0, so many are made of windows evenly spread over it.
     """
     ring = len(split) - 1
     context = min(context, ring)
     begins = np.arange(0, ring, context)
+    if most and len(begins) > most * batch_size:
+        begins = begins[np.arange(most * batch_size) * len(begins) // (most * batch_size)]
     for i in range(0, len(begins), batch_size):
         place = begins[i : i + batch_size, None] + np.arange(context)
         yield _gather(split, place.clip(max=ring - 1), place < ring)

@@ -61,7 +61,7 @@ class TrainConfig:
     eval_every: int = 0
     """steps between evaluations; 0: ten in a run, fewer in a short one. The last step is always evaluated"""
     eval_batches: int = 16
-    """batches an evaluation, from the beginning of the held-out text; `exlstm train` measures all of it at the end"""
+    """batches an evaluation, spread evenly over the held-out text; `exlstm train` measures all of it at the end"""
     save_every: int = 0
     """steps between checkpoints; 0: ten in a run, at least every 500. The last step is always saved"""
     sample_every: int = 0
