@@ -5,17 +5,24 @@ with `pytest -m gpu`.
 """
 
 import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import interpreter
+
+    interpreter.quicken()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # NumPy warns of every overflow, and of how the interpreter counts its loops.
 numpy = ("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
@@ -80,7 +87,10 @@ def compile_kernel(kernel, types, constants, warps):
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = [p.num for p in kernel.params if signature[p.name].startswith("*") or _multiple_of_16(p)]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    with told_by_the_assembler() as said:
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    kept(compiled, *said)
+    return compiled
 
 
 def _multiple_of_16(parameter):
@@ -88,14 +98,38 @@ def _multiple_of_16(parameter):
     return (parameter.name in ("D", "size") or parameter.name.startswith("stride_")) and not parameter.do_not_specialize
 
 
-def cost(compiled, folder):
-    """(registers a thread, bytes spilled) as the assembler counts them."""
+@contextmanager
+def told_by_the_assembler():
+    """The list of what it says of kernels that are compiled here; of one out of Triton's cache it says nothing."""
     from triton import knobs
 
-    path = folder / "kernel.ptx"
-    path.write_text(compiled.asm["ptx"])
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(path), "-o", os.devnull]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    text, said = io.StringIO(), []
+    with knobs.nvidia.scope(), redirect_stdout(text):
+        knobs.nvidia.dump_ptxas_log = True
+        yield said
+    said.append(text.getvalue())
+
+
+def kept(compiled, said=""):
+    """What the assembler says of a kernel, kept where Triton keeps the kernel."""
+    from triton import knobs
+    from triton.runtime.cache import get_cache_manager
+
+    beside, name = get_cache_manager(compiled.hash), "assembler.log"
+    if said or not (path := beside.get_file(name)):
+        if not said:
+            with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+                file.write(compiled.asm["ptx"])
+                file.flush()
+                command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        path = beside.put(said, name, binary=False)
+    return Path(path).read_text()
+
+
+def cost(compiled):
+    """(registers a thread, bytes spilled) as the assembler counts them."""
+    told = kept(compiled)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", told)))
     return int(re.search(r"Used (\d+) registers", told).group(1)), spilled
 
@@ -123,8 +157,11 @@ def compile_only(monkeypatch):
     run, found = JITFunction.run, []
 
     def compile_it(self, *args, grid, warmup, **options):
-        found.append((self, run(self, *args, grid=grid, warmup=True, **options)))
-        return found[-1][1]
+        with told_by_the_assembler() as said:
+            built = run(self, *args, grid=grid, warmup=True, **options)
+        kept(built, *said)
+        found.append((self, built))
+        return built
 
     monkeypatch.setattr(driver, "_active", Hopper())
     monkeypatch.setattr(JITFunction, "run", compile_it)

@@ -382,7 +382,7 @@ STEP_TYPES = {
 
 @here
 @pytest.mark.parametrize(("keys", "values"), [(16, 16), (96, 192), (256, 512), (512, 512)])
-def test_step_compiles_without_spills(keys, values, tmp_path):
+def test_step_compiles_without_spills(keys, values):
     from exlstm.ops.mlstm import step
 
     cut, height = step.tiles(keys, values), 1 << (keys - 1).bit_length()
@@ -393,7 +393,7 @@ def test_step_compiles_without_spills(keys, values, tmp_path):
         (step.mlstm_step_normaliser_kernel, shared, 1),
     ):
         compiled = compile_kernel(kernel, STEP_TYPES, constants, warps)
-        registers, spilled = cost(compiled, tmp_path)
+        registers, spilled = cost(compiled)
         assert 16 < registers <= 128 and spilled == 0
         assert kernel is not step.mlstm_step_forward_kernel or re.search(r"ld\.global[^;]*\.v4", compiled.asm["ptx"])
 
@@ -407,7 +407,7 @@ NORM_TYPES = {
 
 @here
 @pytest.mark.parametrize(("values", "full"), [(512, True), (512, False), (96, False)])
-def test_norm_compiles_without_spills(values, full, tmp_path):
+def test_norm_compiles_without_spills(values, full):
     from exlstm.ops import norm_kernels as kernels
 
     what = {"HAS_GATE": True, "HAS_SKIP": full, "SILU": full}
@@ -417,19 +417,19 @@ def test_norm_compiles_without_spills(values, full, tmp_path):
     ):
         cut = kernels._cut(values, tile)
         warps = cut.pop("num_warps")
-        registers, spilled = cost(compile_kernel(kernel, NORM_TYPES, cut | what, warps), tmp_path)
+        registers, spilled = cost(compile_kernel(kernel, NORM_TYPES, cut | what, warps))
         assert 16 < registers <= 128 and spilled == 0
 
 
 @here
 @pytest.mark.parametrize("half", [32, 64, 80])
-def test_rotary_compiles_without_spills(half, tmp_path):
+def test_rotary_compiles_without_spills(half):
     from exlstm.ops import rotary_kernels as kernels
 
     wide = 1 << (half - 1).bit_length()
     cut = {"D": half, "BR": kernels.TILE // wide, "BD": wide, "BACK": True}
     types = dict.fromkeys("xy", "*bf16") | dict.fromkeys(("cos", "sin"), "*fp32")
-    registers, spilled = cost(compile_kernel(kernels.rotary_kernel, types, cut, kernels.WARPS), tmp_path)
+    registers, spilled = cost(compile_kernel(kernels.rotary_kernel, types, cut, kernels.WARPS))
     assert 16 < registers <= 64 and spilled == 0
 
 
@@ -442,7 +442,7 @@ CONV_TYPES = {
 
 @here
 @pytest.mark.parametrize(("columns", "full", "limit"), [(4, False, 128), (4, True, 168), (2, False, 128)])
-def test_conv_compiles_without_spills(columns, full, limit, tmp_path):
+def test_conv_compiles_without_spills(columns, full, limit):
     from exlstm.ops import conv_kernels as kernels
 
     what = {"W": columns, "HAS_BIAS": True, "HAS_STATE": full, "HAS_FIRST": full, "SILU": True}
@@ -451,5 +451,5 @@ def test_conv_compiles_without_spills(columns, full, limit, tmp_path):
         (kernels.causal_conv_forward_kernel, {"BT": tokens, "BD": channels}, warps),
         (kernels.causal_conv_backward_kernel, {"BS": segments, "BD": wide}, walkers),
     ):
-        registers, spilled = cost(compile_kernel(kernel, CONV_TYPES, cut | what, count), tmp_path)
+        registers, spilled = cost(compile_kernel(kernel, CONV_TYPES, cut | what, count))
         assert 16 < registers <= limit and spilled == 0

@@ -333,7 +333,7 @@ ROW_TYPES = {
 
 @here
 @pytest.mark.parametrize(("width", "full"), [(1024, False), (1024, True), (768, False), (4096, True)])
-def test_norm_compiles_without_spills(width, full, tmp_path):
+def test_norm_compiles_without_spills(width, full):
     from exlstm.ops import row_kernels as kernels
 
     what = {"CENTRE": full, "HAS_BIAS": full}
@@ -343,13 +343,13 @@ def test_norm_compiles_without_spills(width, full, tmp_path):
     ):
         cut = kernels._cut(width, tile)
         warps = cut.pop("num_warps")
-        registers, spilled = cost(compile_kernel(kernel, ROW_TYPES, cut | what | more, warps), tmp_path)
+        registers, spilled = cost(compile_kernel(kernel, ROW_TYPES, cut | what | more, warps))
         assert 16 < registers <= 128 and spilled == 0
 
 
 @here
 @pytest.mark.parametrize("silu", [True, False])
-def test_gated_compiles_without_spills(silu, tmp_path):
+def test_gated_compiles_without_spills(silu):
     from exlstm.ops import gated_kernels as kernels
 
     types = dict.fromkeys(("g", "u", "y", "dy", "dg", "du"), "*bf16")
@@ -358,19 +358,19 @@ def test_gated_compiles_without_spills(silu, tmp_path):
         (kernels.gated_backward_kernel, kernels.BACKWARD),
     ):
         compiled = compile_kernel(kernel, types, {"BN": numbers, "SILU": silu}, kernels.WARPS)
-        registers, spilled = cost(compiled, tmp_path)
+        registers, spilled = cost(compiled)
         assert 16 < registers <= 64 and spilled == 0
 
 
 @here
 @pytest.mark.parametrize("outputs", [8, 16, 64, 128])
-def test_wide_maps_compile_without_spills(outputs, tmp_path):
+def test_wide_maps_compile_without_spills(outputs):
     from exlstm.ops import maps_kernels as kernels
 
     cut = kernels._cut(outputs, torch.bfloat16)
     warps = cut.pop("num_warps")
     types = {"x": "*bf16", **dict.fromkeys(("weight", "bias", "p"), "*fp32")}
-    registers, spilled = cost(compile_kernel(kernels.wide_forward_kernel, types, cut, warps), tmp_path)
+    registers, spilled = cost(compile_kernel(kernels.wide_forward_kernel, types, cut, warps))
     assert 16 < registers <= 255 and spilled == 0
 
 
