@@ -5,7 +5,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _launch, _patch, _kind = interpreter.GridExecutor.__call__, interpreter._patch_lang, interpreter._get_np_dtype
-_kinds = {}
+_tuple_type = tl.core._type_for_tuple_values
+_kinds, _shapes = {}, {}
 
 
 def quicken():
@@ -27,6 +28,7 @@ def quicken():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
     interpreter.ScanOps.generic_scan = scan
     interpreter._get_np_dtype = kind
+    tl.core._type_for_tuple_values = tuple_type
 
 
 def kind(dtype):
@@ -35,6 +37,16 @@ def kind(dtype):
     if name not in _kinds:
         _kinds[name] = _kind(dtype.scalar)
     return _kinds[name]
+
+
+def tuple_type(values, fields=None):
+    """The type of a shape, which Triton writes out in words for every tensor."""
+    if fields or not all(type(x) is tl.constexpr and type(x.value) is int for x in values):
+        return _tuple_type(values, fields)
+    shape = tuple(x.value for x in values)
+    if shape not in _shapes:
+        _shapes[shape] = _tuple_type(values)
+    return _shapes[shape]
 
 
 def scan(self, inputs):
