@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,9 +27,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 import exlstm.ops.mlstm.hopper as hopper
 import exlstm.ops.mlstm.plan as planning
 import exlstm.ops.mlstm.triton as operator
+from exlstm.ops.mlstm.gates import _add_since
 from exlstm.ops.mlstm.plan import Chain, Chunks, Columns, Fused, Walk
 from gluon_emulator import Fault, emulated
-from gpu import INTERPRETED, equal, flags, hold_in_the_interpreter, numpy
+from gpu import INTERPRETED, equal, flags, hold_in_the_interpreter, normal, numpy
 from test_gpu_mlstm import case, check, forward, holds, run, truth
 
 BF16 = torch.bfloat16
@@ -197,6 +200,28 @@ def compare(real, inputs, call, arguments):
         assert a.untyped_storage().nbytes() == a.numel() * a.itemsize
     own = [x.untyped_storage().data_ptr() for x in (*real, *inputs) if x.numel()]
     assert len(set(own)) == len(own)
+
+
+@triton.jit
+def scan_kernel(p_x, p_fresh, p_y, AXIS: tl.constexpr, REVERSE: tl.constexpr):
+    o = 16 * tl.arange(0, 8)[:, None] + tl.arange(0, 16)[None, :]
+    y, _ = tl.associative_scan((tl.load(p_x + o), tl.load(p_fresh + o)), AXIS, _add_since, reverse=REVERSE)
+    tl.store(p_y + o, y)
+
+
+@law
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_on_whole_rows_equals_tritons_own(axis, reverse, monkeypatch):
+    """Sums of whole numbers, which are exact in any order."""
+    import interpreter
+
+    x, fresh, found = normal(8, 16, seed=0).mul(9).round(), flags(8, 16, density=0.2, seed=1).int(), []
+    for scan in (interpreter.scan, interpreter.plain_scan):
+        monkeypatch.setattr(interpreter.interpreter.ScanOps, "generic_scan", scan)
+        found.append(torch.zeros(8, 16))
+        scan_kernel[(1,)](x, fresh, found[-1], axis, reverse)
+    assert torch.equal(*found) and not torch.equal(found[0], x.cumsum(axis))
 
 
 # The emulator
