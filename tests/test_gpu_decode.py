@@ -89,13 +89,14 @@ def test_maps_of_the_mlstm(rows, dtype):
     for cap in (0.0, 15.0):
         x, weights, alive, outs = gate_case(rows, dtype)
         norm, mixed = kernels.Norm(normal(48, seed=7, dtype=dtype), 1e-6), normal(rows, 48, seed=8, dtype=dtype)
-        for options in ({"norm": norm}, {"mixed": mixed}):
+        for options in ({"norm": norm}, {"mixed": mixed}, {"mixed": mixed, "mixed_all": True}):
             kernels.mlstm_maps(x, weights, alive, outs, cap=cap, room=room(rows, 48, dtype=dtype), **options)
             n = normed(x, norm) if "norm" in options else x.double()
             side = n if "norm" in options else mixed.double()
-            wanted = [a @ w.double().t() for a, w in zip((side, side, n, n), weights, strict=False)]
+            late = side if "mixed_all" in options else n
+            wanted = [a @ w.double().t() for a, w in zip((side, side, late, n), weights, strict=False)]
             close(outs[:4], wanted, LIMITS[dtype])
-            pre = n @ weights[4].double().t() + weights[5].double()
+            pre = late @ weights[4].double().t() + weights[5].double()
             pre = cap * torch.tanh(pre / cap) if cap else pre
             log_i, log_f = pre[:, :3], F.logsigmoid(pre[:, 3:])
             close([outs[4][alive]], [torch.cat([log_i, log_f], 1)[alive]], LIMITS[dtype])
@@ -189,10 +190,10 @@ def test_conv_and_settle(dtype):
     equal(old, new)
 
 
-def model_of(conv, blocks=("mlstm", "slstm"), **settings):
+def model_of(conv, blocks=("mlstm", "slstm"), conv_all=False, **settings):
     torch.manual_seed(0)
     settings = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 41, "blocks": blocks, **settings}
-    config = LanguageConfig(mlstm=MLSTMOptions(conv=conv), **settings)
+    config = LanguageConfig(mlstm=MLSTMOptions(conv=conv, conv_all=conv_all), **settings)
     model = LanguageModel(config, device=DEVICE).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -201,11 +202,13 @@ def model_of(conv, blocks=("mlstm", "slstm"), **settings):
 
 
 @law
-@pytest.mark.parametrize(("conv", "rows"), [(0, 1), (4, 1), (4, 3)], indirect=["rows"])
-def test_a_step_equals_the_models_forward(conv, rows):
+@pytest.mark.parametrize(
+    ("conv", "conv_all", "rows"), [(0, False, 1), (4, False, 1), (4, False, 3), (4, True, 3)], indirect=["rows"]
+)
+def test_a_step_equals_the_models_forward(conv, conv_all, rows):
     from exlstm.models import step as steps
 
-    model = model_of(conv)
+    model = model_of(conv, conv_all=conv_all)
     tokens = torch.randint(41, (rows, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.inference_mode():
         with exlstm.backend("reference"):

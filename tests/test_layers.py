@@ -24,6 +24,7 @@ D = 32
 VARIANTS = {
     **{kind: {} for kind in BLOCKS},
     "mlstm without convolution": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](conv=0, gate_cap=0.0, qk_ratio=1.0)},
+    "mlstm with all convolved": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](conv_all=True)},
     "mlstm with a sigmoid gate": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](i_gate="sigmoid")},
     "mlstm without normaliser": {"blocks": "mlstm", "mlstm": OPTIONS["mlstm"](normalize=False)},
     "mlstm_up with neither": {"blocks": "mlstm_up", "mlstm_up": OPTIONS["mlstm_up"](i_gate="sigmoid", normalize=False)},
@@ -667,6 +668,7 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),
         (lambda: StackConfig(dropout=1.0), "dropout is 1.0"),
         (lambda: Stack(StackConfig(mlstm=OPTIONS["mlstm"](i_gate="exq"))), "i_gate is 'exq', wanted exp or sigmoid"),
+        (lambda: Stack(StackConfig(mlstm=OPTIONS["mlstm"](conv=0, conv_all=True))), "conv_all is True, but conv is 0"),
         *(
             (
                 lambda kind=kind, size=size: BLOCKS[kind][0](size),

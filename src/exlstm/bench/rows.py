@@ -183,7 +183,7 @@ _CODE = Case(
 )
 _SMALL = {"steps": 4000, "batch": 32, "lrs": (1e-3,), "seeds": (0, 1, 2), "d_model": 256, "n_layers": 8, "n_heads": 4}
 _ABLATED = (
-    *("mlstm", "mlstm_up", "mlstm-no-conv", "mlstm-wide-keys", "mlstm-i-bias-0", "mlstm-no-cap"),
+    *("mlstm", "mlstm_up", "mlstm-conv-all", "mlstm-no-conv", "mlstm-wide-keys", "mlstm-i-bias-0", "mlstm-no-cap"),
     *("mlstm-closed", "mlstm-loud", "mlstm-closed-loud"),
     *("mlstm-sigmoid", "mlstm-no-normaliser", "mlstm-sigmoid-no-normaliser"),
     *("slstm-conv", "xlstm[0:1]", "slstm-dense", "lstm", *_MAMBAS),

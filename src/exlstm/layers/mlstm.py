@@ -2,6 +2,7 @@
 
 q, k = W_q x', W_k x'  (x' = SiLU(conv(x)), or x)    v, o = W_v x, W_o x    ĩ, f̃ = cap·tanh((W x + b) / cap)
 y = W_out (norm_head(mlstm(q, k, v, log_i, logsigmoid f̃)) ⊙ sigmoid(o))
+With `conv_all` v, ĩ and f̃ are of x', too.
 log_i = ĩ, the exponential gate of xLSTM, or logsigmoid ĩ (arXiv 2503.14376, section 4); with the normaliser or without it
 """
 
@@ -54,6 +55,7 @@ class mLSTM(nn.Module):
         n_heads: memories side by side.
         qk_ratio: width of queries and keys over the width of values.
         conv: width of the causal convolution in front of q and k, 0 for none.
+        conv_all: whether values and gates, too, come out of the convolution: all but the output gate.
         gate_cap: soft cap of the gates' pre-activations in nats, 0 for none.
         i_bias: bias of the input gate at the start, in nats. Far below -5 what is read is smaller than the root of the head
             norm's epsilon, and the gradients of q, k and v with it.
@@ -72,6 +74,7 @@ class mLSTM(nn.Module):
         *,
         qk_ratio: float = 0.5,
         conv: int = 4,
+        conv_all: bool = False,
         gate_cap: float = 15.0,
         i_bias: float = -2.0,
         forget_bias: tuple[float, float] = (0.0, 6.0),
@@ -87,6 +90,8 @@ class mLSTM(nn.Module):
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         check_gate(i_gate)
+        if conv_all and not conv:
+            raise ValueError("conv_all is True, but conv is 0: there is no convolution")
         keys = round(d_model // n_heads * qk_ratio)
         if keys < 1:
             raise ValueError(
@@ -94,7 +99,7 @@ class mLSTM(nn.Module):
             )
         self.d_model, self.n_heads, self.gate_cap, self.i_bias, self.eps = d_model, n_heads, gate_cap, i_bias, eps
         self.forget_bias, self.out_start = ends(forget_bias), out_start
-        self.i_gate, self.normalize = i_gate, normalize
+        self.i_gate, self.normalize, self.conv_all = i_gate, normalize, conv_all
         new = {"device": device, "dtype": dtype}
         self.conv = CausalConv(d_model, conv, **new) if conv else None
         self.q = nn.Linear(d_model, n_heads * keys, bias=False, **new)
@@ -137,8 +142,9 @@ class mLSTM(nn.Module):
         if self.conv is not None:
             mixed, conv = self.conv.decode(x, conv)
         q, k = (project(linear, mixed).reshape(batch, heads, -1) for linear in (self.q, self.k))  # (B, H, K)
-        v = project(self.v, x).reshape(batch, heads, -1)  # (B, H, V)
-        pre = np.matmul(x, parameter(self.gate, "weight").T)  # (B, 2 H)
+        late = mixed if self.conv_all else x
+        v = project(self.v, late).reshape(batch, heads, -1)  # (B, H, V)
+        pre = np.matmul(late, parameter(self.gate, "weight").T)  # (B, 2 H)
         pre += parameter(self.gate, "bias")
         if self.gate_cap:
             pre = self.gate_cap * np.tanh(pre / self.gate_cap)
@@ -159,9 +165,11 @@ class mLSTM(nn.Module):
         mixed = x
         if self.conv is not None:
             mixed, conv = self.conv(x, conv, mask=mask, reset=reset, activation="silu")
-        q, k = (y.unflatten(-1, (self.n_heads, -1)) for y in maps(mixed, self.q, self.k))  # (B, T, H, K)
-        v, o, pre = maps(x, self.v, self.o, wide=self.gate)
-        v = v.unflatten(-1, (self.n_heads, -1))  # (B, T, H, V)
+        if self.conv_all:
+            (q, k, v, pre), (o,) = maps(mixed, self.q, self.k, self.v, wide=self.gate), maps(x, self.o)
+        else:
+            (q, k), (v, o, pre) = maps(mixed, self.q, self.k), maps(x, self.v, self.o, wide=self.gate)
+        q, k, v = (y.unflatten(-1, (self.n_heads, -1)) for y in (q, k, v))  # (B, T, H, K) twice, (B, T, H, V)
         h, memory = mlstm(
             q, k, v, *self.gates(pre), memory, reset=reset, mask=mask, normalize=self.normalize, eps=self.eps
         )

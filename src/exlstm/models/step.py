@@ -207,7 +207,7 @@ class _MLSTM:
             kernels.normalise(x, self.norm, room)
             mixed = step.room("mixed", mixer.d_model)
             kernels.conv_step(room, mixer.conv.weight, mixer.conv.bias, self.conv, step.alive, mixed)
-            options = {"mixed": mixed}
+            options = {"mixed": mixed, "mixed_all": mixer.conv_all}
         q, k = step.room("q", 1, heads, keys), step.room("k", 1, heads, keys)
         v, o, h, y = (step.room(name, 1, heads, values) for name in "vohy")
         gates = step.room("gates", 1, 2, heads, dtype=torch.float32)

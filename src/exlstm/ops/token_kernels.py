@@ -204,11 +204,12 @@ def gated_kernel(
 
 @triton.jit
 def mlstm_maps_kernel(
-    mixed, x, norm, w_q, w_k, w_v, w_o, w_g, s_q, s_k, s_v, s_o, bias, alive, q, k, v, o, gates, rows, eps, cap,
+    mixed, late, x, norm, w_q, w_k, w_v, w_o, w_g, s_q, s_k, s_v, s_o, bias, alive, q, k, v, o, gates, rows, eps, cap,
     H: tl.constexpr, NK: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
     NORM: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Programs (2 NK / BN + 2 K / BN + 2 H / BN,): rows of q and k out of `mixed`, of v, o and the gates out of x."""
+    """Programs (2 NK / BN + 2 K / BN + 2 H / BN,): rows of q and k out of `mixed`, of v and the gates out of `late`, of o
+    out of x."""
     _begin(OVERLAP)
     keys: tl.constexpr = (NK + BN - 1) // BN
     values: tl.constexpr = (K + BN - 1) // BN
@@ -223,7 +224,7 @@ def mlstm_maps_kernel(
         _store(k, b_y, o_n, rows, NK, BB)
     elif i < 2 * keys + values:
         o_n += (i - 2 * keys) * BN
-        b_y = _product(x, norm, w_v, s_v, o_n, rows, eps, K, K, BN, BB, BK, NORM, SCALED, OVERLAP)
+        b_y = _product(late, norm, w_v, s_v, o_n, rows, eps, K, K, BN, BB, BK, NORM, SCALED, OVERLAP)
         _store(v, b_y, o_n, rows, K, BB)
     elif i < 2 * keys + 2 * values:
         o_n += (i - 2 * keys - values) * BN
@@ -231,7 +232,7 @@ def mlstm_maps_kernel(
         _store(o, b_y, o_n, rows, K, BB)
     else:
         o_n += (i - 2 * keys - 2 * values) * BN
-        b_g = _product(x, norm, w_g, w_g, o_n, rows, eps, 2 * H, K, BN, BB, BK, NORM, False, OVERLAP)
+        b_g = _product(late, norm, w_g, w_g, o_n, rows, eps, 2 * H, K, BN, BB, BK, NORM, False, OVERLAP)
         b_g += tl.load(bias + o_n, mask=o_n < 2 * H, other=0.0).to(tl.float32)[:, None]
         _store(
             gates, _gates(b_g, alive, o_n[:, None], tl.arange(0, BB)[None, :], rows, cap, H, CAP), o_n, rows, 2 * H, BB
@@ -406,18 +407,22 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, y: Tensor, *, norm, activation: s
     )  # fmt: skip
 
 
-def mlstm_maps(x: Tensor, weights, alive: Tensor, outs, *, cap: float, norm=None, mixed=None, room=None):
-    """q, k, v, o and the gates (B, 2 H) of an mLSTM into `outs`, all of x (B, K), or q and k of `mixed` (B, K).
+def mlstm_maps(
+    x: Tensor, weights, alive: Tensor, outs, *, cap: float, norm=None, mixed=None, mixed_all=False, room=None
+):
+    """q, k, v, o and the gates (B, 2 H) of an mLSTM into `outs`, all of x (B, K), or q and k of `mixed` (B, K), and with
+    `mixed_all` all but o.
 
     `weights` are W_q, W_k, W_v, W_o, W_gate and the gates' bias. A norm of x goes without `mixed`, and wants `room`.
     """
     x, weight, eps, fused = _normed(x, norm, room)
     mixed, alive = x if mixed is None else mixed, alive.view(torch.uint8)
+    late = mixed if mixed_all else x
     rows, features, keys, heads = len(x), x.shape[-1], len(weights[0]), len(weights[4]) // 2
     if rows > WIDEST:
-        for source, w, y in zip((mixed, mixed, x, x), weights, outs, strict=False):
+        for source, w, y in zip((mixed, mixed, late, x), weights, outs, strict=False):
             torch.mm(source, w.t(), out=y) if type(w) in (Tensor, nn.Parameter) else y.copy_(F.linear(source, w))
-        pre = torch.addmm(weights[5].float(), x.float(), weights[4].float().t())
+        pre = torch.addmm(weights[5].float(), late.float(), weights[4].float().t())
         with backends.on(x.device):
             size = triton.next_power_of_2(2 * heads)
             gates_kernel[(rows,)](pre, alive, outs[4], rows, cap or 1.0, H=heads, BH=size, CAP=bool(cap))
@@ -427,8 +432,8 @@ def mlstm_maps(x: Tensor, weights, alive: Tensor, outs, *, cap: float, norm=None
     cut = _cut(rows, sum(counts), features, 1, held[0].scaled)
     programs = sum(triton.cdiv(n, cut["BN"]) for n in counts)
     _launch(
-        mlstm_maps_kernel, (programs,), mixed, x, weight, *(w.numbers for w in held), weights[4], *(w.scale for w in held),
-        weights[5], alive, *outs, rows, eps, cap or 1.0,
+        mlstm_maps_kernel, (programs,), mixed, late, x, weight, *(w.numbers for w in held), weights[4],
+        *(w.scale for w in held), weights[5], alive, *outs, rows, eps, cap or 1.0,
         H=heads, NK=keys, K=features, NORM=fused, CAP=bool(cap), SCALED=held[0].scaled, **cut,
     )  # fmt: skip
 
