@@ -134,6 +134,9 @@ def test_a_run_that_fails_is_told_and_tried_again(tmp_path, monkeypatch, capsys)
     told = capsys.readouterr().out
     assert "failed: parity, lstm, lr 0.001, seed 0: FloatingPointError: the loss is nan at step 1" in told
     assert "1 of 2 runs have not ended" in told
+    alone = replace(settings, models=("lstm",))
+    with pytest.raises(ValueError, match="all 1 runs failed, the first of them by FloatingPointError: the loss is nan"):
+        compare.run("state", alone)
     monkeypatch.setattr(trial.Trial, "evaluate", evaluate)
     assert {line["model"] for line in compare.run("state", settings)} == {"lstm", "mamba2"}
 

@@ -517,6 +517,8 @@ def test_paths(client):
     models = json.loads(client.raw("GET", "/v1/models")[2])
     assert [m["id"] for m in models["data"]] == ["here"]
     assert json.loads(client.raw("GET", "/v1/models/here")[2])["object"] == "model"
+    for path in ("/", "/health", "/v1/models"):
+        assert client.raw("HEAD", path)[::2] == (200, b"")
     for method, path, status in (
         ("GET", "/v1/models/there", 404),
         ("GET", "/v1/models/", 404),

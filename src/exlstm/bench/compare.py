@@ -65,19 +65,20 @@ def run(name: str, config: CompareConfig) -> list[dict]:
         speeds = Speeds(folder / "speeds.json", device, texts, config.graphs)
         plans = planned(row, config, speeds)
         if not plans:
-            raise ValueError(
-                f"no model of row {name} can run so: {next(iter(speeds.failed.values())).partition(': ')[2]}"
-            )
+            why = next(iter(speeds.failed.values())).partition(": ")[2]
+            raise ValueError(f"no model of row {name} can run so: {why}")
         done = _records(folder)
         waiting = [plan for plan in plans if done.get(plan.key, {}).get("scores") is None]
-        print(
-            f"{name}: {row.about}; {len(plans)} runs, {len(plans) - len(waiting)} of them done, on {device}", flush=True
-        )
+        counts = f"{len(plans)} runs, {len(plans) - len(waiting)} of them done"
+        print(f"{name}: {row.about}; {counts}, on {device}", flush=True)
         supervisor = _Supervisor(config, device, folder, texts, plans, waiting, speeds, until)
         done |= supervisor.go()
     table = scoreboard.report(folder, name, row, [plan.key for plan in plans], done, supervisor.facts)
     if supervisor.signals.received:
         raise KeyboardInterrupt if supervisor.signals.received == signal.SIGINT else SystemExit(143)
+    lost = [told for plan in plans if (told := done.get(plan.key, {}).get("failed"))]
+    if len(lost) == len(plans):
+        raise ValueError(f"all {len(plans)} runs failed, the first of them by {lost[0]}")
     return table
 
 

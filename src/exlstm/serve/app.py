@@ -160,7 +160,8 @@ def application(settings: Serve, worker: Worker):
     # Without its own pages of documentation, which load from elsewhere.
     app, api = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False), Api(settings, worker)
     for path, call, method in api.routes():
-        app.add_api_route(path, call, methods=[method], response_model=None)
+        # A HEAD is a GET whose body the server keeps to itself.
+        app.add_api_route(path, call, methods=[method, *["HEAD"] * (method == "GET")], response_model=None)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
