@@ -668,7 +668,6 @@ def test_heads_whose_norm_leaves_nothing_are_told(kind):
         (lambda: StackConfig(n_layers=0), "n_layers is 0, wanted a whole number of at least 1"),
         (lambda: StackConfig(dropout=1.0), "dropout is 1.0"),
         (lambda: Stack(StackConfig(mlstm=OPTIONS["mlstm"](i_gate="exq"))), "i_gate is 'exq', wanted exp or sigmoid"),
-        (lambda: Stack(StackConfig(mlstm=OPTIONS["mlstm"](conv=0, conv_all=True))), "conv_all is True, but conv is 0"),
         *(
             (
                 lambda kind=kind, size=size: BLOCKS[kind][0](size),

@@ -90,8 +90,6 @@ class mLSTM(nn.Module):
         if d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
         check_gate(i_gate)
-        if conv_all and not conv:
-            raise ValueError("conv_all is True, but conv is 0: there is no convolution")
         keys = round(d_model // n_heads * qk_ratio)
         if keys < 1:
             raise ValueError(
