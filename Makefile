@@ -4,7 +4,7 @@ VENV ?= .venv
 MINUTES ?= 2
 OUT ?= runs/demo
 BENCH ?= kernels training decoding
-# Processes of the test run, with a thread each.
+# Processes of the test run, with a thread each; who is done first takes over half of what another has left.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
