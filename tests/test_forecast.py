@@ -133,6 +133,19 @@ def test_gaps_are_filled_from_before_them():
     assert np.array_equal(filled(y, 3)[:t], filled(changed, 3)[:t])
 
 
+@pytest.mark.parametrize("shape", [(70, 33), (3, 5), (1, 1)])
+def test_series_of_one_length_are_counted_as_those_of_many(shape):
+    """Together, where they are a table, as one by one."""
+    values = np.random.default_rng(0).normal(1e4, 3.0, shape)
+    values[-1] = 7.0
+    alone = Windows(panel_of(values), 7)
+    mixed = Windows(panel_of([*values, np.array([np.nan, 1.0, 2.0, np.nan])]), 7)
+    assert np.array_equal(alone.norms, mixed.norms[:-1])
+    assert torch.equal(alone.y, mixed.y[: values.size])
+    assert mixed.y[-4:].tolist() == pytest.approx([-1.0, -1.0, 1.0, 1.0])
+    assert alone.statistics["series"] == {n: mixed.statistics["series"][n] for n in range(len(values))}
+
+
 def test_a_window_sees_nothing_of_its_future():
     """Whatever stands behind the cut, input and forecast stay; and what stands behind it is the target."""
     data = frame()

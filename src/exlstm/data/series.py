@@ -94,13 +94,13 @@ def _of_arrays(data, columns: Columns, freq) -> Panel:
     if bad is not None or not rows:
         shape = "nothing" if bad is None else f"shape {bad.shape}"
         raise ValueError(f"a series of the arrays has {shape}, wanted (T,) with T at least 1")
-    refuse_infinite(np.concatenate(rows), TARGET)
-    lengths = [len(row) for row in rows]
+    y, lengths = np.concatenate(rows), [len(row) for row in rows]
+    refuse_infinite(y, TARGET)
     total, n = sum(lengths), len(rows)
     if freq is not None and (not isinstance(freq, Integral) or freq < 1):
         raise ValueError(f"freq is {freq!r}, wanted a whole number or None: arrays have no timestamps")
     return Panel(
-        list(range(n)), np.concatenate(rows), np.concatenate([[0], np.cumsum(lengths)]), [0] * n, int(freq or 1),
+        list(range(n)), y, np.concatenate([[0], np.cumsum(lengths)]), [0] * n, int(freq or 1),
         np.zeros((total, 0)), np.zeros((total, 0)), np.zeros((n, 0)), _named(columns),
     )  # fmt: skip
 

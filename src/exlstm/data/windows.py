@@ -66,12 +66,13 @@ class Windows:
         # Of the scale that y stands on (forecast/arcsinh.py); 0: the plain one.
         self.bend = 0.0
         lengths, offsets = panel.lengths, panel.offsets
-        parts = [panel.y[a:b] for a, b in itertools.pairwise(offsets)]
-        known = (statistics or {}).get("series", {})
-        self.norms = np.array([known.get(i) or _norm(part) for i, part in zip(panel.ids, parts)])  # (N, 2)
+        known, own = (statistics or {}).get("series", {}), _norms(panel)
+        self.norms = np.array([known.get(i) or norm for i, norm in zip(panel.ids, own)])  # (N, 2)
+        gaps = np.logical_or.reduceat(np.isnan(panel.y), offsets[:-1])
         flat = np.empty(len(panel.y), np.float32)
-        for a, part, (mean, scale) in zip(offsets, parts, self.norms):
-            flat[a : a + len(part)] = (filled(part, season) - mean) / scale
+        for a, b, gap, (mean, scale) in zip(offsets[:-1], offsets[1:], gaps, self.norms.tolist()):
+            part = filled(panel.y[a:b], season) if gap else panel.y[a:b]
+            flat[a:b] = (part - mean) / scale
         self.statistics = statistics or statistics_of(panel)
         self.more = 0 if future is None else future.shape[1]
         futr = panel.futr
@@ -198,19 +199,22 @@ def _knows_the_year(panel: Panel) -> bool:
     return frequency.years(panel.first[n], panel.freq, int(panel.lengths[n])) >= YEARS
 
 
-def _norm(y: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of a series; deviation 1 for one that never moves."""
-    known = y[~np.isnan(y)]
-    if not len(known):
-        return 0.0, 1.0
-    mean, deviation = float(known.mean()), float(known.std())
-    return mean, deviation if deviation > 1e-9 * np.abs(known).max() else 1.0
+def _norms(panel: Panel) -> list[tuple[float, float]]:
+    """Mean and standard deviation of every series; deviation 1 for one that never moves."""
+    y, lengths = panel.y, panel.lengths
+    if (lengths == lengths[0]).all() and not np.isnan(y).any():
+        # Some series at a time, which a cache holds.
+        blocks = np.split(y.reshape(len(lengths), -1), range(64, len(lengths), 64))
+        found = [x for rows in blocks for x in zip(rows.mean(1), rows.std(1), np.maximum(rows.max(1), -rows.min(1)))]
+    else:
+        parts = (y[a:b][~np.isnan(y[a:b])] for a, b in itertools.pairwise(panel.offsets))
+        found = ((k.mean(), k.std(), np.abs(k).max()) if len(k) else (0.0, 0.0, 0.0) for k in parts)
+    return [(float(mean), float(s) if s > 1e-9 * largest else 1.0) for mean, s, largest in found]
 
 
 def statistics_of(panel: Panel) -> dict:
     """Mean and deviation of every covariate, over all rows, and of every series, and whether the year is known."""
-    parts = (panel.y[a:b] for a, b in itertools.pairwise(panel.offsets))
-    found = {"series": dict(zip(panel.ids, map(_norm, parts))), "year": _knows_the_year(panel)}
+    found = {"series": dict(zip(panel.ids, _norms(panel))), "year": _knows_the_year(panel)}
     for kind in ("futr", "hist", "static"):
         values = getattr(panel, kind)
         known = np.ma.masked_invalid(values)

@@ -38,6 +38,8 @@ ORIGINS, FEWER, LEAST = 4, 2, 2
 FURTHEST, GRID = 1.0, torch.linspace(-2, 2, 81)
 # Errors held at once.
 HELD = 2**25
+# Windows that are forecast at once, on a CPU and on a GPU, where launching a pass takes longer than working it out.
+TOGETHER = (2048, 16384)
 
 
 def excess(z: Tensor) -> Tensor:
@@ -187,9 +189,8 @@ class _Backtest:
 
     def log_factor(self) -> Tensor:
         """(B,) of the windows asked for."""
-        z = torch.cat(
-            [self._errors(part) for part in torch.arange(len(self.cuts), device=self.cuts.device).split(2048)]
-        )
+        windows = torch.arange(len(self.cuts), device=self.cuts.device)
+        z = torch.cat([self._errors(part) for part in windows.split(TOGETHER[self.cuts.device.type == "cuda"])])
         found, everywhere = torch.zeros(len(z), device=z.device), torch.arange(len(z), device=z.device)
         for k, (memory, count, doubt) in enumerate(zip(MEMORIES, self.drift.counts(self.windows.season), DOUBTS)):
             # What follows the last average is asked for alone.
