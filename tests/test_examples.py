@@ -1,6 +1,7 @@
 """The scripts of examples/ run, and what they train learns: shorter here than when they are called by hand."""
 
 import importlib.util
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,5 +48,30 @@ def test_an_example_in_another_library_learns(name, capsys, tmp_path, monkeypatc
     assert f"{found:.3f}" in capsys.readouterr().out
 
 
+def test_a_corpus_of_wheels_is_whole(tmp_path):
+    """Every file once, packages that are held out in their own part, and what they share with others not learnt from."""
+    long, same = b"x = 1\n" * 50, b"same = 2\n" * 40
+    files = {
+        "apple-1-py3-none-any.whl": {
+            "apple/a.py": long,
+            "apple/b.py": same,
+            "apple/short.py": b"1",
+            "apple/c.txt": long * 2,
+        },
+        "pear-2-py3-none-any.whl": {"pear/a.py": same, "pear/b.py": b"y = 3\n" * 60, "pear/line.py": b"1" * 1001},
+    }
+    for name, texts in files.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            for file, text in texts.items():
+                wheel.writestr(file, text)
+    out = tmp_path / "code"
+    sizes = load("code_corpus").main(str(tmp_path), str(out), "Pear")
+    assert out.read_bytes() == long + b"\0"
+    assert (tmp_path / "code.val").read_bytes() == same + b"\0" + b"y = 3\n" * 60 + b"\0"
+    assert list(sizes.values()) == [len(out.read_bytes()), (tmp_path / "code.val").stat().st_size]
+    with pytest.raises(SystemExit, match=r"no wheel in .* is of plum"):
+        load("code_corpus").main(str(tmp_path), str(out), "plum")
+
+
 def test_every_example_is_run():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHORT, *OTHERS}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SHORT, *OTHERS, "code_corpus"}
