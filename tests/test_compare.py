@@ -223,6 +223,15 @@ def test_every_model_of_a_row_can_be_built_at_full_size(name):
             assert kinds.count("slstm") >= 1 and kinds.count("mlstm") >= 6
 
 
+def test_a_row_may_drop_weights_of_attention():
+    row = ROWS["tinyshakespeare"]
+    for dropout in (0.2, 0.5, 0.0):
+        for model, wanted in (("transformer", dropout), ("hybrid[3:1]", dropout), ("xlstm[1:0]", 0.0)):
+            settings = contenders.network(model, replace(row, dropout=dropout), 256)
+            assert (settings.dropout, settings.attention.dropout) == (dropout, wanted)
+    assert contenders.network("transformer", replace(ROWS["enwik8"], dropout=0.2), 256).attention.dropout == 0.0
+
+
 def test_parameters_are_counted_without_building():
     row = rows.toy(ROWS["hybrid"])
     for model in (*row.models, "xlstm[1:1]", "lstm"):

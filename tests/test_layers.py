@@ -331,6 +331,17 @@ def test_gradient_checkpointing_changes_nothing(name):
     assert_same(gradients(stack, stack(x)[0], x), wanted)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_drops_the_same_again(dropout):
+    attention = OPTIONS["attention"](dropout=0.3)
+    stack = Stack(StackConfig(D, 2, 2, ("attention",), dropout=dropout, attention=attention)).double()
+    x, found = sample(2, 9), []
+    for stack.gradient_checkpointing in (False, True):
+        torch.manual_seed(0)
+        found.append(gradients(stack, stack(x)[0], x))
+    assert_same(*found)
+
+
 @every
 def test_training_leaves_the_memory_of_weights_free_to_go(name, monkeypatch):
     """Sharded training (FSDP) gives a block's whole weights back after every use, which storage seen by NumPy refuses."""

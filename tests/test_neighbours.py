@@ -45,6 +45,34 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
 
 
+@pytest.mark.parametrize("sees", ["all", "window", "groups", "document", "one"])
+def test_dropped_weights_of_attention_are_right_in_the_mean(sees):
+    """In training alone; every output is linear in the weights, so that the mean of many draws is what evaluation gives."""
+    time = 1 if sees == "one" else 7
+    layer = Attention(
+        8, 2, n_kv_heads=1 if sees == "groups" else 0, window=3 * (sees == "window"), dropout=0.3
+    ).double()
+    x, before = draw(1, time, 8).detach(), layer(draw(1, 4, 8, seed=1).detach())[1]
+    more = {"reset": torch.arange(time)[None] == 3} if sees == "document" else {}
+    state = before if sees == "one" else None
+    wanted, kept = layer.eval()(x, state, **more)
+    plain = Attention(8, 2, n_kv_heads=layer.n_kv_heads, window=layer.attend.window).double()
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(wanted, plain.train()(x, state, **more)[0])
+    torch.manual_seed(0)
+    draws = 4000
+    many, after = layer.train()(
+        x.expand(draws, -1, -1),
+        state and type(state)(*(y.expand(draws, *y.shape[1:]) for y in state)),
+        **{name: flag.expand(draws, -1) for name, flag in more.items()},
+    )
+    close(after.keys[:1], kept.keys)
+    error, spread = (many.mean(0) - wanted[0]).detach(), many.std(0).detach()
+    assert (spread.max() > 0.01) and (error.abs() < 5 * spread / draws**0.5 + 1e-12).all()
+    with pytest.raises(ValueError, match="dropout is 1, wanted a share from 0 to below 1"):
+        Attention(8, dropout=1)
+
+
 # Convolution
 
 

@@ -28,7 +28,7 @@ WRITTEN = ("version", "exlstm", "corpus")
 # What two settings of one run may differ in: the tokenizer sets the vocabulary, and the fingerprint of the text says more than
 # the names of its files. And what a run and the model that it begins with may.
 FREE = ("model.vocab_size", "data.files")
-FREE_AT_START = (*FREE, "model.dropout")
+FREE_AT_START = (*FREE, "model.dropout", "model.attention.dropout")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Row:
     """width of a head of attention, four of them at least; 0: attention has n_heads"""
     window: int = 0
     """tokens that attention sees where the model does not say, no more than it learns from; 0: all before it"""
+    drops_weights: bool = False
+    """the row's dropout reaches the weights of attention, too"""
     matrix: str = "mlstm_up"
     """the block that "matrix" stands for"""
     memory: tuple[tuple[str, object], ...] = ()
@@ -108,6 +110,7 @@ def settings(model: str, row: Row) -> tuple[tuple[str, ...], dict[str, dict]] | 
         options = {"matrix": dict(row.memory), **options}
     said = {"n_heads": heads(row.d_model, row.attention_head)} if row.attention_head else {}
     said |= {"window": row.window} if row.window else {}
+    said |= {"dropout": row.dropout} if row.drops_weights and row.dropout else {}
     if said and "attention" in kinds:
         options = {**options, "attention": {**said, **options.get("attention", {})}}
     return kinds, options
@@ -327,6 +330,7 @@ ROWS = {
         n_layers=6,
         n_heads=6,
         dropout=0.2,
+        drops_weights=True,
         evaluations=20,
         **_TEXT | {"betas": (0.9, 0.99), "seeds": (0, 1, 2), "window": 256},
     ),

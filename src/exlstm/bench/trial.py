@@ -26,7 +26,7 @@ from exlstm.train.optim import Optimizer, lr_at
 
 WARM, TURN = 3, 16
 # What of a row does not change a run, stands beside it, or is in the settings of its model.
-FREE = ("about", "cases", "models", "lrs", "seeds", "steps", "attention_head", "window", "memory")
+FREE = ("about", "cases", "models", "lrs", "seeds", "steps", "attention_head", "window", "drops_weights", "memory")
 # What was not there when runs were first kept: a run that has them as they are is known by the name it had.
 LATER = {"clips": (), "precisions": (), "recurrent_lrs": (), "recurrent_lr": 1.0}
 

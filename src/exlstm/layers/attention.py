@@ -58,6 +58,7 @@ class Attention(nn.Module):
         window: valid tokens of the document that a token sees, itself included; 0: all before it.
         sinks: first tokens of the document that stay visible beyond the window (arXiv 2309.17453).
         out_start: size of the output map at the start, over that of the other maps.
+        dropout: share of the weights of the softmax that are dropped in training.
 
     >>> y, state = Attention(64)(torch.randn(2, 10, 64))
     """
@@ -72,6 +73,7 @@ class Attention(nn.Module):
         window: int = 0,
         sinks: int = 0,
         out_start: float = 1.0,
+        dropout: float = 0.0,
         device=None,
         dtype=None,
     ):
@@ -84,7 +86,7 @@ class Attention(nn.Module):
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}")
         head = d_model // n_heads
         self.d_model, self.n_heads, self.n_kv_heads, self.out_start = d_model, n_heads, n_kv_heads, out_start
-        self.attend = Heads(head, rope_base, window, sinks)
+        self.attend = Heads(head, rope_base, window, sinks, dropout)
         new = {"bias": False, "device": device, "dtype": dtype}
         self.q = nn.Linear(d_model, d_model, **new)
         self.k = nn.Linear(d_model, n_kv_heads * head, **new)
@@ -127,10 +129,10 @@ class Heads(nn.Module):
 
     Args:
         d_head: width of queries and keys.
-        rope_base, window, sinks: as in Attention.
+        rope_base, window, sinks, dropout: as in Attention.
     """
 
-    def __init__(self, d_head: int, rope_base: float = 10000.0, window: int = 0, sinks: int = 0):
+    def __init__(self, d_head: int, rope_base: float = 10000.0, window: int = 0, sinks: int = 0, dropout: float = 0.0):
         super().__init__()
         if rope_base < 0 or (rope_base and d_head % 2):
             raise ValueError(
@@ -138,7 +140,9 @@ class Heads(nn.Module):
             )
         if window < 0 or sinks < 0 or (sinks and not window):
             raise ValueError(f"window is {window} and sinks {sinks}, wanted at least 0, and sinks only with a window")
-        self.d_head, self.rope_base, self.window, self.sinks = d_head, rope_base, window, sinks
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, wanted a share from 0 to below 1")
+        self.d_head, self.rope_base, self.window, self.sinks, self.dropout = d_head, rope_base, window, sinks, dropout
 
     def forward(self, q, k, v, state: AttentionState | None = None, *, mask=None, reset=None):
         """q (B, T, H, D), k (B, T, H', D), v (B, T, H', V), H' a divisor of H -> (B, T, H, V) and the state."""
@@ -164,7 +168,7 @@ class Heads(nn.Module):
         else:
             plain = state is None and mask is None and reset is None and self._sees_all(time)
             visible = None if plain or (time == 1 and state is None) else self._visible(positions, stored, document)
-            y = _attend(q, k, v, visible)
+            y = _attend(q, k, v, visible, self._dropped())
         if state is None and mask is None and reset is None and self._leaves(time):
             return y, AttentionState(*(self._ends(x) for x in (k, v, stored.expand(batch, -1))), length)
         return y, self._remember(k, v, stored.expand(batch, -1), document, length)
@@ -206,6 +210,9 @@ class Heads(nn.Module):
         """A state as long as a window lets it become, with places that nobody sees; without a window as it is."""
         return AttentionState(*longer(*state[:3], self._most()), state.length)
 
+    def _dropped(self) -> float:
+        return self.dropout if self.training else 0.0
+
     def _most(self) -> int:
         # As many tokens as can be seen again.
         return self.window - 1 + self.sinks if self.window else 0
@@ -221,7 +228,7 @@ class Heads(nn.Module):
         time, width = q.shape[1], q.shape[-1]
         wanted = time > 1 and not self.sinks and (reset is not None or 0 < self.window < time)
         fits = q.dtype in (torch.bfloat16, torch.float16) and v.shape[-1] == width <= 256 and width % 8 == 0
-        return wanted and fits and not backends.traced()
+        return wanted and fits and not self._dropped() and not backends.traced()
 
     def _visible(self, positions, stored, document):
         """(B or 1, 1, T, S): which of the S tokens each of the T new ones sees."""
@@ -267,7 +274,7 @@ class Heads(nn.Module):
         return (positions > length[:, None] - self.window) | (positions < self.sinks)
 
 
-def _attend(q, k, v, visible):
+def _attend(q, k, v, visible, dropped: float = 0.0):
     """q (B, T, H, D) over k (B, S, H', D), v (B, S, H', V), where `visible`, or as far as the token itself -> (B, T, H, V)."""
     groups, k, v = q.shape[2] // k.shape[2], k.transpose(1, 2), v.transpose(1, 2)
     # Fused kernels have no rule for a transform, no forward derivative, and no second one.
@@ -275,14 +282,16 @@ def _attend(q, k, v, visible):
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         if q.shape[1] == 1:
             # The queries of a group stand in line like tokens, so that keys and values need no copy.
-            y = F.scaled_dot_product_attention(q.view(*k.shape[:2], groups, -1), k, v, attn_mask=visible)
+            q = q.view(*k.shape[:2], groups, -1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropped)
             return y.reshape(y.shape[0], 1, -1, v.shape[-1])
         if groups > 1 and visible is not None:
             # No fused kernel takes groups and a mask at once.
             k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=bool(groups > 1)
-        )
+            q.transpose(1, 2), k, v, attn_mask=visible, dropout_p=dropped, is_causal=visible is None,
+            enable_gqa=bool(groups > 1),
+        )  # fmt: skip
         return y.transpose(1, 2)
 
 

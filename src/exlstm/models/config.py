@@ -126,6 +126,8 @@ class AttentionOptions:
     """width of the feed-forward over d_model; 0 leaves the feed-forward out"""
     n_heads: int = 0
     """heads of queries in these blocks; 0: as many as the others"""
+    dropout: float = 0.0
+    """share of the weights of the softmax that are dropped in training"""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class Stack(nn.Module):
         states, apart = [], ours and kernels(x)
         x = (x, None) if apart else x
         # Only dropout draws, and nothing asks for the state of the draws while a graph is recorded.
-        random = self.config.dropout > 0
+        random = max(self.config.dropout, self.config.attention.dropout) > 0
         for i, block in enumerate(self.blocks):
             before = None if state is None else state[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
