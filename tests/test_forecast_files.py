@@ -320,6 +320,7 @@ def test_stretches_are_all_runs_of_windows_without_a_gap():
 
 def test_a_fit_fills_every_series_once_and_reads_the_calendar_once(monkeypatch):
     panel = panel_of(wide(200, 3).drop(columns="help"))
+    panel.y[[7, 307, 507]] = np.nan
     count, filled, calendar = {"filled": 0, "calendar": 0}, windows_module.filled, frequency.calendar
 
     def counted(name, plain):

@@ -199,8 +199,7 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
     if "network" in config.members:
         engine.network = training.build_network(found, linear, config)
         story = training.train_network(engine.network, found, config, report=getattr(report, "step", None))
-        size = sum(p.numel() for p in engine.network.parameters() if p.requires_grad)
-        shape = f"{size:,} parameters ({config.n_layers} x {'+'.join(config.blocks)}, patches of {engine.network.config.patch})"
+        shape = _shape(engine.network)
         losses = f"validation loss {story['losses'][0]:.4f} -> {min(story['losses']):.4f}"
         engine.notes.append(f"network of {shape}: {story['steps']} updates, best at {story['best_step']}, {losses}")
         say(f"{engine.notes[-1]} ({story['seconds']:.1f} s)")
@@ -214,6 +213,17 @@ def fit(panel: Panel, config: FitConfig, season: int, device="cpu", report=None)
             engine.bent = ridges.fit(*bent, config, whole=True)[0]
         _refit(engine, found, recipe, story)
     return engine
+
+
+def _shape(network: ForecasterNetwork) -> str:
+    c, parts = network.config, []
+    used = network.recent if c.design == "recent" else network
+    if c.recent and c.design != "xlstmtime":
+        parts.append(f"the latest {c.recent} steps at once")
+    if c.design != "recent":
+        parts.append(f"{c.n_layers} x {'+'.join(c.blocks)}, patches of {c.patch}")
+    size = sum(p.numel() for p in used.parameters() if p.requires_grad)
+    return f"{size:,} parameters ({', and '.join(parts)})"
 
 
 def _told(recipe: ridges.Recipe, tried: int) -> str:

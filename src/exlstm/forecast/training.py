@@ -28,7 +28,9 @@ PATIENT = 0.4
 EMA = 0.99
 # Whether a step on a GPU is recorded once and replayed. No: this network's recorded step has not run on a card yet.
 CAPTURE = False
-DESIGNS = {"patches": ForecasterNetwork, "xlstmtime": XLSTMTime}
+DESIGNS = {"patches": ForecasterNetwork, "recent": ForecasterNetwork, "xlstmtime": XLSTMTime}
+# Horizons and seasons, the longer of both, that are read at once where there are covariates.
+RECENT_HORIZONS, RECENT_SEASONS = 3, 2
 
 
 def patch_of(lookback: int, horizon: int, season: int) -> int:
@@ -43,10 +45,12 @@ def build_network(found: Split, linear: LinearPath, config: FitConfig) -> Foreca
     w, h = found.windows, config.horizon
     patch = patch_of(linear.config.lookback, h, w.season)
     lookback = -(-linear.config.lookback // patch) * patch
+    n_past = w.hist.shape[1] + w.futr.shape[1]
+    recent = min(lookback, max(RECENT_HORIZONS * h, RECENT_SEASONS * w.season)) if n_past else 0
     settings = ForecasterConfig(
         d_model=config.d_model, n_layers=config.n_layers, n_heads=config.n_heads, blocks=config.blocks, dropout=config.dropout,
-        horizon=h, lookback=lookback, patch=patch, n_past=w.hist.shape[1] + w.futr.shape[1], n_future=w.futr.shape[1],
-        n_dates=w.n_dates, n_static=w.static.shape[1], variates=config.variates, design=config.design,
+        horizon=h, lookback=lookback, patch=patch, n_past=n_past, n_future=w.futr.shape[1], n_dates=w.n_dates,
+        n_static=w.static.shape[1], recent=recent, variates=config.variates, design=config.design,
     )  # fmt: skip
     aligned = len(set(w.panel.first)) == len(set(w.panel.lengths.tolist())) == 1
     if settings.grouped and not aligned:
@@ -80,7 +84,29 @@ def draw(cuts: Cuts, windows: Windows, size: int, grouped: bool, generator) -> t
 
 
 def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, report=None) -> dict:
-    """Trains the network to its least validation loss, by an average of its weights; returns what happened."""
+    """Trains the network to its least validation loss; returns what happened.
+
+    What reads the latest steps learns first, alone; the patches then, beside it as it is: together the patches, which learn a
+    text of few windows by heart, would end both early. Where they gain nothing they are left out.
+    """
+    whole = network.config
+    if not whole.recent or whole.design != "patches":
+        return _train(network, found, config, report)
+    config = replace(config, minutes=config.minutes / 2)
+    network.config = replace(whole, design="recent")
+    first = _train(network, found, config, report)
+    network.config = whole
+    network.recent.requires_grad_(False)
+    second = _train(network, found, config, report)
+    network.recent.requires_grad_(True)
+    if not second["best_step"]:
+        network.config = replace(whole, design="recent")
+    told = {name: first[name] + second[name] for name in ("steps", "losses", "seconds")}
+    return {**told, "best_step": second["best_step"] or first["best_step"]}
+
+
+def _train(network: ForecasterNetwork, found: Split, config: FitConfig, report=None) -> dict:
+    """Trains what may learn of the network, by an average of its weights."""
     w, h, longest = found.windows, config.horizon, seen(network)
     cuts, val = found.train(network.config.lookback, h), found.val(h)
     steps = config.steps or min(config.max_steps, max(200, 30 * cuts.total // config.batch_size))

@@ -2,8 +2,8 @@
 
 A window is counted from its own level in its own deviation, cut into patches [values, mask, covariates, calendar] and
 followed by patches of the future whose values are unknown; the stack reads them in time. The median is
-    linear path + head(all tokens of the past) + step head(tokens of the future),
-the other quantiles stand off it by sums of positive steps, so that none can cross. Both heads begin at zero: before
+    linear path + head(all tokens of the past) + step head(tokens of the future) + what Recent makes of the latest steps,
+the other quantiles stand off it by sums of positive steps, so that none can cross. All heads begin at zero: before
 training the forecast is the linear path with the spread of its residuals.
 """
 
@@ -18,6 +18,9 @@ from exlstm.layers.slstm import sLSTM
 from exlstm.models.config import ForecasterConfig, LinearConfig
 from exlstm.models.linear import LinearPath, level_and_scale
 from exlstm.models.stack import Stack
+
+# Width of what reads the latest steps at once.
+HIDDEN = 256
 
 
 class VariateMixer(nn.Module):
@@ -53,6 +56,36 @@ class VariateMixer(nn.Module):
         return x + self.out(z).unflatten(0, (groups, tokens)).transpose(1, 2).flatten(0, 1)
 
 
+class Recent(nn.Module):
+    """(Batch) -> (B, H, 3), zero at the start: the latest steps and all that is known of the future, read at once.
+
+    Counted in units of the series and not of the window: what covariates do together hangs on how high they are.
+    """
+
+    def __init__(self, config: ForecasterConfig, device=None, dtype=None):
+        super().__init__()
+        new, self.steps, self.horizon = {"device": device, "dtype": dtype}, config.recent, config.horizon
+        size = config.recent * (2 + config.n_past) + config.horizon * config.n_future + config.n_dates + 2
+        self.into, self.between = nn.Linear(size, HIDDEN, **new), nn.Linear(HIDDEN, HIDDEN, **new)
+        self.out = nn.Linear(HIDDEN, 3 * config.horizon, **new)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for linear in (self.into, self.between):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, batch, level: Tensor, deviation: Tensor) -> Tensor:
+        y, seen, past = (x[:, -self.steps :] for x in (batch.y, batch.seen, batch.past))
+        parts = (y, seen.to(y.dtype), past.flatten(1), batch.future.flatten(1), batch.origin, level, deviation.log())
+        x = self.dropout(F.gelu(self.into(torch.cat(parts, 1))))
+        x = x + self.dropout(F.gelu(self.between(x)))
+        return self.out(x * HIDDEN**-0.5).unflatten(1, (self.horizon, 3))
+
+
 class ForecasterNetwork(nn.Module):
     """(Batch) -> quantiles (B, H, Q) in units of the series; `loss` is the mean pinball loss in units of the linear path.
 
@@ -70,6 +103,7 @@ class ForecasterNetwork(nn.Module):
         self.place = nn.Parameter(torch.empty(tokens, c.d_model, **new))
         self.static = nn.Linear(c.n_static, c.d_model, bias=False, **new) if c.n_static else None
         self.stack = Stack(config, **new)
+        self.recent = Recent(config, **new) if c.recent else None
         self.mixer = VariateMixer(config, **new) if c.variates != "none" else None
         self.norm = LayerNorm(c.d_model, **new)
         self.dropout = nn.Dropout(c.dropout)
@@ -89,6 +123,8 @@ class ForecasterNetwork(nn.Module):
         for head in (self.head, self.step_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        if self.recent is not None:
+            self.recent.reset_parameters()
         set_spread(self, torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(self.config.quantiles))[None])
 
     def tokens(self, batch, level: Tensor, deviation: Tensor) -> Tensor:
@@ -111,8 +147,19 @@ class ForecasterNetwork(nn.Module):
         return self.embed(whole.unflatten(1, (-1, c.patch)).flatten(2)) + self.place
 
     def forward(self, batch, n_series: int = 1) -> Tensor:
-        c, n = self.config, self.config.lookback // self.config.patch
+        c = self.config
         level, deviation = level_and_scale(batch, c.lookback, "mean", "window")
+        steps = self.recent(batch, level, deviation) if self.recent is not None else 0.0  # (B, H, 3)
+        if c.design != "recent":
+            steps = steps + self._patches(batch, level, deviation, n_series)
+        median = self.linear.predict(batch) + deviation * steps[..., 0]
+        # One factor a side and step: the shape of the spread is learnt for all, its width for each window.
+        low, high = (steps[..., 1:2].clamp(-4, 4), steps[..., 2:].clamp(-4, 4))
+        return fan(median, deviation, self.steps.exp(), low.exp(), high.exp())
+
+    def _patches(self, batch, level: Tensor, deviation: Tensor, n_series: int) -> Tensor:
+        """(B, H, 3): what the stack makes of the patches."""
+        c, n = self.config, self.config.lookback // self.config.patch
         x = self.tokens(batch, level, deviation)
         if self.static is not None:
             x = x + self.static(batch.static)[:, None]
@@ -124,10 +171,7 @@ class ForecasterNetwork(nn.Module):
         whole = self.head(x[:, :n].flatten(1) * self.head.in_features**-0.5)
         x = x[:, n:] * c.d_model**-0.5
         steps = self.step_head(x).unflatten(-1, (c.patch, 3)).flatten(1, 2)[:, : c.horizon]  # (B, H, 3)
-        median = self.linear.predict(batch) + deviation * (whole + steps[..., 0])
-        # One factor a side and step: the shape of the spread is learnt for all, its width for each window.
-        low, high = (steps[..., 1:2].clamp(-4, 4), steps[..., 2:].clamp(-4, 4))
-        return fan(median, deviation, self.steps.exp(), low.exp(), high.exp())
+        return steps + F.pad(whole[..., None], (0, 2))
 
     def loss(self, batch, n_series: int = 1) -> Tensor:
         """Mean pinball loss over known steps and levels, in the linear path's units."""
