@@ -25,7 +25,9 @@ def test_a_network_reads_what_covariates_do_together(known, tmp_path):
         data["y"] = data.y.shift(2).bfill()
     h = 3 if known == "future" else 2
     role = {"futr_exog": ["a", "b"]} if known == "future" else {"hist_exog": ["a", "b"]}
-    config = FitConfig(steps=250, lr=3e-3, d_model=8, n_layers=1, n_heads=2, max_lookback=14, members=("linear", "network"))
+    config = FitConfig(
+        steps=250, lr=3e-3, d_model=8, n_layers=1, n_heads=2, max_lookback=14, members=("linear", "network")
+    )
     model = Forecaster(h, config=config, **role).fit(data.iloc[:-h])
     skill = model.skill().set_index("model")
     assert skill.mae["Network"] < 0.3 * skill.mae["LinearPath"] and skill.weight["Network"] > 0.7

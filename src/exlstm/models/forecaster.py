@@ -65,7 +65,8 @@ class Recent(nn.Module):
     def __init__(self, config: ForecasterConfig, device=None, dtype=None):
         super().__init__()
         new, self.steps, self.horizon = {"device": device, "dtype": dtype}, config.recent, config.horizon
-        size = config.recent * (2 + config.n_past) + config.horizon * config.n_future + config.n_dates + 2
+        size = config.recent * (2 + config.n_past) + config.horizon * config.n_future + config.n_dates
+        size += config.n_static + 2
         self.into, self.between = nn.Linear(size, HIDDEN, **new), nn.Linear(HIDDEN, HIDDEN, **new)
         self.out = nn.Linear(HIDDEN, 3 * config.horizon, **new)
         self.dropout = nn.Dropout(config.dropout)
@@ -80,8 +81,10 @@ class Recent(nn.Module):
 
     def forward(self, batch, level: Tensor, deviation: Tensor) -> Tensor:
         y, seen, past = (x[:, -self.steps :] for x in (batch.y, batch.seen, batch.past))
-        parts = (y, seen.to(y.dtype), past.flatten(1), batch.future.flatten(1), batch.origin, level, deviation.log())
-        x = self.dropout(F.gelu(self.into(torch.cat(parts, 1))))
+        parts = [y, seen.to(y.dtype), past.flatten(1), batch.future.flatten(1), batch.origin, batch.static]
+        x = torch.cat([*parts, level, deviation.log()], 1)
+        # What lies far from all that was learnt from moves the forecast little.
+        x = self.dropout(F.gelu(self.into(torch.asinh(x / 4) * 4)))
         x = x + self.dropout(F.gelu(self.between(x)))
         return self.out(x * HIDDEN**-0.5).unflatten(1, (self.horizon, 3))
 
