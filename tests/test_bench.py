@@ -339,28 +339,3 @@ def test_a_tally_is_what_its_names_say():
     assert row["MASE"] == pytest.approx(0.399, abs=0.01)
     assert row["cover 80"] == pytest.approx(0.8, abs=0.01)
     assert row["cover 95"] == pytest.approx(0.95, abs=0.01)
-
-
-def test_a_peer_runs_in_an_environment_of_its_own(tmp_path, capsys):
-    """A stand-in interpreter that answers as the script does, and one that fails."""
-    pytest.importorskip("pandas")
-    settings = toys(tmp_path)["forecast"]
-    ((task,),) = [forecasting.tasks_of(settings.files[2], settings)]
-    answer = (
-        "import json, sys, numpy as np, csv; place = sys.argv[2]; s = json.load(open(place + '/settings.json'))\n"
-        "rows = list(csv.DictReader(open(place + '/data.csv')))\n"
-        "ids = sorted({r['unique_id'] for r in rows}); n = {i: sum(r['unique_id'] == i for r in rows) for i in ids}\n"
-        "q = np.stack([np.zeros((s['h'], len(s['levels']))) + s['season'] for _ in ids])\n"
-        "np.savez(place + '/out.npz', quantiles=q, series=np.array(ids), cuts=np.array([n[i] - s['h'] for i in ids]))\n"
-    )
-    for name, code in (("good", answer), ("bad", "raise SystemExit('no such library')")):
-        script = tmp_path / f"{name}.py"
-        script.write_text(code)
-        python = tmp_path / name
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
-        python.chmod(0o755)
-    (row,) = forecasting._theirs(task, replace(settings, peer_python=str(tmp_path / "good")), "patchtst")
-    truth = [task.panel.y[b - 12 : b] for b in task.panel.offsets[1:]]
-    assert row["MAE"] == pytest.approx(sum(abs(y - 12).mean() for y in truth) / 3)
-    assert forecasting._theirs(task, replace(settings, peer_python=str(tmp_path / "bad")), "nhits") == []
-    assert "nhits on m3 failed: no such library" in capsys.readouterr().out

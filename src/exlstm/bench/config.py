@@ -260,6 +260,8 @@ class ForecastingConfig:
     """interpreter in whose environment the peers are installed; empty: this one"""
     peer_steps: int = 1000
     """training steps of a peer, at most; it stops early by its validation loss"""
+    peer_minutes: float = 0.0
+    """minutes after which a peer is stopped and left out of a task; 0: never"""
     stride: int = 1
     """steps between test windows of the long protocol; anything but 1 is a preview"""
     fit: FitConfig = field(default_factory=FitConfig)

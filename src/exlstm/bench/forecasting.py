@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -205,7 +206,9 @@ def _averages(rows: list[dict]) -> list[dict]:
 def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
     """The row of a peer, run on the same rows in an environment of its own; nothing when it fails, with a sentence."""
     start = time.perf_counter()
+    rows, roles = _peer_rows(task)
     settings = {
+        **roles,
         "model": peer,
         "h": task.horizon,
         "season": task.season,
@@ -215,27 +218,47 @@ def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
         "windows": len(task.cuts[0]),
         "val_size": task.val_size or task.horizon,
         "seed": config.seeds[0],
+        "raw": task.protocol == "archive",
     }
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        rows = frames.history(task.panel).set_axis(["unique_id", "ds", "y"], axis=1)
         rows.to_csv(place / "data.csv", index=False)
         (place / "settings.json").write_text(json.dumps(settings))
         command = [config.peer_python or sys.executable, str(SCRIPT), str(place)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        threads = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+        limit = {"timeout": 60 * config.peer_minutes or None, "env": threads}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, **limit)
+        except subprocess.TimeoutExpired:
+            print(f"{peer} on {task.name} was stopped: not done in {config.peer_minutes:g} minutes")
+            return []
         if done.returncode or not (place / "out.npz").is_file():
             told = (done.stderr.strip().splitlines() or ["no word"])[-1]
             print(f"{peer} on {task.name} failed: {told}")
             return []
         out = np.load(place / "out.npz", allow_pickle=False)
         quantiles, ids, cuts = out["quantiles"], out["series"], out["cuts"]
+        bare = any(roles.values()) and not out["covariates"].size
     scale, tally = _naive_errors(task), Tally()
     place = {str(name): n for n, name in enumerate(task.panel.ids)}
     at = [(place[str(name)], int(cut)) for name, cut in zip(ids, cuts)]
     y = np.stack([task.panel.y[task.panel.offsets[n] + t :][: task.horizon] for n, t in at])
     unit = torch.tensor([scale(n, t) for n, t in at], dtype=torch.float64)
     tally.add(torch.from_numpy(quantiles).double(), torch.from_numpy(y), unit)
-    return [_row(task, peer, config.seeds[0], tally, time.perf_counter() - start, {})]
+    title = f"{peer}, no covariates" if bare else peer
+    return [_row(task, title, config.seeds[0], tally, time.perf_counter() - start, {})]
+
+
+def _peer_rows(task: Task):
+    """The rows of a task for a peer, covariates in deviations of what comes before the test part, and their names by role."""
+    rows, past = frames.history(task.panel).set_axis(["unique_id", "ds", "y"], axis=1), task.learnt
+    roles = {"futr": [], "hist": []}
+    for role, names in roles.items():
+        seen = getattr(past, role)
+        for k, (column, before) in enumerate(zip(getattr(task.panel, role).T, seen.T)):
+            names.append(f"{role}{k}")
+            rows[names[-1]] = (column - np.nanmean(before)) / (np.nanstd(before) or 1.0)
+    return rows, roles
 
 
 def _markdown(rows: list[dict], path: Path, facts: dict):
