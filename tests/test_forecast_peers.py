@@ -113,3 +113,28 @@ def test_the_script_of_the_peers_hands_covariates_to_models_that_take_them(tmp_p
         assert given.get("scaler_type") == ("robust" if raw else None)
         assert out["quantiles"].tolist() == [[[y] * 5 for y in range(36, 40)]]
         assert out["cuts"].tolist() == [36]
+
+
+def test_the_picture_holds_errors_over_those_of_the_seasonal_naive_forecast():
+    none = float("nan")
+    rows = [
+        {"task": "a", "h": 24.0, "model": m, "MSE": e, "WQL": none} for m, e in (("SeasonalNaive", 2.0), ("xLSTM", 1.0))
+    ]
+    rows += [
+        {"task": "b", "h": 12, "model": m, "MSE": 9.0, "WQL": e} for m, e in (("SeasonalNaive", 0.4), ("nhits", 0.3))
+    ]
+    rows += [{"task": "a, mean", "h": none, "model": "xLSTM", "MSE": 5.0}]
+    drawn = {}
+
+    class Axes:
+        def bar(self, places, heights, width, label):
+            drawn[label] = heights
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    forecasting.drawing(rows)(Axes())
+    assert drawn == {
+        "xLSTM": pytest.approx([0.5, none], nan_ok=True),
+        "nhits": pytest.approx([none, 0.75], nan_ok=True),
+    }

@@ -79,7 +79,7 @@ def run(config: ForecastingConfig) -> list[dict]:
             print(timing.table(rows[-len(found) :]), flush=True)
     rows += _averages(rows)
     facts = timing.machine(config, "pandas")
-    timing.report("forecast", rows, config, facts, _drawing(rows))
+    timing.report("forecast", rows, config, facts, drawing(rows))
     _markdown(rows, config.out / "forecast.md", facts)
     return rows
 
@@ -246,7 +246,9 @@ def _theirs(task: Task, config: ForecastingConfig, peer: str) -> list[dict]:
     unit = torch.tensor([scale(n, t) for n, t in at], dtype=torch.float64)
     tally.add(torch.from_numpy(quantiles).double(), torch.from_numpy(y), unit)
     title = f"{peer}, no covariates" if bare else peer
-    return [_row(task, title, config.seeds[0], tally, time.perf_counter() - start, {})]
+    row = _row(task, title, config.seeds[0], tally, time.perf_counter() - start, {})
+    print(f"{title}: MSE {row['MSE']:.4g}, {row['seconds']:.0f} s", flush=True)
+    return [row]
 
 
 def _peer_rows(task: Task):
@@ -275,22 +277,31 @@ def _markdown(rows: list[dict], path: Path, facts: dict):
     print(f"Markdown: {path}")
 
 
-def _drawing(rows: list[dict]):
-    """Bars a task: errors over those of the seasonal naive forecast."""
-    tasks = list(dict.fromkeys((row["task"], row["h"]) for row in rows if "h" in row))
-    models = list(dict.fromkeys(row["model"] for row in rows if "h" in row))
+def drawing(rows: list[dict]):
+    """Bars a task: errors over those of the seasonal naive forecast; ours, the ridge, the network alone, the peers.
+
+    Rows read back from several tables will do, too: what a table lacks is NaN there.
+    """
+    rows = [row for row in rows if (row.get("h") or 0) > 0]
+    tasks = list(dict.fromkeys((row["task"], row["h"]) for row in rows))
+    hidden = {title for name, title in TITLES.items() if name not in ("ridge", "network")}
+    models = [m for m in dict.fromkeys(row["model"] for row in rows) if m not in hidden]
+    found = {(row["task"], row["h"], row["model"]): row for row in reversed(rows)}
+
+    def height(task, h, model) -> float:
+        own, naive = found.get((task, h, model)), found.get((task, h, TITLES["naive"]))
+        if own is None or naive is None:
+            return math.nan
+        key = "MSE" if math.isnan(own.get("WQL") or math.nan) else "WQL"
+        return own[key] / naive[key]
 
     def draw(axes):
         width = 0.8 / len(models)
         for k, model in enumerate(models):
-            heights = []
-            for task, h in tasks:
-                own = [r for r in rows if (r["task"], r.get("h"), r["model"]) == (task, h, model)]
-                base = [r for r in rows if (r["task"], r.get("h"), r["model"]) == (task, h, TITLES["naive"])]
-                key = "WQL" if own and "WQL" in own[0] else "MSE"
-                heights.append(own[0][key] / base[0][key] if own and base else 0.0)
-            axes.bar([x + k * width for x in range(len(tasks))], heights, width, label=model)
-        axes.set_xticks([x + 0.4 for x in range(len(tasks))], [f"{t}\n{h}" for t, h in tasks], fontsize=7)
+            heights = [height(task, h, model) for task, h in tasks]
+            axes.bar([x + (k + 0.5) * width for x in range(len(tasks))], heights, width, label=model)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks([x + 0.4 for x in range(len(tasks))], [f"{t}\n{h:g}" for t, h in tasks], fontsize=7)
         axes.set_ylabel("error over the seasonal naive forecast's")
         axes.legend(fontsize=7)
 
