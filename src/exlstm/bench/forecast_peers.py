@@ -11,6 +11,8 @@ from pathlib import Path
 NEURAL = {"patchtst": "PatchTST", "nhits": "NHITS", "dlinear": "DLinear", "xlstm": "xLSTM", "lstm": "LSTM"}
 # Those that count a window in units of its own only when told to.
 PLAIN = ("nhits", "dlinear")
+# The library's 1e-4 is for 5,000 steps: after 1,000 the validation loss of us_births is half above that of 1e-3.
+RATES = {"dlinear": {"learning_rate": 1e-3}}
 # A look-back of some horizons and seasons, as the libraries' own examples take it.
 LOOKBACK_HORIZONS, LOOKBACK_SEASONS, LOOKBACK_MOST = 3, 2, 720
 
@@ -75,6 +77,7 @@ def _neural(data, settings: dict):
         "early_stop_patience_steps": 5,
         "val_check_steps": 50,
         "enable_progress_bar": False,
+        **RATES.get(settings["model"], {}),
     }
     # Series of an archive come in units of their own; "robust" is what the library's examples take.
     if settings["raw"] and settings["model"] in PLAIN:
