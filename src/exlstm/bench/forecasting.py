@@ -301,7 +301,8 @@ def drawing(rows: list[dict]):
             heights = [height(task, h, model) for task, h in tasks]
             axes.bar([x + (k + 0.5) * width for x in range(len(tasks))], heights, width, label=model)
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks([x + 0.4 for x in range(len(tasks))], [f"{t}\n{h:g}" for t, h in tasks], fontsize=7)
+        told = [f"{task.removesuffix('_dataset')}\n{h:g}".replace(", ", "\n") for task, h in tasks]
+        axes.set_xticks([x + 0.4 for x in range(len(tasks))], told, fontsize=7)
         axes.set_ylabel("error over the seasonal naive forecast's")
         axes.legend(fontsize=7)
 
