@@ -10,6 +10,7 @@ from exlstm.data import frequency
 from exlstm.data.panel import Columns
 from exlstm.data.series import panel_of
 from exlstm.forecast import frames
+from exlstm.forecast.command import verdict
 from exlstm.forecast.config import FitConfig
 from exlstm.forecast.tables import read_table, write_table
 
@@ -356,6 +357,37 @@ def test_a_baseline_without_an_error_is_told(tmp_path, monkeypatch, capsys):
     command = "forecast table.csv --horizon 7 --fit.members linear --fit.max-lookback 14"
     assert main(command.split()) == 0
     assert "SeasonalNaive was better there and without an error" in capsys.readouterr().out
+
+
+# mae, pinball, coverage 80 of xLSTM, SeasonalNaive and Linear, all over the naive forecast; the beginning of what is said.
+VERDICTS = {
+    ((0.9, 0.9, 0.8), (1.0, 1.0, 0.8), (0.95, 0.95, 0.8)): "",
+    ((1.0, 1.0, 0.8), (1.0, 1.0, 0.8), (1.2, 1.2, 0.8)): "",
+    ((0.225, 0.392, 1.0), (1.0, 1.0, 0.8), (0.247, 0.313, 0.8)): "no baseline was better there in mean absolute error; "
+    "xLSTM's intervals cost 25.2 % more pinball loss than Linear's: they are widened for what comes after it",
+    ((0.9, 0.99, 0.7), (1.0, 1.0, 0.8), (0.95, 0.9, 0.8)): "no baseline was better there in mean absolute error; "
+    "xLSTM's intervals cost 10.0 % more pinball loss than Linear's",
+    (
+        (1.1, 0.9, 0.8),
+        (1.0, 1.0, 0.8),
+        (1.2, 0.95, 0.8),
+    ): "SeasonalNaive was better there by 10.0 % in mean absolute error",
+    (
+        (1.1, 1.1, 1.0),
+        (1.0, 1.0, 0.8),
+        (0.88, 0.9, 0.8),
+    ): "Linear, a single ridge beside the blend, was better there by 25.0 % in mean absolute error",
+}
+
+
+@pytest.mark.parametrize("scores", VERDICTS, ids=str)
+def test_the_verdict_compares_medians_and_tells_intervals_apart(scores):
+    names = ("xLSTM", "SeasonalNaive", "Linear")
+    skill = pd.DataFrame(
+        [{"model": name, **dict(zip(("mae", "pinball", "coverage 80"), row))} for name, row in zip(names, scores)]
+    )
+    told, wanted = verdict(skill), VERDICTS[scores]
+    assert told.startswith(wanted) and ("widened" in told) == ("widened" in wanted) and bool(told) == bool(wanted)
 
 
 @pytest.mark.parametrize(
