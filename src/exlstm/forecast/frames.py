@@ -8,8 +8,8 @@ from numbers import Real
 import numpy as np
 
 from exlstm.data import clock, frequency
+from exlstm.data.columns import columns_of
 from exlstm.data.panel import ID, TARGET, Panel, numbers, require_pandas, to_pandas
-from exlstm.data.series import columns_of
 from exlstm.forecast.config import MODEL, TITLES
 
 

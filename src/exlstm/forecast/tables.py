@@ -13,8 +13,8 @@ import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
+from exlstm.data.columns import ID_NAMES
 from exlstm.data.panel import require_pandas
-from exlstm.data.series import ID_NAMES
 from exlstm.forecast import frames
 from exlstm.forecast.tsf import read_tsf
 
