@@ -45,6 +45,7 @@ class Panel:
     wide: bool = False
     wall: str | None = None  # the zone whose days these are, where steps are whole days of one
     dayfirst: bool | None = None  # whether 01/02/2024 is in February, where times are written so
+    ahead: np.ndarray | None = None  # (N, H, F): covariates of the next steps, where the data held them
 
     def __len__(self):
         return len(self.ids)
@@ -52,6 +53,12 @@ class Panel:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def lacking(self) -> np.ndarray:
+        """(N,): how many rows stand behind the last target of every series; all of them where it has none."""
+        last = np.maximum.reduceat(np.where(np.isnan(self.y), -1, np.arange(len(self.y))), self.offsets[:-1])
+        return self.offsets[1:] - 1 - np.maximum(last, self.offsets[:-1] - 1)
 
     @property
     def reading(self) -> dict:
@@ -81,6 +88,7 @@ class Panel:
             futr=self.futr[rows],
             hist=self.hist[rows],
             static=self.static[keep],
+            ahead=None,
         )
 
     def begun(self) -> Panel:

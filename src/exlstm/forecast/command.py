@@ -69,8 +69,9 @@ class Report:
     def __init__(self):
         self.shown = 0.0
 
-    def __call__(self, text: str):
-        print(text, flush=True)
+    def __call__(self, *sentences: str):
+        for text in sentences:
+            print(text, flush=True)
 
     def step(self, step: int, steps: int, loss: float, seconds: float):
         now = time.perf_counter()
@@ -195,6 +196,7 @@ def _model(command: Forecast, frame, future, saved: Path | None):
     from exlstm.data import frequency
     from exlstm.data.panel import Columns
     from exlstm.data.series import panel_of
+    from exlstm.forecast.endings import held_ahead
     from exlstm.forecast.forecaster import Forecaster
 
     report = Report()
@@ -221,6 +223,12 @@ def _model(command: Forecast, frame, future, saved: Path | None):
     horizon = command.horizon or (season if season > 1 else 12)
     if not command.horizon:
         print(f"horizon {horizon}: no --horizon was given")
+    if hist and future is None:
+        ahead, told = held_ahead(panel, horizon)
+        report(*told)
+        if ahead:
+            columns = replace(panel.columns, futr=ahead, hist=tuple(name for name in hist if name not in ahead))
+            panel = replace(panel_of(frame, columns, panel.freq), told=panel.told)
     fit = replace(command.fit, minutes=command.minutes or command.fit.minutes)
     model = Forecaster(horizon, level=command.level, config=fit, device=command.device, report=report)
     return model.fit(panel), True

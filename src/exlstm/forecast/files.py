@@ -60,6 +60,8 @@ def _pack(model) -> tuple[dict, dict]:
     series = engine.statistics["series"]
     kept = {k: getattr(panel, k)[rows] for k in ("y", "futr", "hist")} | {"static": panel.static}
     tensors = {f"history.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in kept.items()}
+    if panel.ahead is not None:
+        tensors["history.ahead"] = torch.from_numpy(np.ascontiguousarray(panel.ahead))
     tensors["history.lengths"] = torch.tensor(lengths)
     tensors["series"] = torch.tensor(list(series.values()), dtype=torch.float64)
     for kind in ("futr", "hist", "static"):
@@ -210,10 +212,11 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]
     offsets = np.concatenate([[0], np.cumsum(tensors["history.lengths"].numpy())])
     arrays = {k: tensors[f"history.{k}"].numpy() for k in ("y", "futr", "hist", "static")}
+    ahead = tensors["history.ahead"].numpy() if "history.ahead" in tensors else None
     panel = Panel(
         settings["ids"], arrays["y"], offsets, firsts, settings["freq"], arrays["futr"], arrays["hist"], arrays["static"],
         columns, settings["zone"], settings["levels"], [], settings["wide"],
-        settings.get("wall"), settings.get("dayfirst"),
+        settings.get("wall"), settings.get("dayfirst"), ahead,
     )  # fmt: skip
     names = (columns.futr, columns.hist, columns.static, columns.id, columns.time, columns.target)
     model = kind(fit.horizon, settings["freq"], None, settings["level"], *names, settings["season"], fit, device)

@@ -13,7 +13,7 @@ import torch
 from exlstm.data import frequency
 from exlstm.data.panel import TARGET, Columns, Panel
 from exlstm.data.series import panel_of, without_times
-from exlstm.forecast import combine, engine, files, fitting, floors, frames
+from exlstm.forecast import combine, endings, engine, files, fitting, floors, frames
 from exlstm.forecast.config import MODEL, TITLES, FitConfig
 from exlstm.train.process import Randomness, plain_torch
 from exlstm.train.progress import Pace
@@ -84,7 +84,9 @@ class Forecaster:
         """Learns from a long or wide frame (pandas, polars), a Series, an array (T,) or (N, T), or a list of arrays."""
         panel = self._usable(panel_of(df, self.columns, self.freq))
         season = self.season or frequency.seasons(panel.freq)[0]
-        self._say(*panel.told, f"{len(panel)} series, {int(panel.lengths.sum()):,} steps, season {season}")
+        self._say(*panel.told)
+        panel = self._parted(panel)
+        self._say(f"{len(panel)} series, {int(panel.lengths.sum()):,} steps, season {season}")
         self.engine = self._learnt(panel, season)
         self.panel, self.sample = panel, frames.sample_of(df)
         return self
@@ -97,7 +99,7 @@ class Forecaster:
         self._fitted()
         h = self._horizon(h)
         wanted, endings = frames.check_levels(self.level if level is None and quantiles is None else level, quantiles)
-        panel = self.panel if df is None else self._usable(self._same(df))
+        panel = self.panel if df is None else self._parted(self._usable(self._same(df)), h)
         future = frames.future_values(panel, futr_df, h, self.h)
         values = self._values(panel, future, wanted, endings, BASELINES if baselines else (), h)
         frame = frames.rows(panel, np.arange(len(panel)), panel.lengths, h, values)
@@ -111,7 +113,7 @@ class Forecaster:
         The model is fitted once before the first cutoff, or with `refit` before each. Adds cutoff and the true values. What
         `fit` has learnt or has not is neither used nor changed.
         """
-        panel = self._usable(panel_of(df, self.columns, self.freq)) if df is not None else self._panel()
+        panel = self._panel() if df is None else self._parted(self._usable(panel_of(df, self.columns, self.freq)))
         n_windows = _counted("n_windows", n_windows)
         step = self.h if step_size is None else _counted("step_size", step_size)
         wanted, endings = frames.check_levels(self.level if level is None else level, None)
@@ -185,13 +187,13 @@ class Forecaster:
         """The same model on another history: forecasts begin after the rows of `df`, which has the same columns."""
         self._fitted()
         other = copy.copy(self)
-        other.panel = self._usable(self._same(df))
+        other.panel = self._parted(self._usable(self._same(df)))
         return other
 
     def finetune(self, df, steps: int = 200) -> Forecaster:
         """Goes on learning from other data with the same columns: the linear path is fitted to it, the network trained on."""
         self._fitted()
-        panel = self._usable(self._same(df))
+        panel = self._parted(self._usable(self._same(df)))
         with plain_torch(), Randomness(torch.device(self.device)):
             self.engine = engine.finetune(self.engine, panel, _plain(steps), self.report)
         self.panel = panel
@@ -302,6 +304,12 @@ class Forecaster:
         # Series that see each other stand on one clock, and those that begin later have gaps there.
         return panel.begun() if self.config.variates == "none" else panel
 
+    def _parted(self, panel: Panel, h: int = 0) -> Panel:
+        """The panel without rows of the future, which it keeps apart; says how its series end."""
+        panel, told = endings.parted(panel, h or self.h, self.h, self.config.variates != "none")
+        self._say(*told)
+        return panel
+
     def _fitted(self) -> engine.Engine:
         if self.engine is None:
             raise ValueError("this forecaster has not been fitted; call fit(df) first")
@@ -387,4 +395,4 @@ def _joined(old: Panel, new: Panel, keep: int) -> Panel:
         for k in parts:
             parts[k].append(whole[k])
     joined = {k: np.concatenate(v) for k, v in parts.items()}
-    return replace(old, offsets=np.concatenate([[0], np.cumsum(lengths)]), first=firsts, told=[], **joined)
+    return replace(old, offsets=np.concatenate([[0], np.cumsum(lengths)]), first=firsts, told=[], ahead=None, **joined)

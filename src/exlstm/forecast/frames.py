@@ -62,11 +62,13 @@ def forecasts_of(data, panel: Panel):
 
 
 def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | None:
-    """(N, most, F) of the covariates known for the future; the first `horizon` steps of every series have to be there, the
-    first that lacks after them, and all behind it, are as the step before."""
+    """(N, most, F) of the covariates known for the future, of `futr` or those that the data held; the first `horizon` steps
+    of every series have to be there, the first that lacks after them, and all behind it, are as the step before."""
     names = panel.columns.futr
     if not names:
         return None
+    if futr is None and panel.ahead is not None:
+        return panel.ahead
     if futr is None:
         told = ", ".join(names)
         raise ValueError(f"the model was fitted with {told} known for the future; give their next {horizon} steps")
@@ -79,6 +81,8 @@ def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | N
             raise ValueError(f"the future covariates lack column {name!r}; they have {have}")
     times = _times(frame, panel, "future covariates")
     values = np.stack([numbers(frame, name) for name in names], 1)
+    ours = len(values)
+    values = values if panel.ahead is None else np.concatenate([values, panel.ahead.reshape(-1, len(names))])
     whole = ~np.isnan(values).any(1)
     keys = [None] * len(frame) if shared else frame[ids].tolist()
     stamps = times.tolist() if isinstance(times, np.ndarray) else times.as_unit("ns").asi8.tolist()
@@ -91,11 +95,14 @@ def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | N
     for n, name in enumerate(panel.ids):
         wanted = ahead(panel, n, most)
         marks = wanted.tolist() if isinstance(wanted, np.ndarray) else wanted.as_unit("ns").asi8.tolist()
-        rows = [table.get((None if shared else name, mark)) for mark in marks]
+        held = [None] * most if panel.ahead is None else range(ours + n * most, ours + (n + 1) * most)
+        rows = [table.get((None if shared else name, mark), other) for mark, other in zip(marks, held)]
         if None in rows[:horizon]:
             lacking = [str(wanted[i]) for i, row in enumerate(rows[:horizon]) if row is None]
             whose = "" if len(panel) == 1 else f" of series {name!r}"
-            raise ValueError(f"the future covariates lack {len(lacking)} of {horizon} rows{whose}: {_few(lacking)}")
+            told = f"the future covariates lack {len(lacking)} of {horizon} rows{whose}: {_few(lacking)}"
+            past = f"; the data has {panel.lacking[n]} rows without a target before them" if panel.lacking[n] else ""
+            raise ValueError(told + past)
         given = next((i for i, row in enumerate(rows) if row is None or not whole[row]), most)
         if given < horizon:
             step, column = given, int(np.flatnonzero(np.isnan(values[rows[given]]))[0])
