@@ -176,8 +176,6 @@ def load(kind, folder: str | os.PathLike, device: str):
 
 
 def _unpack(kind, settings: dict, tensors: dict, device: str):
-    import pandas as pd
-
     fit = _dataclass(FitConfig, settings["fit"])
     linear = LinearPath(_dataclass(LinearConfig, settings["linear"]), device=device)
     linear.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("linear.")})
@@ -207,21 +205,28 @@ def _unpack(kind, settings: dict, tensors: dict, device: str):
     engine.drift = _unpack_drift(settings, tensors, engine, device)
     others, known = settings.get("floors", (None, []))
     engine.floors = Floors(dict(map(tuple, known)), others)
+    panel = _unpack_panel(settings, tensors)
+    columns = panel.columns
+    names = (columns.futr, columns.hist, columns.static, columns.id, columns.time, columns.target)
+    model = kind(fit.horizon, settings["freq"], None, settings["level"], *names, settings["season"], fit, device)
+    model.engine, model.panel = engine, panel
+    return model
+
+
+def _unpack_panel(settings: dict, tensors: dict) -> Panel:
+    import pandas as pd
+
     columns = _dataclass(Columns, settings["columns"])
     numeric = isinstance(settings["freq"], int)
     firsts = [int(t) if numeric else pd.Timestamp(t) for t in settings["firsts"]]
     offsets = np.concatenate([[0], np.cumsum(tensors["history.lengths"].numpy())])
     arrays = {k: tensors[f"history.{k}"].numpy() for k in ("y", "futr", "hist", "static")}
     ahead = tensors["history.ahead"].numpy() if "history.ahead" in tensors else None
-    panel = Panel(
+    return Panel(
         settings["ids"], arrays["y"], offsets, firsts, settings["freq"], arrays["futr"], arrays["hist"], arrays["static"],
         columns, settings["zone"], settings["levels"], [], settings["wide"],
         settings.get("wall"), settings.get("dayfirst"), ahead,
     )  # fmt: skip
-    names = (columns.futr, columns.hist, columns.static, columns.id, columns.time, columns.target)
-    model = kind(fit.horizon, settings["freq"], None, settings["level"], *names, settings["season"], fit, device)
-    model.engine, model.panel = engine, panel
-    return model
 
 
 def _dataclass(kind, values: dict):
