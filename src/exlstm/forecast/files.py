@@ -56,12 +56,10 @@ def _pack(model) -> tuple[dict, dict]:
         rows.append(np.arange(a + start, b))
         lengths.append(b - a - start)
         firsts.append(str(panel.times(n, start, start + 1)[0]))
-    rows = np.concatenate(rows)
-    series = engine.statistics["series"]
+    rows, series = np.concatenate(rows), engine.statistics["series"]
     kept = {k: getattr(panel, k)[rows] for k in ("y", "futr", "hist")} | {"static": panel.static}
+    kept |= {} if panel.ahead is None else {"ahead": panel.ahead}
     tensors = {f"history.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in kept.items()}
-    if panel.ahead is not None:
-        tensors["history.ahead"] = torch.from_numpy(np.ascontiguousarray(panel.ahead))
     tensors["history.lengths"] = torch.tensor(lengths)
     tensors["series"] = torch.tensor(list(series.values()), dtype=torch.float64)
     for kind in ("futr", "hist", "static"):
