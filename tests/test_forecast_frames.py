@@ -404,6 +404,79 @@ def test_whole_numbers_that_may_be_dates_are_told(first, step, said):
         assert any(said in line and "write them as dates" in line for line in told) == (start > 1)
 
 
+# Month and year as spreadsheets write them.
+@pytest.mark.parametrize("form", ["%b-%y", "%B-%y", "%b %y", "%b/%y", "%b '%y"])
+@pytest.mark.parametrize("freq", ["MS", "QS-MAR", "YS-JAN"])
+@pytest.mark.parametrize("first", ["2012-01-01", "2013-01-01", "1969-03-01"])
+def test_a_month_and_two_digits_are_a_month_of_a_year(first, freq, form):
+    times = pd.date_range(first, periods=40, freq=freq)
+    read, zone = frequency.parse_times(pd.Series(times.strftime(form)), "Month")
+    assert zone is None and list(read) == list(times)
+
+
+def test_spaces_around_ids_are_no_part_of_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain = panel_frame().assign(x=1.0)
+    fitted = forecaster(futr_exog="x", target_col="y").fit(plain)
+    future = plain.groupby("unique_id").tail(H).assign(ds=lambda f: f.ds + pd.Timedelta(f"{H}D"))
+    spaced = (f.assign(unique_id=[i + " " * (n % 2) for n, i in enumerate(f.unique_id)]) for f in (plain, future))
+    frame, ahead = spaced
+    said = []
+    found = forecaster(futr_exog="x", target_col="y", report=said.append).fit(frame)
+    assert "the ids of column 'unique_id' are read without the spaces around them" in said
+    pd.testing.assert_frame_equal(found.predict(futr_df=ahead), fitted.predict(futr_df=future))
+    forecaster(target_col="y").fit(plain.drop(columns="x")).save("model")
+    whole = forecaster(target_col="y").fit(plain.drop(columns="x")).predict(baselines=False)
+    frame.drop(columns="x").to_csv("table.csv", index=False)
+    assert main(["forecast", "table.csv", "--model", "model", "--out", "parts", "--workers", "1"]) == 0
+    assert len(read_table(tmp_path / "parts" / "part-00000.csv")) == len(whole)
+
+
+HELPERS = {
+    (
+        "sales",
+        "open",
+        "week",
+    ): "; if 'open', 'week' only help, name them with --exog (futr_exog), and what is forecast with "
+    "--target (target_col)",
+    ("sales", "returns", "IsHoliday"): "; if 'IsHoliday' only helps, name it with --exog",
+    ("sales", "returns"): "",
+    ("open", "shut"): "",
+}
+
+
+@pytest.mark.parametrize("names", HELPERS, ids=str)
+def test_columns_that_may_help_are_told_among_series(names):
+    values = {
+        "sales": Y,
+        "returns": Y / 2,
+        "open": 1,
+        "shut": 0,
+        "week": np.arange(N) // 7,
+        "IsHoliday": np.arange(N) % 3,
+    }
+    (told,) = (
+        t for t in panel_of(series().drop(columns="y").assign(**{n: values[n] for n in names})).told if "every" in t
+    )
+    start = f"every column of numbers is a series: {', '.join(map(repr, names))}"
+    assert told.startswith(start + HELPERS[names]) and ("help" in told) == bool(HELPERS[names])
+
+
+# Endings of times in text: the offset that is told.
+@pytest.mark.parametrize(
+    ("ends", "offset"), [("Z", ""), ("+00:00", ""), ("+01:00", "+01:00"), (None, "+01:00 and others")]
+)
+def test_offsets_without_a_zone_are_told(ends, offset):
+    times = pd.date_range("2024-03-30", periods=60, freq="h", tz="Europe/Berlin")
+    text = [t.isoformat() if ends is None else t.isoformat()[:-6] + ends for t in times[:20] if ends] or [
+        t.isoformat() for t in times
+    ]
+    told = panel_of(pd.DataFrame({"ds": text, "y": 1.0})).told
+    wanted = f"the times of column 'ds' have the offset {offset} and no zone, and are counted and forecast in UTC"
+    assert (wanted in told) == bool(offset) and any("offset" in t for t in told) == bool(offset)
+    assert not any("offset" in t for t in panel_of(pd.DataFrame({"ds": times, "y": 1.0})).told)
+
+
 def test_what_holds_no_numbers_is_left_out_and_told():
     told = panel_of(series().rename(columns={"y": "sold"}).assign(price="$3", note=None)).told
     assert "left out, as not all that they hold are numbers: 'price', 'note'" in told

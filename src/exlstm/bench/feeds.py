@@ -171,6 +171,8 @@ def _windows(tokens: np.ndarray, context: int, step: int, rows: int) -> Iterator
 
 def open_text(name: str, path: Path, cache: Path) -> Text:
     """tinyshakespeare by characters (90 and 10 %), enwik8 by bytes (90, 5 and 5 %), code by a BPE (the file, and FILE.val)."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, wanted a file with the text of {name}")
     if not path.is_file():
         raise ValueError(f"there is no file {path} with the text of {name}")
     if name == "enwik8":

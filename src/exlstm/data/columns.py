@@ -15,6 +15,11 @@ ID_NAMES = ("unique_id", "id", "series_id", "item_id", "series", "item", "series
 TIME_NAMES = ("ds", "date", "time", "timestamp", "datetime", "period")
 # Parts of a time, which may as well stand beside one.
 PART_NAMES = ("month", "day", "week", "year", "quarter", "hour")
+MORE_PARTS = (*PART_NAMES, "time", "minute", "second")
+# What says something of the time of a row and is hardly forecast.
+_OF_TIME = (
+    r"(?:is_?)?(?:day_?of_?(?:week|month|year)|week_?(?:day|end|of_?year)|dow|holiday|(?:school|state|public)_?holiday)"
+)
 TARGET_NAMES = ("y", "target", "value", "values")
 
 
@@ -56,6 +61,19 @@ def with_time(frame, columns: Columns):
     if name := next(itertools.chain(named, told, parts), None):
         return frame, name
     raise ValueError(f"no column looks like a time; the columns are {_some(names)}; name one with --time (time_col)")
+
+
+def refuse_parts(frame, columns: Columns):
+    """ValueError where a time stands in several columns, as date and hour, so that the one taken for it repeats."""
+    keys = [columns.id, columns.time] if columns.id else [columns.time]
+    parts = [c for c in frame.columns if c.lower() in MORE_PARTS and c not in (*keys, columns.target)]
+    if not parts or not frame.duplicated(keys).any():
+        return
+    # A month wants its year though the rows of this table may do without.
+    for more in (*([] if columns.time.lower() in MORE_PARTS else [[part] for part in parts]), parts):
+        if not frame.duplicated([*keys, *more]).any():
+            told = f"column {columns.time!r} alone does not tell the times apart, together with {_some(more)} it does"
+            raise ValueError(f"{told}; join them into one column, as 2024-01-31 05:00 or 2024-01")
 
 
 def _holds_times(column) -> bool:
@@ -133,8 +151,17 @@ def guess_columns(frame, columns: Columns, told: list, known):
         return replace(columns, target=target), []
     if columns.id:
         raise ValueError(f"{_some(numeric)} could all be forecast; name one with --target (target_col)")
-    told.append(f"every column of numbers is a series: {_some(numeric)}")
+    told.append(f"every column of numbers is a series: {_some(numeric)}{_hint(frame, numeric)}")
     return columns, numeric
+
+
+def _hint(frame, names: list) -> str:
+    """What to do if columns that look as if they helped others do that; "" where there are none, or no others."""
+    helps = [c for c in names if c.lower() in PART_NAMES or re.fullmatch(_OF_TIME, c.lower()) or frame[c].nunique() < 3]
+    if not 0 < len(helps) < len(names):
+        return ""
+    verb = "only helps, name it" if len(helps) == 1 else "only help, name them"
+    return f"; if {_some(helps)} {verb} with --exog (futr_exog), and what is forecast with --target (target_col)"
 
 
 def _repeats(frame, column: str, time: str) -> bool:

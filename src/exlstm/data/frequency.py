@@ -27,6 +27,8 @@ _WEEKDAYS = ["MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN"]
 _OFFSET = r"\s*(?:[+-]\d\d:?\d\d|Z)$"
 # Day or month first: only the whole column tells.
 _NUMERALS = r"\s*\d{1,2}([./-])\d{1,2}\1\d{2,4}(?:\D.*)?$"
+# pandas would take the year 1.
+_MONTH_YEAR = r"\s*[A-Za-z]{3,9}\.?[-/ ']{1,2}\d\d\s*"
 # pandas would take today's date.
 _NO_DATE = r"\s*\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?\s*(?:[AaPp][Mm])?\s*$"
 
@@ -135,7 +137,21 @@ def said(freq, times, more: str) -> str:
         kinds = {"a spreadsheet's days": (25e3, 75e3), "seconds since 1970": (3e8, 42e8)}
         kinds["milliseconds since 1970"] = (3e11, 42e11)
         what = next((kind for kind, (least, most) in kinds.items() if least <= low and high <= most), None)
-    return f"{told}; if the times are {what}, write them as dates, which have seasons" if what else told
+    hint = f"; if the times are {what}, write them as dates, which have seasons, or give one with --season (season)"
+    return told + hint if what else told
+
+
+def said_of_offsets(column) -> list[str]:
+    """A sentence on text with offsets of other clocks than UTC's, in which its times are counted and forecast."""
+    import pandas as pd
+
+    if pd.api.types.is_datetime64_any_dtype(column) or isinstance(column.dtype, pd.CategoricalDtype):
+        return []
+    ends = column.astype(str).str.extract(rf"({_OFFSET[:-1]})$")[0].str.strip()
+    found = sorted(set(ends.dropna()) - {"Z", "+00:00", "+0000", "-00:00", "-0000"})
+    few = f"{found[0]} and others" if len(set(ends)) > 1 else "".join(found)
+    told = f"the times of column {column.name!r} have the offset {few} and no zone, and are counted and forecast in UTC"
+    return [told] if found else []
 
 
 def _from_text(series, column: str, dayfirst: bool | None):
@@ -156,6 +172,8 @@ def _read_text(series, column: str, dayfirst: bool | None):
     import pandas as pd
 
     text = series.astype(str)
+    if text.str.fullmatch(_MONTH_YEAR).all():
+        return _months_of(text, column)
     zoned = text.str.contains(_OFFSET, regex=True) & text.str.contains(":")
     if zoned.any() and not zoned.all():
         row = int(np.flatnonzero(~zoned)[0])
@@ -175,6 +193,26 @@ def _read_text(series, column: str, dayfirst: bool | None):
         row = int(np.flatnonzero(times.isna())[0])
         raise ValueError(f"column {column!r} holds {series.iloc[row]!r} in row {row + 1}, which is no time")
     return times
+
+
+def _months_of(text, column: str):
+    """Jan-12 as a spreadsheet writes January 2012; ValueError where it is far more evenly the twelfth of January."""
+    import pandas as pd
+
+    plain = text.str.strip().str.replace(r"\W+", "-", regex=True)
+    months, days = (
+        pd.to_datetime(plain + year, format=f"%b-{form}", errors="coerce").fillna(
+            pd.to_datetime(plain + year, format=f"%B-{form}", errors="coerce")
+        )
+        for year, form in (("", "%y"), ("-2001", "%d-%Y"))
+    )
+    if months.isna().any():
+        row = int(np.flatnonzero(months.isna())[0])
+        raise ValueError(f"column {column!r} holds {text.iloc[row]!r} in row {row + 1}, which is no time")
+    (lost, by_day), (_, by_month) = _unevenness(days), _unevenness(months)
+    if not lost and by_day < by_month / 2:
+        raise ValueError(f"column {column!r} holds {text.iloc[0]!r} in row 1, which is a day without its year")
+    return months
 
 
 def _unevenness(times) -> tuple[int, float]:

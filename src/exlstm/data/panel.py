@@ -143,6 +143,15 @@ def to_pandas(data, wanted: str = "a pandas or polars frame"):
         return pd.DataFrame({c: frame[c].to_list() for c in frame.columns})
 
 
+def bare(ids):
+    """A column of ids as they are told apart: text without spaces around it, as the names of columns are."""
+    if getattr(ids.dtype, "kind", "O") in "iufbmM":
+        return ids
+    names = ids.unique()
+    plain = [name.strip() if isinstance(name, str) else name for name in names]
+    return ids if all(a is b or a == b for a, b in zip(plain, names)) else ids.map(dict(zip(names, plain)))
+
+
 def numbers(frame, column: str) -> np.ndarray:
     """A column as float64; the first text that is no number, or an infinity, is a ValueError."""
     pd = require_pandas()

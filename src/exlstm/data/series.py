@@ -8,8 +8,19 @@ from numbers import Integral
 import numpy as np
 
 from exlstm.data import clock, frequency
-from exlstm.data.columns import columns_of, guess_columns, present, with_time
-from exlstm.data.panel import ID, TARGET, TIME, Columns, Panel, numbers, refuse_infinite, require_pandas, to_pandas
+from exlstm.data.columns import columns_of, guess_columns, present, refuse_parts, with_time
+from exlstm.data.panel import (
+    ID,
+    TARGET,
+    TIME,
+    Columns,
+    Panel,
+    bare,
+    numbers,
+    refuse_infinite,
+    require_pandas,
+    to_pandas,
+)
 
 
 def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | None = None) -> Panel:
@@ -38,6 +49,7 @@ def panel_of(data, columns: Columns | None = None, freq=None, known: Panel | Non
     frame, time = with_time(frame, columns)
     told = []
     columns, wide = guess_columns(frame, replace(columns, time=time), told, known)
+    refuse_parts(frame, columns)
     panel = _of_wide(frame, columns, wide, freq, known) if wide else _of_long(frame, columns, freq, known)
     panel.told[:0], panel.wide = told, bool(wide)
     return panel
@@ -128,21 +140,21 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
     pd = require_pandas()
     reading = {"dayfirst": frequency.day_first(frame[columns.time])} if known is None else known.reading
     times, zone = frequency.parse_times(frame[columns.time], columns.time, **reading)
-    ids = frame[columns.id] if columns.id else pd.Series([TARGET] * len(frame))
-    if ids.isna().any():
-        raise ValueError(f"column {columns.id!r} has no id in row {int(np.flatnonzero(ids.isna())[0]) + 1}")
+    told = []
+    codes, names = pd.factorize(_ids(frame, columns.id, told), sort=False)
     y = numbers(frame, columns.target)
-    codes, names = pd.factorize(ids.reset_index(drop=True), sort=False)
     order, sorted_already = clock.order(codes, np.asarray(times))
     codes, times, y = codes[order], times[order], y[order]
     starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
     rows = np.diff(np.r_[starts, len(codes)])
     _refuse_twice(codes, times, names, columns.time, zone, wide)
-    told = [] if sorted_already else ["rows were not sorted by series and time, and were sorted"]
+    if not sorted_already:
+        told.append("rows were not sorted by series and time, and were sorted")
     was, (times, zone, wall) = zone, _clock(frame[columns.time], times, zone, order, starts, known)
     if freq is None:
         freq = frequency.guess(times, starts)
         told.append(frequency.said(freq, times, " (whole days of the time zone)" if zone != was else ""))
+        told += frequency.said_of_offsets(frame[columns.time]) if zone else []
     else:
         freq = frequency.checked(freq, times)
     place, off = clock.positions(times, starts, rows, freq)
@@ -171,6 +183,18 @@ def _of_long(frame, columns: Columns, freq, known, wide: str = "") -> Panel:
         list(names), spread(y), offsets, firsts, freq, none if futr is None else futr, none if hist is None else hist,
         static, columns, zone, levels, told, wall=wall, dayfirst=reading["dayfirst"],
     )  # fmt: skip
+
+
+def _ids(frame, name: str, told: list):
+    """The id of every row, text without spaces around it; tells where there were some."""
+    if not name:
+        return require_pandas().Series([TARGET] * len(frame))
+    ids = frame[name].reset_index(drop=True)
+    if ids.isna().any():
+        raise ValueError(f"column {name!r} has no id in row {int(np.flatnonzero(ids.isna())[0]) + 1}")
+    if (plain := bare(ids)) is not ids:
+        told.append(f"the ids of column {name!r} are read without the spaces around them")
+    return plain
 
 
 def _refuse_twice(codes, times, names, column: str, zone, wide: str):

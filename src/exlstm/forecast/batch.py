@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
+from exlstm.data.panel import bare
 from exlstm.forecast import frames
 from exlstm.forecast.files import SETTINGS, TENSORS
 
@@ -106,9 +107,10 @@ def in_parts(
 
     if workers < 1:
         raise ValueError(f"workers is {workers}, wanted at least 1")
-    ids = list(dict.fromkeys(frame[id_column]))
+    column = bare(frame[id_column])
+    ids = list(dict.fromkeys(column))
     place = {name: n // PART for n, name in enumerate(ids)}
-    groups = dict(list(frame.groupby(frame[id_column].map(place), sort=True)))
+    groups = dict(list(frame.groupby(column.map(place), sort=True)))
     out.mkdir(parents=True, exist_ok=True)
     _check_parts(out, {**forecaster.told(), "table": _mark(frame)})
     left = {k: out / f"part-{k:05}.{kind}" for k in groups if not (out / f"part-{k:05}.{kind}").exists()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ class Forecast:
     """column to forecast"""
     freq: str = ""
     """step between rows as pandas writes it: h, 15min, D, W-SUN, MS, ME; a number where times are numbers"""
+    season: int = 0
+    """steps of a season, as where times are numbers; 0: by the frequency"""
     exog: tuple[str, ...] = ()
     """columns that help; known for the future if --future holds them"""
     static: tuple[str, ...] = ()
@@ -130,7 +133,10 @@ def _check(command: Forecast):
         from exlstm.plot import check_picture
 
         check_picture(Path(command.plot))
-    for name in ("cv", "horizon", "workers"):
+    for read in (command.file, command.future):
+        if re.match(r"\w+://", read):
+            raise ValueError(f"{read} is an address, wanted a file: download it first")
+    for name in ("cv", "horizon", "season", "workers"):
         if getattr(command, name) < 0:
             raise ValueError(f"{name} is {getattr(command, name)}, wanted at least 0")
     for where in (command.out, command.plot):
@@ -219,7 +225,7 @@ def _model(command: Forecast, frame, future, saved: Path | None):
         print(f"known for the future: {', '.join(futr)}; for the past only: {', '.join(hist)}")
     columns = Columns(command.id, command.time, command.target, futr, hist, command.static)
     panel = panel_of(frame, columns, command.freq or None)
-    season = frequency.seasons(panel.freq)[0]
+    season = command.season or frequency.seasons(panel.freq)[0]
     horizon = command.horizon or (season if season > 1 else 12)
     if not command.horizon:
         print(f"horizon {horizon}: no --horizon was given")
@@ -230,7 +236,8 @@ def _model(command: Forecast, frame, future, saved: Path | None):
             columns = replace(panel.columns, futr=ahead, hist=tuple(name for name in hist if name not in ahead))
             panel = replace(panel_of(frame, columns, panel.freq), told=panel.told)
     fit = replace(command.fit, minutes=command.minutes or command.fit.minutes)
-    model = Forecaster(horizon, level=command.level, config=fit, device=command.device, report=report)
+    made = {"season": command.season or None, "config": fit, "device": command.device, "report": report}
+    model = Forecaster(horizon, level=command.level, **made)
     return model.fit(panel), True
 
 
@@ -241,6 +248,8 @@ def _check_columns(command: Forecast, model, saved: Path):
     panel, columns = model.panel, model.panel.columns
     if command.freq and frequency.checked(command.freq, panel.times(0, 0, 1)) != panel.freq:
         raise ValueError(f"{saved} holds a model of frequency {panel.freq!r}, --freq is {command.freq!r}")
+    if command.season and command.season != model.season:
+        raise ValueError(f"{saved} holds a model of season {model.season}, --season is {command.season}")
     if command.static and set(command.static) != set(columns.static):
         told = ", ".join(columns.static) or "none"
         raise ValueError(f"{saved} holds a model with static columns {told}, --static is {', '.join(command.static)}")

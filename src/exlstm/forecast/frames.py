@@ -9,7 +9,7 @@ import numpy as np
 
 from exlstm.data import clock, frequency
 from exlstm.data.columns import columns_of
-from exlstm.data.panel import ID, TARGET, Panel, numbers, require_pandas, to_pandas
+from exlstm.data.panel import ID, TARGET, Panel, bare, numbers, require_pandas, to_pandas
 from exlstm.forecast.config import MODEL, TITLES
 
 
@@ -84,7 +84,7 @@ def future_values(panel: Panel, futr, horizon: int, most: int) -> np.ndarray | N
     ours = len(values)
     values = values if panel.ahead is None else np.concatenate([values, panel.ahead.reshape(-1, len(names))])
     whole = ~np.isnan(values).any(1)
-    keys = [None] * len(frame) if shared else frame[ids].tolist()
+    keys = [None] * len(frame) if shared else bare(frame[ids]).tolist()
     stamps = times.tolist() if isinstance(times, np.ndarray) else times.as_unit("ns").asi8.tolist()
     table = pd.Series(np.arange(len(frame)), index=pd.MultiIndex.from_arrays([keys, stamps]))
     if (twice := table.index.duplicated()).any():

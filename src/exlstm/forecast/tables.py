@@ -20,6 +20,20 @@ from exlstm.forecast.tsf import read_tsf
 
 PARQUET = (".parquet", ".pq")
 SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
+OTHERS = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".xml",
+    ".html",
+    ".feather",
+    ".arrow",
+    ".orc",
+    ".avro",
+    ".pkl",
+    ".h5",
+    ".sqlite",
+)
 UNPACKING = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 # What a column is hardly named.
 DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?:[ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}(?:[ T].*)?"
@@ -42,6 +56,8 @@ def read_table(path: Path, id: str = "", like=None):
         return frames.history(read_tsf(path)[0])
     if path.exists() and kind in SHEETS:
         raise ValueError(f"{path} is a spreadsheet, wanted CSV or Parquet: save it as one of those")
+    if path.exists() and kind in OTHERS:
+        raise ValueError(f"{path} is a {kind} file, wanted CSV, Parquet or .tsf")
     if path.exists() and path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
