@@ -741,6 +741,10 @@ def test_a_signal_saves_and_writes_and_ends_as_it_would_have(number, code, tmp_p
     [
         (["stat"], "unknown row 'stat', did you mean 'state'?"),
         (["state", "--models", "xlstm[0:2]"], "unknown model 'xlstm[0:2]', did you mean 'xlstm[0:1]'?"),
+        (["state", "--models", "slstm"], "unknown model 'slstm'; 'xlstm[0:1]' is of such blocks alone"),
+        (["state", "--models", "attention"], "unknown model 'attention'; 'transformer' is of such blocks alone"),
+        (["state", "--cases", "zzz"], "'bracket_arithmetic', 'bracket_arithmetic, curriculum'"),
+        (["enwik8", "--text", "."], ". is a folder, wanted a file with the text of enwik8"),
         (["state", "--cases", "pairity"], "row state has no case 'pairity', did you mean 'parity'?"),
         (["enwik8"], "row enwik8 reads a text, give its file with --text"),
         (["enwik8", "--text", "nowhere.txt"], "there is no file nowhere.txt with the text of enwik8"),
@@ -783,6 +787,17 @@ def test_a_package_that_is_not_here_leaves_its_models_out(tmp_path, monkeypatch,
     assert [line["model"] for line in table] == ["lstm"]
     assert "nx-ai[0:1] is left out: the package xlstm is not installed" in capsys.readouterr().out
     assert json.loads((tmp_path / "state-quick" / "speeds.json").read_text())
+
+
+def test_the_outside_control_is_trained(tmp_path, capsys):
+    """At its own defaults, by the same optimizer, and not left out in silence."""
+    pytest.importorskip("xlstm")
+    wanted = config(tmp_path, quick=True, steps=2, cases=("parity",), models=tuple(THEIRS))
+    table = compare.run("control", wanted)
+    assert [line["model"] for line in table] == [*THEIRS], capsys.readouterr().out
+    for path in (tmp_path / "control-quick" / "records").glob("*.json"):
+        found = json.loads(path.read_text())
+        assert found["scores"] and math.isfinite(found["curve"][-1]["loss"]), found
 
 
 @pytest.mark.gpu

@@ -878,6 +878,27 @@ def test_parts_are_written_once_and_the_rest_goes_on(fitted, tmp_path, monkeypat
     assert "parts holds parts of another table" in capsys.readouterr().err
 
 
+def test_parquet_goes_in_and_out(fitted, tmp_path, monkeypatch, capsys):
+    """Written and read by pyarrow: the same forecasts as from the frame, in one file or in parts."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(batch, "PART", 2)
+    monkeypatch.chdir(tmp_path)
+    fitted.save("model")
+    data, wanted = frame(), fitted.predict()
+    data.to_parquet("many.parquet", index=False)
+    data.set_index(["unique_id", "ds"]).to_parquet("keyed.parquet")
+    for name in ("many", "keyed"):
+        assert cli.main(f"forecast {name}.parquet --model model --out {name}-fc.parquet".split()) == 0
+        pd.testing.assert_frame_equal(pd.read_parquet(f"{name}-fc.parquet"), wanted, check_dtype=False, rtol=1e-5)
+    command = ["forecast", "many.parquet", "--model", "model", "--workers", "1", "--out", "parts"]
+    assert cli.main(command) == 0 and cli.main(command) == 0
+    assert "3 series in 2 parts, 2 of them done before" in capsys.readouterr().out
+    # Read as one table; what the command keeps there is hidden.
+    parts = pd.read_parquet("parts").reset_index(drop=True)
+    assert sorted(f.name for f in (tmp_path / "parts").glob("part*")) == ["part-00000.parquet", "part-00001.parquet"]
+    pd.testing.assert_frame_equal(parts, wanted[parts.columns], check_dtype=False, rtol=1e-4)
+
+
 # The command
 
 FAST = [

@@ -404,6 +404,33 @@ def test_whole_numbers_that_may_be_dates_are_told(first, step, said):
         assert any(said in line and "write them as dates" in line for line in told) == (start > 1)
 
 
+def test_times_that_are_numbers_may_have_a_season(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    y = np.arange(N) % 6 + np.sin(np.arange(N))
+    pd.DataFrame({"t": 1_700_000_000 + 3600 * np.arange(N), "y": y}).to_csv("table.csv", index=False)
+    command = [
+        "forecast",
+        "table.csv",
+        "--time",
+        "t",
+        "--fit.members",
+        "naive",
+        "--out",
+        "fc.csv",
+        "--model",
+        "kept",
+        "--season",
+        "6",
+    ]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert f"1 series, {N} steps, season 6" in told and "horizon 6: no --horizon was given" in told
+    assert "or give one with --season (season)" in told
+    assert read_table(tmp_path / "fc.csv").SeasonalNaive.to_numpy() == pytest.approx(y[-6:], abs=1e-4)
+    assert main(command) == 0 and main([*command[:-1], "5"]) == 2
+    assert "a model of season 6, --season is 5" in capsys.readouterr().err
+
+
 # Month and year as spreadsheets write them.
 @pytest.mark.parametrize("form", ["%b-%y", "%B-%y", "%b %y", "%b/%y", "%b '%y"])
 @pytest.mark.parametrize("freq", ["MS", "QS-MAR", "YS-JAN"])

@@ -23,7 +23,7 @@ import torch
 
 from exlstm.bench import rows, scoreboard, timing
 from exlstm.bench.config import CompareConfig
-from exlstm.bench.entrants import MODELS, THEIRS
+from exlstm.bench.entrants import MODELS, THEIRS, near
 from exlstm.bench.feeds import open_feed, open_text
 from exlstm.bench.rows import ROWS, TEXTS, Row
 from exlstm.bench.trial import Plan, Trial
@@ -89,7 +89,7 @@ def chosen(name: str, config: CompareConfig) -> Row:
     row = ROWS[name]
     for model in config.models:
         if model not in (*MODELS, *THEIRS):
-            raise ValueError(f"unknown model {model!r}{nearest(model, (*MODELS, *THEIRS))}")
+            raise ValueError(f"unknown model {model!r}{near(model)}")
     known = [case.name for case in row.cases]
     for case in config.cases:
         if case not in known:

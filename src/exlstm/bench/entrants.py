@@ -1,5 +1,7 @@
 """The models that a row of the scoreboard may name: their blocks in turn, their settings beside the defaults. Free of torch."""
 
+from exlstm.models.config import nearest
+
 # Attention of the hybrids: without positions, and as far as the longest text that any row learns from, so that a token of a
 # longer one never sees more than it has learnt to.
 _BOUNDED = {"attention": {"rope_base": 0.0, "window": 2048}}
@@ -67,3 +69,9 @@ MODELS = {
 }
 # The outside control, where the package xlstm is installed: its blocks at its own defaults, by the places of the sLSTM.
 THEIRS = {"nx-ai[1:0]": "none", "nx-ai[0:1]": "all", "nx-ai[1:1]": "second"}
+
+
+def near(name: str) -> str:
+    """What may be meant by the unknown name of a model: one that is of blocks of this name alone, or a name like it."""
+    alone = [model for model, made in MODELS.items() if made == ((name,), {})]
+    return f"; {alone[0]!r} is of such blocks alone" if alone else nearest(name, (*MODELS, *THEIRS))

@@ -168,7 +168,8 @@ OPTIONS = {
 def nearest(name: str, known) -> str:
     """', did you mean ...?' for the known name nearest to `name`, or the list of known names."""
     close = difflib.get_close_matches(str(name), known := list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    shown = map(repr, known) if any("," in other for other in known) else known
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(shown)}"
 
 
 NORMS, DESIGNS = ("none", "rms", "layer"), ("patches", "recent", "xlstmtime")
