@@ -735,6 +735,16 @@ def test_cross_validation_forecasts_from_before_the_cutoff(fitted):
     assert {"mase", "wql", "coverage 80", "coverage 95"} <= set(table.columns)
 
 
+def test_cross_validation_gives_the_quantiles_that_predict_gives(fitted):
+    levels, found = fitted.cross_validation(level=[80]), fitted.cross_validation(quantiles=[0.1, 0.9, 0.95])
+    for name in ("xLSTM", "SeasonalNaive", "Linear"):
+        for q, end in ((0.1, "lo"), (0.9, "hi")):
+            assert np.array_equal(found[f"{name}_ql{q}"], levels[f"{name}-{end}-80"])
+        assert (found[f"{name}_ql0.95"] >= found[f"{name}_ql0.9"]).all()
+    assert not [name for name in found if "-lo-" in name]
+    assert fitted.evaluate(found, metrics="mae").mae.equals(fitted.evaluate(levels, metrics="mae").mae)
+
+
 def test_polars_in_polars_out(fitted):
     polars = pytest.importorskip("polars")
     data = frame()

@@ -281,6 +281,8 @@ CALLS = {
         "has not been fitted; call fit(df) first, or give the whole data as df",
     ),
     "a quantile of 2": (lambda m: m.predict(quantiles=[2]), "quantiles hold 2"),
+    "a quantile of 2 in a test": (lambda m: m.cross_validation(quantiles=[2]), "quantiles hold 2"),
+    "level and quantiles of a test": (lambda m: m.cross_validation(level=[80], quantiles=[0.1]), "are both given"),
     "no windows": (lambda m: m.cross_validation(n_windows=0), "n_windows is 0"),
     "more windows than rows": (
         lambda m: m.cross_validation(n_windows=9),
@@ -426,7 +428,3 @@ def test_a_folder_of_somebody_else_is_not_replaced(model, place):
     with pytest.raises(ValueError, match=r"chapter\.tex"):
         model.save(place / "thesis")
     assert (place / "thesis" / "chapter.tex").read_text() == "x"
-
-
-def test_the_tables_are_long_enough():
-    assert len(COMMANDS) + len(CALLS) >= 25

@@ -106,7 +106,7 @@ class Forecaster:
         return self._like(frame, panel, df)
 
     def cross_validation(
-        self, df=None, n_windows: int = 1, step_size: int | None = None, refit: bool = False, level=None
+        self, df=None, n_windows: int = 1, step_size: int | None = None, refit: bool = False, level=None, quantiles=None
     ):
         """Forecasts of the last `n_windows` windows, `step_size` apart (the horizon by default), each from before its cutoff.
 
@@ -116,7 +116,7 @@ class Forecaster:
         panel = self._panel() if df is None else self._parted(self._usable(panel_of(df, self.columns, self.freq)))
         n_windows = _counted("n_windows", n_windows)
         step = self.h if step_size is None else _counted("step_size", step_size)
-        wanted, endings = frames.check_levels(self.level if level is None else level, None)
+        wanted, endings = frames.check_levels(self.level if level is None and quantiles is None else level, quantiles)
         season, whole = self.season or frequency.seasons(panel.freq)[0], []
         fitting.check_lengths(panel.lengths, season, self.config, self.h + (n_windows - 1) * step)
         model, place = copy.copy(self), {name: n for n, name in enumerate(panel.ids)}
