@@ -181,7 +181,7 @@ COMMANDS = {
     "forecast nomonth.csv": "column 'date' holds 'Fab-12' in row 3, which is no time",
     "forecast x.json": "x.json is a .json file, wanted CSV, Parquet or .tsf",
     "forecast x.feather": "x.feather is a .feather file, wanted CSV, Parquet or .tsf",
-    "forecast https://x.org/a.csv": "https://x.org/a.csv is an address, wanted a file: download it",
+    "forecast https://localhost/a.csv": "https://localhost/a.csv is an address, wanted a file: download it",
     "forecast good.csv --target y --exog x --future s3://b/a.csv": "s3://b/a.csv is an address, wanted a file",
     "forecast good.csv --target y --season -2": "season is -2, wanted at least 0",
     "forecast good.csv --model plain --season 5": "a model of season 7, --season is 5",
