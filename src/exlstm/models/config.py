@@ -356,8 +356,7 @@ class ForecasterConfig(StackConfig):
         super().__post_init__()
         object.__setattr__(self, "quantiles", tuple(self.quantiles))
         q = self.quantiles
-        rising = all(0 < a < b < 1 for a, b in itertools.pairwise(q))
-        if len(q) % 2 == 0 or not rising or q[len(q) // 2] != 0.5:
+        if len(q) % 2 == 0 or not all(0 < a < b < 1 for a, b in itertools.pairwise(q)) or q[len(q) // 2] != 0.5:
             raise ValueError(f"quantiles are {q}, wanted rising levels between 0 and 1 with 0.5 in the middle")
         for name, known in {"variates": ("none", "attention", "slstm"), "design": DESIGNS}.items():
             if (came := getattr(self, name)) not in known:
