@@ -326,6 +326,26 @@ def test_forecasts_are_judged_by_every_window_of_the_test_part(tmp_path):
         assert [c[-1] + 12 for c in task.cuts] == task.panel.lengths.tolist()
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+def test_tasks_that_ended_are_kept_when_the_rest_is_not_waited_for(stop, tmp_path, monkeypatch):
+    pytest.importorskip("pandas")
+    settings = toys(tmp_path)["forecast"]
+    fit, ours, plain = replace(settings.fit, members=("naive", "linear")), [], forecasting._ours
+    settings = replace(settings, files=settings.files[2:], fit=fit, seeds=(0,), mixers=("slstm",))
+
+    def second_stops(task, *given):
+        ours.append(task.name)
+        if task.name != ours[0]:
+            raise stop
+        return plain(task, *given)
+
+    monkeypatch.setattr(forecasting, "_ours", second_stops)
+    with pytest.raises(stop):
+        forecasting.run(settings)
+    tasks = {line.split(",")[0] for line in (settings.out / "forecast.csv").read_text().splitlines()[1:]}
+    assert ours[0] in tasks and ours[-1] not in tasks
+
+
 def test_a_tally_is_what_its_names_say():
     levels = torch.tensor(forecasting.engine.LEVELS)
     normal = torch.distributions.Normal(0.0, 1.0)

@@ -70,17 +70,21 @@ def run(config: ForecastingConfig) -> list[dict]:
     if not config.files:
         raise ValueError("bench forecast wants files, as in: exlstm bench forecast ETTh1.csv m3_monthly_dataset.tsf")
     rows = []
-    with timing.cores(config):
-        for task in (task for path in config.files for task in tasks_of(path, config)):
-            print(task.told(), flush=True)
-            found = [row for seed in config.seeds for row in _ours(task, config, seed)]
-            found += [row for peer in config.peers for row in _theirs(task, config, peer)]
-            rows += _beside_naive(found)
-            print(timing.table(rows[-len(found) :]), flush=True)
-    rows += _averages(rows)
-    facts = timing.machine(config, "pandas")
-    timing.report("forecast", rows, config, facts, drawing(rows))
-    _markdown(rows, config.out / "forecast.md", facts)
+    try:
+        with timing.cores(config):
+            for task in (task for path in config.files for task in tasks_of(path, config)):
+                print(task.told(), flush=True)
+                found = [row for seed in config.seeds for row in _ours(task, config, seed)]
+                found += [row for peer in config.peers for row in _theirs(task, config, peer)]
+                rows += _beside_naive(found)
+                print(timing.table(rows[-len(found) :]), flush=True)
+    finally:
+        # Tasks that have ended are kept when the rest is not waited for.
+        if rows:
+            rows += _averages(rows)
+            facts = timing.machine(config, "pandas")
+            timing.report("forecast", rows, config, facts, drawing(rows))
+            _markdown(rows, config.out / "forecast.md", facts)
     return rows
 
 
