@@ -845,6 +845,7 @@ def test_a_batch_forecaster_travels_and_agrees(fitted, tmp_path):
     pd.testing.assert_frame_equal(mapped, wanted)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_ray_maps_it_over_groups(fitted, tmp_path):
     ray = pytest.importorskip("ray")
     fitted.save(tmp_path / "model")
