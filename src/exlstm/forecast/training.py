@@ -86,8 +86,8 @@ def draw(cuts: Cuts, windows: Windows, size: int, grouped: bool, generator) -> t
 def train_network(network: ForecasterNetwork, found: Split, config: FitConfig, report=None) -> dict:
     """Trains the network to its least validation loss; returns what happened.
 
-    What reads the latest steps learns first, alone; the patches then, beside it as it is: together the patches, which learn a
-    text of few windows by heart, would end both early. Where they gain nothing they are left out.
+    What reads the latest steps learns first, alone; the patches then, beside it as it is: together the patches, which learn
+    windows by heart, would end both early. Where they gain nothing they are left out.
     """
     whole = network.config
     if not whole.recent or whole.design != "patches":
